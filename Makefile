@@ -1,0 +1,77 @@
+# `make demo` and `make test` set up what they need in .venv; `make help` lists the rest.
+# Variables to set on the command line:
+#   PYTHON      the Python (3.11 or newer) the environments are made from
+#   TORCH_ARGS  more options for pip when it installs torch, such as an index of CPU-only builds
+#   WORKERS     test processes
+#   ARGS        more options for pytest (test, test-tl3) or for `tl-sparse demo` (demo)
+#   DEMO_OUT    the folder the demo writes
+PYTHON ?= python3
+TORCH_ARGS ?=
+WORKERS ?= 2
+ARGS ?=
+DEMO_OUT ?= demo-report
+
+VENV := .venv
+VENV_TL3 := .venv-tl3
+
+# One thread a process: the test models are so small that threads only get in each other's way.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled
+# loadfile: fixtures that train a model are made once a file, not once a process.
+PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-tl3 lint format types notebooks clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# $(call set-up,environment,constraints file): torch comes first and by its pin, so that a CPU build
+# that is already at hand, or named by TORCH_ARGS, is kept by the second call.
+define set-up
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "tl_sparse needs Python 3.11 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
+		"Name another one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+@echo "Setting up $(1) from $(2) (once; a few minutes)"
+@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+@$(1)/bin/pip install --quiet $(TORCH_ARGS) "$$(grep '^torch==' $(2))"
+@$(1)/bin/pip install --quiet --constraint $(2) --editable '.[dev]'
+@touch $(1)/.set-up
+endef
+
+$(VENV)/.set-up: pyproject.toml constraints.txt
+	$(call set-up,$(VENV),constraints.txt)
+
+$(VENV_TL3)/.set-up: pyproject.toml constraints-tl3.txt
+	$(call set-up,$(VENV_TL3),constraints-tl3.txt)
+
+demo: $(VENV)/.set-up ## Train a small sparse model, find a circuit and write a report
+	$(VENV)/bin/tl-sparse demo --out $(DEMO_OUT) $(ARGS)
+
+test: $(VENV)/.set-up ## Run the tests with the current TransformerLens
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+
+test-tl3: $(VENV_TL3)/.set-up ## Run the same tests with TransformerLens 3
+	$(ONE_THREAD) $(VENV_TL3)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+
+lint: $(VENV)/.set-up ## Check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.set-up ## Apply formatting and the safe fixes
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(VENV)/.set-up ## Check types
+	$(VENV)/bin/mypy
+
+notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
+	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null)" ]; then \
+		echo "no notebooks to run"; \
+	else \
+		set -x; $(OFFLINE) $(VENV)/bin/python -m pytest --nbmake --nbmake-timeout=600 notebooks; \
+	fi
+
+clean: ## Remove the environments, caches and built files
+	rm -rf $(VENV) $(VENV_TL3) demo-report build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""Means of node activations over a distribution, and hooks that ablate nodes to given values.
+
+Source: Gao et al. 2025, appendix A.5: a removed node is set to its mean over the pretraining
+distribution, pooled over batch and positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.checkpoints import fingerprint
+from tl_sparse.sites import SITE_NAMES, NodeIndex
+
+FwdHook = tuple[str, Callable[..., Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationMeans:
+    """The mean of every node over a distribution of tokens, and where it was measured."""
+
+    index: NodeIndex
+    """The nodes, in whose order ``values`` are."""
+    values: Float[Tensor, " node"]
+    """Mean activation of each node, pooled over sequences and positions."""
+    n_tokens: int
+    """Token positions pooled."""
+    tokens_hash: str
+    """SHA-256 of the tokens."""
+    model_fingerprint: str
+    """Fingerprint of the model that computed them."""
+
+
+@torch.no_grad()
+def activation_means(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    sites: tuple[str, ...] = SITE_NAMES,
+    batch_size: int = 64,
+) -> ActivationMeans:
+    """Means of every node over ``tokens``, by hooks on the model's own forward pass.
+
+    Works on a SparseTransformer and on any TransformerLens model whose eight sites have hooks.
+
+    Raises:
+        ValueError: unknown site, no tokens, or a site whose hook never fired.
+    """
+    if tokens.numel() == 0:
+        raise ValueError("no tokens to take means over")
+    index = NodeIndex.of(model, sites)
+    totals: dict[str, Tensor] = {}
+
+    def add(x: Tensor, hook: Any) -> None:
+        # float64 sums: the means of a long stream stay exact to float32
+        total = x.reshape(-1, width_of[hook.name]).double().sum(0)
+        totals[hook.name] = totals.get(hook.name, 0.0) + total
+
+    width_of = {hook: piece.stop - piece.start for hook, piece in index.slices.items()}
+    device = next(model.parameters()).device
+    run: Any = model
+    for part in tokens.split(batch_size):
+        run.run_with_hooks(
+            part.to(device), return_type=None, fwd_hooks=[(hook, add) for hook in index.slices]
+        )
+    if missing := set(index.slices) - set(totals):
+        raise ValueError(f"hooks {', '.join(sorted(missing))} never fired on this model")
+    values = index.flat(totals) / tokens.numel()
+    digest = hashlib.sha256(tokens.cpu().to(torch.int64).numpy().tobytes()).hexdigest()
+    return ActivationMeans(index, values.float(), tokens.numel(), digest, fingerprint(model))
+
+
+def node_view(values: Float[Tensor, " channel"], like: Tensor) -> Tensor:
+    """A vector over a site's channels, shaped to broadcast with the site's activation.
+
+    q, k and v come as [..., head, d_head]; every other site has its channels in the last dimension.
+    """
+    if values.numel() == like.shape[-1]:
+        return values
+    return values.view(like.shape[-2], like.shape[-1])
+
+
+def ablation_hooks(
+    index: NodeIndex, keep: Bool[Tensor, " node"], values: Float[Tensor, " node"]
+) -> list[FwdHook]:
+    """Hooks that set every node not kept to its value (zeros for zero ablation, means ...).
+
+    Plain ``(hook name, function)`` pairs for ``run_with_hooks``; a kept node passes bit for bit, and
+    a site that is wholly kept gets no hook.
+    """
+    if keep.shape != (index.n_nodes,) or values.shape != (index.n_nodes,):
+        raise ValueError(
+            f"keep and values must have one entry for each of {index.n_nodes} nodes, not "
+            f"{tuple(keep.shape)} and {tuple(values.shape)}"
+        )
+    return [
+        (hook, Ablate(keep[piece], values[piece]))
+        for hook, piece in index.slices.items()
+        if not bool(keep[piece].all())
+    ]
+
+
+class Ablate:
+    """Hook function: ``where(keep, activation, value)``, channel by channel."""
+
+    def __init__(self, keep: Bool[Tensor, " channel"], value: Float[Tensor, " channel"]) -> None:
+        self.keep, self.value = keep, value
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        keep, value = self.keep.to(x.device), self.value.to(x.device, x.dtype)
+        return torch.where(node_view(keep, x), x, node_view(value, x))

@@ -1,0 +1,144 @@
+"""Causal attention with optional per-head sinks: one canonical kernel, whoever is looking.
+
+AbsTopK turns last-bit differences between kernels into visible ones, so the value of ``z`` may not
+depend on whether a hook reads the scores or the pattern. The fused kernel always computes it; scores
+and pattern are computed besides, only when something is hooked to them, and enter ``z`` only in the
+rows where a hook changed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Hook = Callable[[Tensor], Tensor]
+Heads = Float[Tensor, "batch pos head d_head"]
+SINK_PAD = 8  # head channels added for the sink's logit; fused kernels want multiples of eight
+
+
+def fused_attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    *,
+    scale: float,
+    sinks: Float[Tensor, " head"] | None = None,
+    mask: Bool[Tensor, "batch dest src"] | None = None,
+) -> Heads:
+    """Softmax attention by torch's fused kernel; causal where ``mask`` is None.
+
+    A sink adds exp(sink) to each softmax denominator (Gao et al. 2025, A.1). It enters as a key of
+    its own at position 0, before everything, with a zero value; its logit rides on one extra head
+    channel that is 1 in every query, so the kernel needs no additive mask.
+    """
+    width = v.shape[-1]
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [batch, head, pos, d_head]
+    if sinks is not None:
+        carrier = F.pad(q.new_ones(1), (width, SINK_PAD - 1))
+        sink_key = (sinks.to(k.dtype) / scale)[None, :, None, None] * carrier
+        sink_key = sink_key.expand(k.shape[0], -1, 1, -1)
+        k = torch.cat([sink_key, F.pad(k, (0, SINK_PAD))], dim=2)
+        v = F.pad(v, (0, SINK_PAD, 1, 0))
+        # One query more keeps the problem square, so that the kernel's own causal mask fits.
+        q = F.pad(q, (0, SINK_PAD, 1 if mask is None else 0, 0)) + carrier
+    if mask is None:
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        allowed = mask if sinks is None else F.pad(mask, (1, 0), value=True)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], scale=scale)
+    if sinks is not None:
+        z = z[:, :, (1 if mask is None else 0) :, :width]
+    return z.transpose(1, 2)
+
+
+def explicit_attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    *,
+    scale: float,
+    sinks: Float[Tensor, " head"] | None,
+    mask: Bool[Tensor, "batch dest src"] | None,
+    hook_scores: Hook,
+    hook_pattern: Hook,
+) -> tuple[Heads, Bool[Tensor, "batch dest head"]]:
+    """The same attention with scores and pattern laid open to hooks.
+
+    Returns:
+        z, and which of its rows a hook changed. Pattern rows sum to less than 1 where there is a
+        sink: the rest of the mass is on it.
+    """
+    if mask is None:
+        n = q.shape[1]
+        mask = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    before = scores.detach().clone()
+    scores = hook_scores(scores)
+    changed = _rows_changed(before, scores)
+    if sinks is None:
+        pattern = scores.softmax(-1)
+    else:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        pattern = torch.cat([column, scores], -1).softmax(-1)[..., 1:]
+    before = pattern.detach().clone()
+    pattern = hook_pattern(pattern)
+    changed |= _rows_changed(before, pattern)
+    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+    return z, changed.transpose(1, 2)
+
+
+def attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    *,
+    scale: float,
+    sinks: Float[Tensor, " head"] | None,
+    mask: Bool[Tensor, "batch dest src"] | None,
+    hooked: bool,
+    hook_scores: Hook,
+    hook_pattern: Hook,
+) -> Heads:
+    """``z``: the fused value, or the explicit one in rows that a hook changed."""
+    if not hooked:
+        return fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
+    z, changed = explicit_attention(
+        q, k, v, scale=scale, sinks=sinks, mask=mask, hook_scores=hook_scores,
+        hook_pattern=hook_pattern,
+    )  # fmt: skip
+    with torch.no_grad():
+        canonical = fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
+    return canonical_unless_changed(canonical, z, changed[..., None])
+
+
+class _CanonicalUnlessChanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, canonical: Tensor, other: Tensor, changed: Tensor) -> Tensor:
+        return torch.where(changed, other, canonical)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        return None, grads[0], None
+
+
+def canonical_unless_changed(
+    canonical: Float[Tensor, "..."], other: Float[Tensor, "..."], changed: Bool[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Two routes to one value: bits of ``canonical`` where nothing was ``changed``, else ``other``.
+
+    The gradient always follows ``other``, the route on which the hooks are, so that it reaches
+    whatever they hold.
+    """
+    return _CanonicalUnlessChanged.apply(canonical, other, changed)
+
+
+def _rows_changed(before: Tensor, after: Tensor) -> Tensor:
+    # NaN != NaN would report a change in rows that no hook touched
+    same = (before == after) | (before.isnan() & after.isnan())
+    return (~same).any(-1)

@@ -1,0 +1,275 @@
+"""``Circuit``: the nodes and edges kept for a task, what they were measured to do, and from what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
+from tl_sparse.checkpoints import atomic_folder, fingerprint, read_json, read_tensors
+from tl_sparse.sites import MATRICES, NodeIndex
+
+SCHEMA_VERSION = 1
+TENSORS, RECORD = "circuit.safetensors", "circuit.json"
+MATRIX_NAMES = tuple(matrix for matrix, _, _ in MATRICES)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scale and shift of the answer pair's logit difference, fitted after pruning (§A.5)."""
+
+    scale: float = 1.0
+    """Factor on logit(answer A) - logit(answer B)."""
+    shift: float = 0.0
+    """Added to the scaled difference."""
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Kept nodes, edges between them, and the circuit's held-out results, bound to one model."""
+
+    task: str
+    """Name of the task."""
+    index: NodeIndex
+    """The nodes it was chosen from."""
+    kept: Bool[Tensor, " node"]
+    """Which nodes are kept; all others are set to their means."""
+    tau: Float[Tensor, " node"]
+    """The learned mask parameter of every node, in [-1, 1]."""
+    means: ActivationMeans
+    """What removed nodes are set to, and where that was measured."""
+    edges: pd.DataFrame
+    """A row per nonzero weight between kept nodes: layer, source_site, source, target_site, target,
+    matrix, weight."""
+    losses: Float[Tensor, " prompt"]
+    """Two-way cross-entropy (nats) of each held-out prompt, circuit only; chance is ln 2."""
+    losses_calibrated: Float[Tensor, " prompt"]
+    """The same after calibration."""
+    correct: Bool[Tensor, " prompt"]
+    """Whether each held-out prompt's right answer got the higher logit."""
+    calibration: Calibration
+    """Scale and shift of the answer pair's logit difference."""
+    selection_loss: float
+    """Loss on the pairs on which the number of nodes was chosen (apart from the held-out ones)."""
+    model_loss: float
+    """The whole model's loss on the held-out prompts."""
+    target_loss: float
+    """The loss that the circuit had to reach on the selection pairs."""
+    n_active: int
+    """Nodes whose gate was open at the end of mask training, before bisection."""
+    seed: int
+    """Seed of masks and prompts."""
+    config: Mapping[str, Any]
+    """The pruning config."""
+    model_name: str
+    """Class of the model."""
+    model_fingerprint: str
+    """SHA-256 of the model's tensors; the circuit belongs to it alone."""
+
+    @property
+    def loss(self) -> float:
+        """Mean held-out loss in nats."""
+        return float(self.losses.mean())
+
+    @property
+    def loss_calibrated(self) -> float:
+        """Mean held-out loss after calibration."""
+        return float(self.losses_calibrated.mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of held-out prompts answered right."""
+        return float(self.correct.float().mean())
+
+    @property
+    def n_nodes(self) -> int:
+        """Kept nodes."""
+        return int(self.kept.sum())
+
+    @property
+    def n_edges(self) -> int:
+        """Nonzero weights between kept nodes."""
+        return len(self.edges)
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """A row per kept node: layer, site, channel, head, head_channel, hook, tau, mean."""
+        frame = self.index.nodes(self.kept)
+        where = torch.nonzero(self.kept.cpu()).flatten()
+        frame["tau"] = self.tau.cpu()[where].numpy()
+        frame["mean"] = self.means.values.cpu()[where].numpy()
+        return frame
+
+    def hooks(self) -> list[FwdHook]:
+        """``(hook name, function)`` pairs that mean-ablate every node outside the circuit."""
+        return ablation_hooks(self.index, self.kept, self.means.values)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row per held-out prompt: loss, loss_calibrated, correct."""
+        return pd.DataFrame(
+            {
+                "task": self.task,
+                "loss": self.losses.cpu().numpy(),
+                "loss_calibrated": self.losses_calibrated.cpu().numpy(),
+                "correct": self.correct.cpu().numpy(),
+            }
+        )
+
+    def to_networkx(self) -> nx.DiGraph:
+        """A directed graph: nodes ``(layer, site, channel)``, edges with matrix and weight.
+
+        Residual links (a write and a later read of one channel) are edges of ``kind="residual"``.
+        """
+        graph = nx.DiGraph(task=self.task, loss=self.loss)
+        names = list(self.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
+        for name, tau, mean in zip(names, self.nodes["tau"], self.nodes["mean"], strict=True):
+            graph.add_node(name, tau=float(tau), mean=float(mean))
+        for row in self.edges.itertuples(index=False):
+            graph.add_edge(
+                (row.layer, row.source_site, row.source),
+                (row.layer, row.target_site, row.target),
+                kind="weight", matrix=row.matrix, weight=float(row.weight),
+            )  # fmt: skip
+        order = {"attn_in": 0, "attn_out": 1, "mlp_in": 2, "mlp_out": 3}
+        by_channel: dict[int, list[tuple[int, str, int]]] = {}
+        for name in names:
+            if name[1] in order:
+                by_channel.setdefault(name[2], []).append(name)
+        for same in by_channel.values():
+            writes = [n for n in same if n[1].endswith("out")]
+            reads = [n for n in same if n[1].endswith("in")]
+            graph.add_edges_from(
+                (
+                    (write, read)
+                    for write in writes
+                    for read in reads
+                    if (write[0], order[write[1]]) < (read[0], order[read[1]])
+                ),
+                kind="residual",
+            )
+        return graph
+
+    def to_plotly(self, max_edges: int = 2000) -> go.Figure:
+        """The circuit drawn: residual channels, nodes by layer and site, edges by sign and |w|."""
+        from tl_sparse.views import circuit_figure
+
+        return circuit_figure(self, max_edges=max_edges)
+
+    def _repr_html_(self) -> str:
+        from tl_sparse.views import circuit_html
+
+        return circuit_html(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Circuit({self.task!r}, {self.n_nodes} nodes, {self.n_edges} edges, held-out loss "
+            f"{self.loss:.3f} (calibrated {self.loss_calibrated:.3f}), accuracy {self.accuracy:.2f})"
+        )
+
+    # ----------------------------------------------------------------------------------------------
+    # on disk
+
+    def save(self, folder: str | Path) -> None:
+        """Write the circuit to a folder, all or nothing; :meth:`load` restores it exactly."""
+        record = {
+            name: getattr(self, name)
+            for name in (
+                "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed",
+                "model_name", "model_fingerprint",
+            )
+        }  # fmt: skip
+        record |= {
+            "schema_version": SCHEMA_VERSION,
+            "tl_sparse_version": version("tl-sparse"),
+            "config": dict(self.config),
+            "calibration": asdict(self.calibration),
+            "index": {f.name: getattr(self.index, f.name) for f in fields(self.index)},
+            "means": {
+                "n_tokens": self.means.n_tokens,
+                "tokens_hash": self.means.tokens_hash,
+                "model_fingerprint": self.means.model_fingerprint,
+            },
+        }
+        tensors = {
+            name: getattr(self, name).cpu().contiguous()
+            for name in ("kept", "tau", "losses", "losses_calibrated", "correct")
+        }
+        sites = list(self.index.sites)
+        matrix = self.edges["matrix"].map(MATRIX_NAMES.index)
+        ends = [self.edges[f"{end}_site"].map(sites.index) for end in ("source", "target")]
+        columns = [self.edges["layer"], matrix, ends[0], self.edges["source"], ends[1],
+                   self.edges["target"]]  # fmt: skip
+        tensors["edges"] = torch.tensor([c.tolist() for c in columns], dtype=torch.int64).T
+        tensors["edges"] = tensors["edges"].contiguous()
+        tensors["edge_weights"] = torch.tensor(self.edges["weight"].tolist(), dtype=torch.float32)
+        tensors["means"] = self.means.values.cpu().contiguous()
+        with atomic_folder(folder) as work:
+            save_file(tensors, work / TENSORS)
+            (work / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module) -> Circuit:
+        """Read a saved circuit for the model that it was found in.
+
+        Raises:
+            ValueError: the model is another one, the schema is another version, or a file is broken.
+        """
+        record = read_json(Path(folder) / RECORD)
+        if record.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{folder} has circuit schema_version {record.get('schema_version')!r}; this "
+                f"version of tl_sparse reads {SCHEMA_VERSION}"
+            )
+        if (mine := fingerprint(model)) != record["model_fingerprint"]:
+            raise ValueError(
+                f"{folder} is a circuit of a {record['model_name']} with fingerprint "
+                f"{record['model_fingerprint'][:12]}, not of this model ({mine[:12]}): load the "
+                "model it was pruned from"
+            )
+        tensors = read_tensors(Path(folder) / TENSORS)
+        plain = record["index"]
+        index = NodeIndex(
+            n_layers=plain["n_layers"],
+            sites=tuple(plain["sites"]),
+            hooks=tuple(tuple(layer) for layer in plain["hooks"]),
+            widths=tuple(plain["widths"]),
+            d_head=plain["d_head"],
+        )
+        layer, matrix, source_site, source, target_site, target = tensors.pop("edges").T.numpy()
+        edges = pd.DataFrame(
+            {
+                "layer": layer,
+                "source_site": [index.sites[i] for i in source_site],
+                "source": source,
+                "target_site": [index.sites[i] for i in target_site],
+                "target": target,
+                "matrix": [MATRIX_NAMES[i] for i in matrix],
+                "weight": tensors.pop("edge_weights").numpy(),
+            }
+        )
+        means = ActivationMeans(index, tensors.pop("means"), **record["means"])
+        rest = {
+            name: record[name]
+            for name in (
+                "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed",
+                "config", "model_name", "model_fingerprint",
+            )
+        }  # fmt: skip
+        calibration = Calibration(**record["calibration"])
+        return cls(
+            index=index, means=means, edges=edges, calibration=calibration, **tensors, **rest
+        )
+

@@ -1,0 +1,96 @@
+"""Edges: the nonzero weights between kept nodes (Gao et al. 2025, §2 and appendix A.5).
+
+Residual identity links, biases, embeddings and products of q and k are not edges.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_sparse.matrices import BLOCK_MATRICES
+from tl_sparse.sites import MATRICES, NodeIndex
+
+
+def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "source target"]:
+    """A block's weight matrix as [channels it reads, channels it writes], a row per source node."""
+    blocks: Any = model.blocks
+    part = BLOCK_MATRICES[matrix][0]
+    module = getattr(blocks[layer], part)
+    weight = getattr(module, matrix).detach()
+    extra = getattr(module, f"{matrix}_pos", None)
+    if extra is not None:
+        weight = torch.cat([weight, extra.detach()], dim=BLOCK_MATRICES[matrix][1])
+    if matrix in ("W_Q", "W_K", "W_V"):
+        return weight.permute(1, 0, 2).flatten(1)
+    return weight.flatten(0, 1) if matrix == "W_O" else weight
+
+
+def circuit_edges(
+    model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]
+) -> pd.DataFrame:
+    """One row per edge: layer, source_site, source, target_site, target, matrix, weight."""
+    frames = []
+    for layer in range(index.n_layers):
+        for matrix, source_site, target_site in MATRICES:
+            if source_site not in index.sites or target_site not in index.sites:
+                continue
+            weight = input_major(model, layer, matrix).cpu()
+            source, target = (
+                torch.nonzero(keep[index.slices[index.hook(layer, site)]].cpu()).flatten()
+                for site in (source_site, target_site)
+            )
+            block = weight[source][:, target]
+            row, column = torch.nonzero(block, as_tuple=True)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "layer": layer,
+                        "source_site": source_site,
+                        "source": source[row].numpy(),
+                        "target_site": target_site,
+                        "target": target[column].numpy(),
+                        "matrix": matrix,
+                        "weight": block[row, column].float().numpy(),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def count_edges(model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]) -> int:
+    """Number of edges between kept nodes."""
+    total = 0
+    for layer in range(index.n_layers):
+        for matrix, source_site, target_site in MATRICES:
+            if source_site in index.sites and target_site in index.sites:
+                nonzero = (input_major(model, layer, matrix) != 0).float()
+                source, target = (
+                    keep[index.slices[index.hook(layer, site)]].to(nonzero)
+                    for site in (source_site, target_site)
+                )
+                total += int((source @ nonzero @ target).item())
+    return total
+
+
+def random_edges(
+    model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"], draws: int = 100, seed: int = 0
+) -> Float[Tensor, " draw"]:
+    """Control: edges of random node sets with as many nodes per layer and site as ``keep`` has.
+
+    A sparse matrix has few edges between any nodes; this is how many a set of that size has anyway.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = {hook: int(keep[piece].sum()) for hook, piece in index.slices.items()}
+    results = []
+    for _ in range(draws):
+        mask = torch.zeros(index.n_nodes, dtype=torch.bool)
+        for hook, piece in index.slices.items():
+            order = torch.randperm(piece.stop - piece.start, generator=generator)
+            mask[piece.start + order[: counts[hook]]] = True
+        results.append(count_edges(model, index, mask))
+    return torch.tensor(results, dtype=torch.float32)

@@ -1,0 +1,128 @@
+"""The only module that knows which TransformerLens is installed.
+
+TransformerLens 2.16 to 3.x has ``HookedTransformer``; 4.x removed it and kept ``HookedRootModule``.
+Everything else in this package imports TransformerLens names from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformer_lens import ActivationCache, FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+
+try:  # 3.x and 4.x
+    from transformer_lens import utilities as tl_utils
+except ImportError:  # 2.x
+    from transformer_lens import utils as tl_utils
+
+try:  # 3.x and 4.x
+    from transformer_lens import HookedRootModule
+except ImportError:  # 2.x
+    from transformer_lens.hook_points import HookedRootModule
+
+try:  # 3.x and 4.x
+    from transformer_lens import TransformerLensKeyValueCache as KeyValueCache
+except ImportError:  # 2.x
+    from transformer_lens import HookedTransformerKeyValueCache as KeyValueCache
+
+# 4.x answers these names with a directed ImportError, which getattr's default does not catch.
+try:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    ModelBase: type[HookedRootModule] = HookedTransformer
+    ConfigBase: type = HookedTransformerConfig
+    HAS_HOOKED_TRANSFORMER = True
+except ImportError:
+    from transformer_lens.config import TransformerLensConfig
+
+    ModelBase = HookedRootModule
+    ConfigBase = TransformerLensConfig
+    HAS_HOOKED_TRANSFORMER = False
+
+__all__ = [
+    "HAS_HOOKED_TRANSFORMER",
+    "ActivationCache",
+    "ConfigBase",
+    "FactoredMatrix",
+    "HookPoint",
+    "HookedRootModule",
+    "KeyValueCache",
+    "ModelBase",
+    "RuntimeConfig",
+    "has_hooks",
+    "tl_utils",
+    "transformer_lens_version",
+]
+
+
+def transformer_lens_version() -> str:
+    """The installed TransformerLens version, for records and error messages."""
+    from importlib.metadata import version
+
+    return version("transformer-lens")
+
+
+def has_hooks(point: nn.Module) -> bool:
+    """Whether anything could see or change the value passing through ``point``.
+
+    A module that other tools put in a HookPoint's place (SAELens, auto-circuit) counts as hooked.
+    """
+    if type(point) is not HookPoint:
+        return True
+    return bool(
+        point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )
+
+
+class RuntimeConfig(ConfigBase):  # type: ignore[misc, valid-type]
+    """``model.cfg``: the mutable object in which TransformerLens code looks fields up.
+
+    It is an instance of TransformerLens' own config class (so that its ``isinstance`` checks hold)
+    whose attributes are a model's :class:`~tl_sparse.SparseTransformerConfig` plus TransformerLens'
+    run-time switches (``use_attn_result``, ``device``, ``dtype`` ...). It is not validated here and
+    never saved: the frozen config is.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        # TransformerLens' own __init__ would validate against architectures it knows; its field
+        # defaults are all that is wanted from it.
+        for field in dataclasses.fields(ConfigBase):
+            if field.default is not dataclasses.MISSING:
+                setattr(self, field.name, field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                setattr(self, field.name, field.default_factory())
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> RuntimeConfig:
+        return cls(**config_dict)
+
+    @classmethod
+    def unwrap(cls, config: RuntimeConfig | Mapping[str, Any]) -> RuntimeConfig:
+        return config if isinstance(config, RuntimeConfig) else cls.from_dict(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"RuntimeConfig({fields})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuntimeConfig) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def runtime_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's floating point parameters."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())

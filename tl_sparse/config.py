@@ -1,0 +1,193 @@
+"""``SparseTransformerConfig``: what a model is, frozen, validated, saved with every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Normalization = Literal["RMS", "LN"]
+Activation = Literal["gelu", "relu"]
+Positions = Literal["none", "standard", "concat", "sinusoidal_concat"]
+Bigram = Literal["none", "frozen", "learned"]
+ResidualActivation = Literal["identity", "relu"]
+
+
+@dataclass(frozen=True)
+class ActivationDensity:
+    """Share of channels that AbsTopK keeps at each of the ten places (Gao et al. 2025, Fig. 12).
+
+    1.0 switches AbsTopK off at that place. ``k = int(density * width)``, as in the released code.
+    """
+
+    attn_in: float = 1.0
+    """After the norm before attention (and after concatenated positions, if any)."""
+    attn_q: float = 1.0
+    """Queries, over all heads together."""
+    attn_k: float = 1.0
+    """Keys, over all heads together."""
+    attn_v: float = 1.0
+    """Values, over all heads together."""
+    attn_out: float = 1.0
+    """The attention block's write, before it is added to the residual stream."""
+    mlp_in: float = 1.0
+    """After the norm before the MLP."""
+    mlp_neuron: float = 1.0
+    """After the MLP's activation function."""
+    mlp_out: float = 1.0
+    """The MLP's write, before it is added to the residual stream."""
+    resid_post_attn: float = 1.0
+    """The residual stream itself after attention (off in the paper)."""
+    resid_post_mlp: float = 1.0
+    """The residual stream itself after the MLP (off in the paper)."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"activation density {name}={value!r} must lie in (0, 1]; 1 is off")
+
+    @classmethod
+    def paper(cls, density: float = 0.25) -> ActivationDensity:
+        """The paper's choice: the eight node sites at one density, the residual stream untouched."""
+        sites = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("resid_")]
+        return cls(**dict.fromkeys(sites, density))
+
+
+@dataclass(frozen=True)
+class SparseTransformerConfig:
+    """Architecture of a :class:`~tl_sparse.SparseTransformer`, in TransformerLens' field names.
+
+    Source: Gao et al. 2025, §2.1 and appendix A.1; the options are those of the released inference
+    code. A dense model is the same config with ``activation_density=ActivationDensity()``; weight
+    sparsity is a matter of training (:class:`~tl_sparse.SparsityConfig`), not of architecture.
+    """
+
+    n_layers: int = 2
+    """Transformer blocks."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    n_ctx: int = 256
+    """Longest sequence, in tokens."""
+    d_vocab: int = 2048
+    """Tokens in the vocabulary."""
+    d_head: int = 16
+    """Channels per head (the paper's 16: small heads are more monosemantic)."""
+    n_heads: int | None = None
+    """Heads per layer; default d_model // d_head. n_heads * d_head need not be d_model."""
+    d_mlp: int | None = None
+    """MLP neurons per layer; default 4 * d_model."""
+    act_fn: Activation = "gelu"
+    """The MLP's activation function."""
+    normalization_type: Normalization = "RMS"
+    """RMSNorm (zero stays zero) or LayerNorm."""
+    eps: float | None = None
+    """Epsilon of the norms; default as the released code: finfo(dtype).eps for RMS, 1e-5 for LN."""
+    use_bias: bool = True
+    """Biases in attention and MLP."""
+    use_ln_bias: bool = True
+    """Bias of LayerNorm (RMSNorm has none)."""
+    positional_embedding_type: Positions = "none"
+    """none (the paper), standard (learned, added), or concatenated read-only channels: learned
+    (concat) or fixed sinusoids (sinusoidal_concat)."""
+    d_pos: int = 0
+    """Width of the concatenated positions; 0 unless positional_embedding_type concatenates."""
+    use_attention_sinks: bool = False
+    """A learned logit per head in the softmax denominator, so that a head may attend to nothing."""
+    bigram_table: Bigram = "none"
+    """A dense [d_vocab, d_vocab] table whose row of the current token is added to the logits."""
+    tie_word_embeddings: bool = False
+    """Unembed with the transpose of the token embedding."""
+    residual_act: ResidualActivation = "identity"
+    """Function applied to the residual stream after every write."""
+    activation_density: ActivationDensity = field(default_factory=ActivationDensity)
+    """AbsTopK: share of channels kept, per site."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; block outputs get it / sqrt(2 n_layers)."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    default_prepend_bos: bool = True
+    """Whether strings are tokenized with a BOS token in front."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads is None:
+            object.__setattr__(self, "n_heads", max(1, self.d_model // self.d_head))
+        if self.d_mlp is None:
+            object.__setattr__(self, "d_mlp", 4 * self.d_model)
+        for name in ("n_layers", "d_model", "n_ctx", "d_vocab", "d_head", "n_heads", "d_mlp"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        choices = {
+            "act_fn": Activation,
+            "normalization_type": Normalization,
+            "positional_embedding_type": Positions,
+            "bigram_table": Bigram,
+            "residual_act": ResidualActivation,
+        }
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose from {get_args(literal)}"
+                )
+        if self.concat_positions != (self.d_pos > 0):
+            raise ValueError(
+                f"d_pos={self.d_pos} does not fit positional_embedding_type="
+                f"{self.positional_embedding_type!r}: concatenated positions need d_pos > 0, "
+                "the others d_pos = 0"
+            )
+        if self.positional_embedding_type == "sinusoidal_concat" and self.d_pos % 2:
+            raise ValueError(f"d_pos={self.d_pos} must be even for sinusoids (sine and cosine)")
+        if self.eps is not None and not self.eps > 0:
+            raise ValueError(f"eps={self.eps!r} must be positive")
+        for site, density in dataclasses.asdict(self.activation_density).items():
+            if int(density * self.site_width(site)) < 1:
+                raise ValueError(
+                    f"activation density {site}={density} keeps no channel of "
+                    f"{self.site_width(site)}; use at least {1 / self.site_width(site):.4g}"
+                )
+
+    @property
+    def concat_positions(self) -> bool:
+        """Whether positions are extra channels that attention and MLP read beside the stream."""
+        return self.positional_embedding_type in ("concat", "sinusoidal_concat")
+
+    def site_width(self, site: str) -> int:
+        """Channels at one of the ten activation sites."""
+        if site in ("attn_q", "attn_k", "attn_v"):
+            return self.n_heads * self.d_head  # type: ignore[operator]
+        if site == "mlp_neuron":
+            return self.d_mlp  # type: ignore[return-value]
+        if site in ("attn_in", "mlp_in"):
+            return self.d_model + self.d_pos
+        return self.d_model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready values; :meth:`from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseTransformerConfig:
+        """Build from :meth:`to_dict`'s output.
+
+        Raises:
+            ValueError: a key that is not a field; the message lists the fields.
+        """
+        return from_plain(cls, values)
+
+
+def from_plain(cls: type[Any], values: Mapping[str, Any]) -> Any:
+    """A config dataclass from plain JSON values; unknown keys are an error that names the fields."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"unknown {cls.__name__} key(s) {', '.join(unknown)}; known: {', '.join(sorted(fields))}"
+        )
+    plain = {}
+    for name, value in values.items():
+        default = fields[name].default_factory
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            value = from_plain(default, value)  # type: ignore[arg-type]
+        plain[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**plain)

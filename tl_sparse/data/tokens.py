@@ -1,0 +1,180 @@
+"""Token files: documents as memory-mapped ids, checked on reading, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+from jaxtyping import UInt16
+from transformers import PreTrainedTokenizerFast
+
+from tl_sparse.data.config import CorpusConfig
+from tl_sparse.data.tokenizer import load_tokenizer
+
+_PARTS: Final = ("train.bin", "validation.bin", "tokenizer.json")
+_INDEX: Final = "corpus.json"
+_FORMAT: Final = 1
+_BATCH: Final = 256  # documents per call of the tokenizer
+
+
+@dataclass(frozen=True)
+class CorpusStats:
+    """What went into a corpus."""
+
+    files_train: int
+    """Documents of real text in the training part."""
+    files_validation: int
+    """Documents of real text in the validation part."""
+    files_skipped: int
+    """Files that were not UTF-8, empty, larger than `max_file_bytes` or not ASCII enough."""
+    duplicates_dropped: int
+    """Exact and near copies of other documents."""
+    files_over_limit: int
+    """Documents left out because of `max_bytes`."""
+    bytes: int
+    """UTF-8 bytes of real text in both parts."""
+    tokens_train: int
+    """Ids in the training stream, idioms and separators included."""
+    tokens_validation: int
+    """Ids in the validation stream, separators included."""
+    tokens_idiom: int
+    """Ids in the training stream that belong to generated idioms."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+    """Two streams of token ids, `<|endoftext|> document <|endoftext|> document ...`, on disk."""
+
+    train: UInt16[np.ndarray, " train_token"]
+    """Real text and idioms, whole documents in seeded random order; memory-mapped."""
+    validation: UInt16[np.ndarray, " validation_token"]
+    """Real text only, from files of which nothing is in `train`; memory-mapped."""
+    tokenizer: PreTrainedTokenizerFast
+    """The tokenizer of both streams; its last id is `<|endoftext|>`."""
+    config: CorpusConfig
+    """How the corpus was built."""
+    fingerprint: str
+    """Hash of configuration, texts and versions: equal fingerprints mean equal streams."""
+    stats: CorpusStats
+    """Counts of files, bytes and tokens."""
+    dropped: tuple[str, ...]
+    """Names of the documents dropped as copies."""
+    directory: Path
+    """Where the files are."""
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Open a corpus folder. A missing, truncated or altered file is a `ValueError`."""
+        directory = Path(directory).expanduser()
+        index = _read_index(directory)
+        for name, expected in index["files"].items():
+            if _describe(directory / name) != expected:
+                raise ValueError(f"corpus file {directory / name} is missing, cut short or altered")
+        train, validation = (
+            np.memmap(directory / name, dtype=np.uint16, mode="r") for name in _PARTS[:2]
+        )
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in index["config"].items()
+        }
+        return cls(
+            train=train,
+            validation=validation,
+            tokenizer=load_tokenizer(directory / "tokenizer.json"),
+            config=CorpusConfig(**settings),
+            fingerprint=index["fingerprint"],
+            stats=CorpusStats(**index["stats"]),
+            dropped=tuple(index["dropped"]),
+            directory=directory,
+        )
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
+) -> Iterator[UInt16[np.ndarray, " _"]]:
+    """Yield each text's ids with `<|endoftext|>` before them; text that spells it stays text."""
+    backend = tokenizer.backend_tokenizer
+    start = np.array([tokenizer.bos_token_id], dtype=np.uint16)
+    texts = iter(texts)
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        while batch := list(islice(texts, _BATCH)):
+            for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
+                yield np.concatenate([start, np.array(encoding.ids, dtype=np.uint16)])
+    finally:
+        backend.encode_special_tokens = before
+
+
+def write_corpus(
+    directory: Path,
+    *,
+    train: UInt16[np.ndarray, " train_token"],
+    validation: UInt16[np.ndarray, " validation_token"],
+    tokenizer: PreTrainedTokenizerFast,
+    config: CorpusConfig,
+    fingerprint: str,
+    version: str,
+    stats: CorpusStats,
+    dropped: Sequence[str],
+) -> None:
+    """Write a corpus folder beside its place and move it there in one step."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        train.tofile(draft / "train.bin")
+        validation.tofile(draft / "validation.bin")
+        tokenizer.backend_tokenizer.save(str(draft / "tokenizer.json"))
+        index = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint,
+            "version": version,
+            "config": asdict(config),
+            "stats": asdict(stats),
+            "dropped": list(dropped),
+            "files": {name: _describe(draft / name) for name in _PARTS},
+        }
+        (draft / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / _INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} is no corpus: it has no {_INDEX}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"corpus file {path} cannot be read: {error}") from None
+    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        raise ValueError(f"corpus file {path} is not of format {_FORMAT}")
+    known = {
+        "config": {f.name for f in fields(CorpusConfig)},
+        "stats": {f.name for f in fields(CorpusStats)},
+        "files": set(_PARTS),
+    }
+    wrong = [key for key, names in known.items() if set(index.get(key, ())) != names]
+    wrong += [key for key in ("fingerprint", "dropped") if key not in index]
+    if wrong:
+        raise ValueError(f"corpus file {path} lacks or misnames fields of {', '.join(wrong)}")
+    return index
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    """Size and hash of a file; size -1 when it is not there."""
+    if not path.is_file():
+        return {"bytes": -1, "sha256": ""}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

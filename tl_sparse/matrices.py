@@ -1,0 +1,112 @@
+"""A model's weight matrices under TransformerLens' names, wherever the model really keeps them.
+
+A :class:`WeightMatrix` is a live view: writing to it writes to the parameter. That holds for a
+SparseTransformer, a HookedTransformer, and a TransformerBridge (whose ``W_Q`` is a view of the
+wrapped model's weight).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Role = Literal["block", "embedding", "bias"]
+
+# Matrix → (part of the block, dimension along which one neuron's or channel's weights lie): incoming
+# weights of q, k, v channels and neurons, outgoing weights of z channels and neurons (released
+# training script: rows of c_attn and c_fc, columns of the two c_proj).
+BLOCK_MATRICES: dict[str, tuple[str, int]] = {
+    "W_Q": ("attn", 1),
+    "W_K": ("attn", 1),
+    "W_V": ("attn", 1),
+    "W_O": ("attn", 2),
+    "W_in": ("mlp", 0),
+    "W_out": ("mlp", 1),
+}
+# Rows that read concatenated positions belong to the matrix that reads the stream beside them.
+POSITIONAL = {"W_Q": "W_Q_pos", "W_K": "W_K_pos", "W_V": "W_V_pos", "W_in": "W_in_pos"}
+BIASES = {"attn": ("b_Q", "b_K", "b_V", "b_O"), "mlp": ("b_in", "b_out")}
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """One matrix whose entries compete for the same budget of nonzeros."""
+
+    name: str
+    """TransformerLens name, such as ``blocks.0.attn.W_Q``."""
+    role: Role
+    """Which density applies to it."""
+    parts: tuple[Float[Tensor, "..."], ...]
+    """The tensors it consists of (two where positions are concatenated), in their own shapes."""
+    owners: tuple[nn.Parameter, ...]
+    """The parameters that the parts are, or are views of."""
+    fan_dim: int
+    """Dimension along which the weights of one neuron, channel or token lie."""
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return sum(part.numel() for part in self.parts)
+
+    @property
+    def n_fans(self) -> int:
+        """Neurons, channels or tokens that a floor protects."""
+        return self.parts[0].numel() // self.parts[0].shape[self.fan_dim]
+
+
+def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMatrix, ...]:
+    """Every matrix that weight sparsity applies to, blocks first, then embedding and unembedding.
+
+    Norm weights, attention sinks, concatenated positions and the bigram table stay dense
+    (Gao et al. 2025, §2.1, A.1); ``biases`` adds the bias vectors, which the paper makes sparse too.
+
+    Raises:
+        ValueError: the model keeps a matrix in a form that cannot be written in place.
+    """
+    owners = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    cfg: Any = model.cfg
+    found = []
+    for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        for matrix, (part, fan_dim) in BLOCK_MATRICES.items():
+            if part == "mlp" and getattr(cfg, "attn_only", False):
+                continue
+            module = getattr(block, part)
+            tensors = [getattr(module, matrix)]
+            extra = getattr(module, POSITIONAL.get(matrix, ""), None)
+            if extra is not None:
+                tensors.append(extra)
+            name = f"blocks.{layer}.{part}.{matrix}"
+            found.append(_matrix(name, "block", tensors, owners, fan_dim))
+    found.append(_matrix("embed.W_E", "embedding", [model.W_E], owners, 1))
+    unembed: Any = model.W_U
+    if unembed.untyped_storage().data_ptr() != found[-1].owners[0].untyped_storage().data_ptr():
+        found.append(_matrix("unembed.W_U", "embedding", [unembed], owners, 0))
+    if getattr(cfg, "positional_embedding_type", None) == "standard":
+        found.append(_matrix("pos_embed.W_pos", "embedding", [model.W_pos], owners, 1))
+    if biases:
+        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+            for part, names in BIASES.items():
+                for bias in names:
+                    tensor = getattr(getattr(block, part), bias, None)
+                    if isinstance(tensor, nn.Parameter):
+                        name = f"blocks.{layer}.{part}.{bias}"
+                        found.append(_matrix(name, "bias", [tensor], owners, 0))
+    return tuple(found)
+
+
+def _matrix(
+    name: str, role: Role, tensors: list[Tensor], owners: dict[int, nn.Parameter], fan_dim: int
+) -> WeightMatrix:
+    held = []
+    for tensor in tensors:
+        owner = owners.get(tensor.untyped_storage().data_ptr())
+        if owner is None:
+            raise ValueError(
+                f"{name} of this model is computed, not stored (grouped or quantised weights?), so "
+                "it cannot be made sparse in place"
+            )
+        held.append(owner)
+    return WeightMatrix(name, role, tuple(t.detach() for t in tensors), tuple(held), fan_dim)

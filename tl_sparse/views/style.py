@@ -1,0 +1,135 @@
+"""Colours, labels and hover texts shared by the Plotly figure, the SVG and the page."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from tl_sparse.views.protocol import CircuitLike
+
+POSITIVE = "#2f6fd0"
+NEGATIVE = "#d43d3d"
+LANE = "#8b8f98"
+
+
+@dataclass(frozen=True)
+class SiteStyle:
+    """How the nodes of one site look; the colours are readable on white and on near-black."""
+
+    label: str
+    """Words for legends and hover texts."""
+    short: str
+    """What stands before the channel in a small label."""
+    colour: str
+    """Fill colour."""
+    symbol: str
+    """"circle", or "square" for writes into the residual stream."""
+
+
+SITE_STYLES: dict[str, SiteStyle] = {
+    "attn_in": SiteStyle("attention reads", "", "#a3acba", "circle"),
+    "attn_q": SiteStyle("query", "q", "#e39a1c", "circle"),
+    "attn_k": SiteStyle("key", "k", "#c9b400", "circle"),
+    "attn_v": SiteStyle("value", "v", "#b765b0", "circle"),
+    "attn_out": SiteStyle("attention writes", "", "#6b7688", "square"),
+    "mlp_in": SiteStyle("mlp reads", "", "#a3acba", "circle"),
+    "mlp_neuron": SiteStyle("neuron", "", "#1f9d78", "circle"),
+    "mlp_out": SiteStyle("mlp writes", "", "#6b7688", "square"),
+}
+"""Blue and red are left to the signs of edges and activations."""
+
+
+def visible(text: str) -> str:
+    """A token with its white space and its unprintable characters made visible.
+
+    Space becomes "·", newline "↵", tab "⇥"; the rest as in `printable`.
+    """
+    return printable(text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥"))
+
+
+def printable(text: str) -> str:
+    """Text in which every character without a glyph (control, bidirectional override, lone
+    surrogate) is written as its code, e.g. "\\u202e"."""
+    return "".join(c if c.isprintable() else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    number = ord(character)
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def number(value: float, keep_zeros: bool = False) -> str:
+    """Three digits with a true minus sign; "–" for NaN; `keep_zeros` writes 0.150 for 0.15."""
+    if np.isnan(value):
+        return "–"
+    if abs(value) >= 999.5:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:#.3g}" if keep_zeros and value else f"{value:.3g}"
+    # 4.2e-05 reads well; the zero of the exponent does not.
+    return re.sub(r"e(.)0*(\d)", r"e\1\2", text).rstrip(".").replace("-", "−")
+
+
+def node_labels(nodes: pd.DataFrame) -> list[str]:
+    """Short label of every node: the channel, for q/k/v the letter and the channel in its head."""
+    shorts = nodes["site"].map({site: style.short for site, style in SITE_STYLES.items()})
+    channel = nodes["head_channel"].fillna(nodes["channel"]).astype(int).astype(str)
+    return (shorts + channel).tolist()
+
+
+def node_names(nodes: pd.DataFrame) -> list[str]:
+    """Full name of every node, e.g. "layer 10 · key 1 of head 82" or "layer 0 · neuron 863"."""
+    words = nodes["site"].map({site: style.label for site, style in SITE_STYLES.items()})
+    layer = "layer " + nodes["layer"].astype(str) + " · " + words + " "
+    of_head = nodes["head_channel"].astype(str) + " of head " + nodes["head"].astype(str)
+    return (layer + of_head.where(nodes["head"].notna(), nodes["channel"].astype(str))).tolist()
+
+
+def node_facts(nodes: pd.DataFrame) -> list[str]:
+    """Mean and threshold of every node as one line."""
+    values = zip(nodes["mean"].astype(float), nodes["tau"].astype(float), strict=True)
+    return [f"mean {number(mean)} · τ {number(tau)}" for mean, tau in values]
+
+
+def circuit_line(circuit: CircuitLike) -> str:
+    """The facts of a circuit in one line of plain text (unescaped)."""
+    return " · ".join(
+        [
+            f"loss {number(circuit.loss)} (target {number(circuit.target_loss)})",
+            f"calibrated {number(circuit.loss_calibrated)}",
+            f"accuracy {100 * circuit.accuracy:.1f} %",
+            f"{circuit.n_nodes:,} nodes",
+            f"{circuit.n_edges:,} edges",
+            printable(circuit.model_name),
+            f"seed {circuit.seed}",
+        ]
+    )
+
+
+def strength(weights: Float[np.ndarray, " edge"]) -> Float[np.ndarray, " edge"]:
+    """|weight| over the largest |weight|, in [0, 1]."""
+    size = np.abs(weights)
+    largest = size.max(initial=0.0)
+    return size / largest if largest > 0 else size
+
+
+def edge_width(relative: Float[np.ndarray, " edge"], crowd: int) -> Float[np.ndarray, " edge"]:
+    """Line width in pixels of edges of relative strength, thinner in a crowd of edges."""
+    widest = 4.2 if crowd <= 150 else 3.2
+    thinnest = 1.1 if crowd <= 150 else 0.45
+    return thinnest + (widest - thinnest) * relative
+
+
+def edge_opacity(relative: Float[np.ndarray, " edge"], crowd: int) -> Float[np.ndarray, " edge"]:
+    """Opacity of edges of relative strength: a crowd of weak edges must not hide the strong."""
+    faintest = float(np.clip(0.75 - 0.12 * np.log10(max(crowd, 10) / 10) * 2, 0.18, 0.75))
+    return faintest + (0.95 - faintest) * relative
+
+
+def shown_note(shown: int, total: int) -> str:
+    """Says how many edges a picture shows when it does not show all; empty when it does."""
+    if shown == total:
+        return ""
+    return f"only the {shown:,} strongest of {total:,} edges are drawn"
