@@ -92,3 +92,98 @@ def seeds() -> int:
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     return SEED
+
+
+# --------------------------------------------------------------------------------------------------
+# small models, one architecture option at a time
+
+TOPK = dict.fromkeys(
+    ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out"), 0.5
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "abstopk": {"activation_density": TOPK},
+    "abstopk_resid": {"activation_density": TOPK | {"resid_post_attn": 0.5, "resid_post_mlp": 0.5}},
+    "sinks": {"use_attention_sinks": True},
+    "bigram_frozen": {"bigram_table": "frozen"},
+    "bigram_learned": {"bigram_table": "learned"},
+    "standard": {"positional_embedding_type": "standard"},
+    "concat": {"positional_embedding_type": "concat", "d_pos": 4},
+    "sinusoidal": {"positional_embedding_type": "sinusoidal_concat", "d_pos": 4},
+    "tied": {"tie_word_embeddings": True},
+    "layer_norm": {"normalization_type": "LN"},
+    "layer_norm_no_bias": {"normalization_type": "LN", "use_ln_bias": False},
+    "residual_relu": {"residual_act": "relu"},
+    "wide_heads": {"n_heads": 3, "d_head": 8},
+    "relu": {"act_fn": "relu"},
+    "no_bias": {"use_bias": False},
+    "together": {
+        "activation_density": TOPK,
+        "use_attention_sinks": True,
+        "bigram_table": "learned",
+        "positional_embedding_type": "concat",
+        "d_pos": 4,
+        "n_heads": 3,
+        "d_head": 8,
+    },
+}
+D_VOCAB, N_CTX = 30, 12
+
+
+def _small_model(
+    option: str = "plain", *, zeros: float = 0.0, tokenizer: Any = None, **changes: Any
+):
+    """A two-layer model with every parameter drawn at random, a share of them exactly zero."""
+    from tl_sparse.config import SparseTransformerConfig
+    from tl_sparse.model import SparseTransformer
+
+    base = {"n_layers": 2, "d_model": 16, "d_head": 4, "d_mlp": 24, "n_ctx": N_CTX}
+    values = base | {"d_vocab": D_VOCAB, "seed": 1} | OPTIONS[option] | changes
+    model = SparseTransformer(SparseTransformerConfig.from_dict(values), tokenizer)
+    generator = torch.Generator().manual_seed(2)
+    tensors = [*model.parameters(), model.unembed.b_U]
+    with torch.no_grad():
+        for tensor in tensors:
+            noise = torch.randn(tensor.shape, generator=generator) * 0.4
+            noise[torch.rand(tensor.shape, generator=generator) < zeros] = 0.0
+            tensor.copy_(tensor.round() + noise)  # norm weights stay about one
+    return model.eval()
+
+
+@pytest.fixture
+def small_model() -> Callable[..., Any]:
+    """``small_model(option, zeros=0.0, tokenizer=None, **config)`` builds a model; see OPTIONS."""
+    return _small_model
+
+
+@pytest.fixture(params=list(OPTIONS))
+def option(request: pytest.FixtureRequest) -> str:
+    """Every architecture option in turn."""
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Token ids [2, 8] for the small models."""
+    return torch.randint(3, D_VOCAB, (2, 8), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., Any]:
+    """``make_tokenizer(pad="<pad>")``: a tokenizer over the words w3 .. w29, by number."""
+
+    def make(pad: str | None = "<pad>") -> Any:
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from tokenizers.pre_tokenizers import WhitespaceSplit
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, D_VOCAB))]
+        core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+        core.pre_tokenizer = WhitespaceSplit()
+        special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+        if pad is not None:
+            special["pad_token"] = pad
+        return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+    return make

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_sparse.checkpoints import fingerprint
@@ -53,29 +54,34 @@ def activation_means(
     """
     if tokens.numel() == 0:
         raise ValueError("no tokens to take means over")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     index = NodeIndex.of(model, sites)
     totals: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
 
-    def add(x: Tensor, hook: Any) -> None:
+    def add(x: Tensor, hook: Any = None, *, name: str) -> None:
         # float64 sums: the means of a long stream stay exact to float32
-        total = x.reshape(-1, width_of[hook.name]).double().sum(0)
-        totals[hook.name] = totals.get(hook.name, 0.0) + total
+        width = index.slices[name].stop - index.slices[name].start
+        channels = x.reshape(-1, width).double()
+        totals[name] = totals.get(name, 0.0) + channels.sum(0)
+        # counted, as a HookedTransformer's norm fires once each for queries, keys and values
+        rows[name] = rows.get(name, 0) + len(channels)
 
-    width_of = {hook: piece.stop - piece.start for hook, piece in index.slices.items()}
+    # by the name that was asked for: a hook reached by an alias goes by another
+    hooks = [(name, partial(add, name=name)) for name in index.slices]
     device = next(model.parameters()).device
     run: Any = model
     for part in tokens.split(batch_size):
-        run.run_with_hooks(
-            part.to(device), return_type=None, fwd_hooks=[(hook, add) for hook in index.slices]
-        )
+        run.run_with_hooks(part.to(device), return_type=None, fwd_hooks=hooks)
     if missing := set(index.slices) - set(totals):
         raise ValueError(f"hooks {', '.join(sorted(missing))} never fired on this model")
-    values = index.flat(totals) / tokens.numel()
+    values = index.flat({name: total / rows[name] for name, total in totals.items()})
     digest = hashlib.sha256(tokens.cpu().to(torch.int64).numpy().tobytes()).hexdigest()
     return ActivationMeans(index, values.float(), tokens.numel(), digest, fingerprint(model))
 
 
-def node_view(values: Float[Tensor, " channel"], like: Tensor) -> Tensor:
+def node_view(values: Shaped[Tensor, " channel"], like: Tensor) -> Tensor:
     """A vector over a site's channels, shaped to broadcast with the site's activation.
 
     q, k and v come as [..., head, d_head]; every other site has its channels in the last dimension.

@@ -15,43 +15,49 @@ from torch import Tensor, nn
 
 
 def top_k_mask(x: Float[Tensor, "... channel"], k: int) -> Bool[Tensor, "... channel"]:
-    """Exactly k channels per row: those of largest magnitude, ties broken as ``torch.topk`` does.
+    """Exactly k channels per row: the largest in magnitude, ties broken as ``torch.topk`` does."""
+    return _ones_at_top_k(x, k).bool()
+
+
+def _ones_at_top_k(x: Tensor, k: int) -> Tensor:
+    """1 at the k largest magnitudes of each row, else 0, in the dtype of ``x``.
 
     On CPU the threshold comes from numpy's vectorised sort, several times faster than
-    ``torch.topk`` there; rows in which ties make the threshold ambiguous are settled by
-    ``torch.topk``, so both routes select the same values.
+    ``torch.topk`` there; rows in which ties or NaNs make the threshold ambiguous are settled by
+    ``torch.topk``, so both routes select the same values. Ones and zeros, not booleans: torch's
+    masked operations are several times slower on CPU than a product.
     """
     magnitude = x.detach().abs()
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return _mask_from_indices(magnitude, k)
+        return _scatter_ones(magnitude, k)
     if magnitude.dtype in (torch.bfloat16, torch.float16):
         magnitude = magnitude.float()
     rows = magnitude.reshape(-1, x.shape[-1])
     cut = np.sort(rows.numpy(), axis=-1)[:, -k, None]
-    mask = rows >= torch.from_numpy(np.ascontiguousarray(cut))
-    if int(mask.count_nonzero()) != k * rows.shape[0]:
-        tied = mask.sum(-1) != k
-        mask[tied] = _mask_from_indices(rows[tied], k)
-    return mask.view(x.shape)
+    ones = torch.ge(rows, torch.from_numpy(np.ascontiguousarray(cut)), out=torch.empty_like(rows))
+    unsettled = ones.sum(-1) != k
+    if bool(unsettled.any()):
+        ones[unsettled] = _scatter_ones(rows[unsettled], k)
+    return ones.view(x.shape).to(x.dtype)
 
 
-def _mask_from_indices(magnitude: Tensor, k: int) -> Tensor:
+def _scatter_ones(magnitude: Tensor, k: int) -> Tensor:
     indices = magnitude.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(magnitude, dtype=torch.bool).scatter_(-1, indices, True)
+    return torch.zeros_like(magnitude).scatter_(-1, indices, 1.0)
 
 
 class _Keep(torch.autograd.Function):
-    """``where(mask, x, 0)`` whose gradient flows through the kept entries only."""
+    """``x`` at the kept entries, 0 elsewhere; the gradient flows through the kept entries only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return x.masked_fill(~mask, 0.0)
+    def forward(ctx: Any, x: Tensor, ones: Tensor) -> Tensor:
+        ctx.save_for_backward(ones)
+        return x * ones
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return grads[0].masked_fill(~mask, 0.0), None
+        (ones,) = ctx.saved_tensors
+        return grads[0] * ones, None
 
 
 class AbsTopK(nn.Module):
@@ -73,7 +79,7 @@ class AbsTopK(nn.Module):
         return self.k < self.width
 
     def forward(self, x: Float[Tensor, "... channel"]) -> Float[Tensor, "... channel"]:
-        return _Keep.apply(x, top_k_mask(x, self.k)) if self.active else x
+        return _Keep.apply(x, _ones_at_top_k(x, self.k)) if self.active else x
 
     def extra_repr(self) -> str:
         return f"k={self.k}, width={self.width}"

@@ -1,9 +1,9 @@
 """Causal attention with optional per-head sinks: one canonical kernel, whoever is looking.
 
 AbsTopK turns last-bit differences between kernels into visible ones, so the value of ``z`` may not
-depend on whether a hook reads the scores or the pattern. The fused kernel always computes it; scores
-and pattern are computed besides, only when something is hooked to them, and enter ``z`` only in the
-rows where a hook changed them.
+depend on whether a hook reads the scores or the pattern. The fused kernel always computes it;
+scores and pattern are computed besides, only when something is hooked to them, and enter ``z`` only
+in the rows where a hook changed them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Hook = Callable[[Tensor], Tensor]
-Heads = Float[Tensor, "batch pos head d_head"]
+Queries = Float[Tensor, "batch dest head d_head"]
+Keys = Float[Tensor, "batch src head d_head"]
 SINK_PAD = 8  # head channels added for the sink's logit; fused kernels want multiples of eight
 
 
 def fused_attention(
-    q: Heads,
-    k: Heads,
-    v: Heads,
+    q: Queries,
+    k: Keys,
+    v: Keys,
     *,
     scale: float,
     sinks: Float[Tensor, " head"] | None = None,
     mask: Bool[Tensor, "batch dest src"] | None = None,
-) -> Heads:
+) -> Queries:
     """Softmax attention by torch's fused kernel; causal where ``mask`` is None.
 
     A sink adds exp(sink) to each softmax denominator (Gao et al. 2025, A.1). It enters as a key of
@@ -57,16 +58,16 @@ def fused_attention(
 
 
 def explicit_attention(
-    q: Heads,
-    k: Heads,
-    v: Heads,
+    q: Queries,
+    k: Keys,
+    v: Keys,
     *,
     scale: float,
     sinks: Float[Tensor, " head"] | None,
     mask: Bool[Tensor, "batch dest src"] | None,
     hook_scores: Hook,
     hook_pattern: Hook,
-) -> tuple[Heads, Bool[Tensor, "batch dest head"]]:
+) -> tuple[Queries, Bool[Tensor, "batch dest head"]]:
     """The same attention with scores and pattern laid open to hooks.
 
     Returns:
@@ -78,25 +79,25 @@ def explicit_attention(
         mask = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    before = scores.detach().clone()
-    scores = hook_scores(scores)
+    before = scores.detach()
+    scores = hook_scores(scores.clone())  # a copy, which a hook may edit in place
     changed = _rows_changed(before, scores)
     if sinks is None:
         pattern = scores.softmax(-1)
     else:
         column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         pattern = torch.cat([column, scores], -1).softmax(-1)[..., 1:]
-    before = pattern.detach().clone()
-    pattern = hook_pattern(pattern)
+    before = pattern.detach()
+    pattern = hook_pattern(pattern.clone())
     changed |= _rows_changed(before, pattern)
     z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
     return z, changed.transpose(1, 2)
 
 
 def attention(
-    q: Heads,
-    k: Heads,
-    v: Heads,
+    q: Queries,
+    k: Keys,
+    v: Keys,
     *,
     scale: float,
     sinks: Float[Tensor, " head"] | None,
@@ -104,7 +105,7 @@ def attention(
     hooked: bool,
     hook_scores: Hook,
     hook_pattern: Hook,
-) -> Heads:
+) -> Queries:
     """``z``: the fused value, or the explicit one in rows that a hook changed."""
     if not hooked:
         return fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)

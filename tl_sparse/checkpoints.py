@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_sparse.config import ActivationDensity, SparseTransformerConfig
+from tl_sparse.config import ActivationDensity, SparseTransformerConfig, from_plain
 from tl_sparse.model import SparseTransformer
 
 SCHEMA_VERSION = 1
@@ -50,8 +51,15 @@ class TrainingRecord:
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Write a folder beside its place and move it there when complete; on error leave nothing."""
+    """Write a folder beside its place and move it there when complete; on error leave nothing.
+
+    Raises:
+        ValueError: the place is taken by a file, or by a folder with entries that the new one
+            lacks, which would be lost.
+    """
     target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; choose a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -62,14 +70,29 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         work.chmod(0o755)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / "old")
-            os.replace(work, target)
-            shutil.rmtree(old)
+            replace_folder(target, work)
         else:
             os.replace(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def replace_folder(target: Path, work: Path) -> None:
+    """Put ``work`` in the place of ``target``, which comes back if that fails."""
+    foreign = sorted({p.name for p in target.iterdir()} - {p.name for p in work.iterdir()})
+    if foreign:
+        raise ValueError(
+            f"{target} also holds {', '.join(foreign)}, which saving there would delete; choose "
+            "another folder, or delete it first"
+        )
+    old = work.with_name(f"{work.name}.old")
+    os.replace(target, old)
+    try:
+        os.replace(work, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,7 +124,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(str(tensor.dtype).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        plain = tensor.detach().cpu().contiguous().flatten()  # a scalar has no bytes to view
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -152,6 +176,8 @@ def from_pretrained(
             f"{folder / CONFIG} has schema_version {values.get('schema_version')!r}; this version "
             f"of tl_sparse reads {SCHEMA_VERSION}"
         )
+    if not isinstance(values.get("config"), dict):
+        raise ValueError(f"{folder / CONFIG} has no config: its keys are {', '.join(values)}")
     config = SparseTransformerConfig.from_dict(values["config"])
     tensors = read_tensors(folder / WEIGHTS)
     tokenizer = None
@@ -163,14 +189,14 @@ def from_pretrained(
 
 def training_record(folder: str | Path) -> TrainingRecord | None:
     """The training record of a checkpoint folder, if it has one."""
-    values = read_json(Path(folder) / CONFIG)["training"]
-    return None if values is None else TrainingRecord(**values)
+    values = read_json(Path(folder) / CONFIG).get("training")
+    return None if values is None else from_plain(TrainingRecord, values)
 
 
 def load_tensors(
     model: SparseTransformer, tensors: Mapping[str, Tensor], origin: str
 ) -> SparseTransformer:
-    """Put tensors into a model, strictly: names, shapes and one floating dtype must fit."""
+    """Put tensors into a model, strictly: names and shapes must fit, and no value is rounded."""
     expected = model.state_dict()
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
@@ -184,9 +210,10 @@ def load_tensors(
                 f"{origin}: {name} has shape {tuple(tensor.shape)}, its config says "
                 f"{tuple(expected[name].shape)}"
             )
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())
+        if not tensor.is_floating_point():
+            raise ValueError(f"{origin}: {name} is {tensor.dtype}, weights must be floating point")
+    # the widest dtype among them: nothing is rounded
+    model.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())))
     model.load_state_dict(dict(tensors), strict=True)
     return model
 
@@ -198,15 +225,18 @@ OPENAI_CONFIG, OPENAI_WEIGHTS = "beeg_config.json", "final_model.pt"
 # Config keys that change nothing in what the model computes.
 OPENAI_IGNORED = {
     "dropout", "debug_nans", "tokenizer_name", "grad_checkpointing", "dropout_cat_pos_emb",
-    "enable_sparse_kernels", "flash", "unembed_rank", "bigram_table_rank", "afrac_ste",
-    "afrac_ste_only_non_neurons", "afrac_approx", "rtopk", "mup", "mup_width_multiplier",
-    "enable_fp8_linear", "scale_invariance",
+    "enable_sparse_kernels", "flash", "afrac_ste", "afrac_ste_only_non_neurons", "afrac_approx",
+    "rtopk", "mup_width_multiplier", "enable_fp8_linear",
+}  # fmt: skip
+# Config keys that would change it in ways that this package does not know: they must be off.
+OPENAI_OFF = {
+    "use_tied_aux_matrix", "unembed_rank", "bigram_table_rank", "mup", "scale_invariance",
 }  # fmt: skip
 OPENAI_USED = {
     "block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model", "bias", "ln_bias",
     "rms_norm", "residual_activation_type", "activation_type", "afrac", "afrac_loctypes",
     "tied_unembed", "d_mlp", "n_mlp", "enable_bigram_table", "learnable_bigram_table", "d_pos_emb",
-    "sinusoidal_cat_pos_emb", "sink", "use_tied_aux_matrix",
+    "sinusoidal_cat_pos_emb", "sink",
 }  # fmt: skip
 DEFAULT_LOCATIONS = "attn_in,attn_out,mlp_in,mlp_out"
 
@@ -227,6 +257,8 @@ def from_openai(folder: str | Path, device: torch.device | str | None = None) ->
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken archive provokes
         raise ValueError(f"{path} is truncated or no weights-only checkpoint: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path} must hold a state dict of tensors, not a {type(state).__name__}")
     tensors = openai_tensors(config, dict(state))
     model = load_tensors(SparseTransformer(config), tensors, str(path))
     return model.to(device or "cpu").eval()
@@ -234,21 +266,21 @@ def from_openai(folder: str | Path, device: torch.device | str | None = None) ->
 
 def openai_config(values: Mapping[str, Any]) -> SparseTransformerConfig:
     """Our config from a beeg_config.json; unknown keys are an error."""
-    unknown = sorted(set(values) - OPENAI_USED - OPENAI_IGNORED)
-    if unknown:
+    known = OPENAI_USED | OPENAI_IGNORED | OPENAI_OFF
+    if unknown := sorted(set(values) - known):
         raise ValueError(
             f"unknown key(s) {', '.join(unknown)} in {OPENAI_CONFIG}; known: "
-            f"{', '.join(sorted(OPENAI_USED | OPENAI_IGNORED))}"
+            f"{', '.join(sorted(known))}"
         )
-    if values.get("use_tied_aux_matrix"):
-        raise ValueError(f"use_tied_aux_matrix in {OPENAI_CONFIG} is not supported: must be false")
+    if on := sorted(name for name in OPENAI_OFF if values.get(name)):
+        raise ValueError(f"{', '.join(on)} in {OPENAI_CONFIG} is not supported: must be off")
     get = dict(values).get
     density: dict[str, float] = {}
     if get("afrac") is not None and get("afrac") != 1:
         locations = get("afrac_loctypes", DEFAULT_LOCATIONS).split(",")
-        known = ActivationDensity.__dataclass_fields__
-        if bad := [name for name in locations if name not in known]:
-            raise ValueError(f"unknown afrac_loctypes {bad}; choose from {', '.join(known)}")
+        sites = ActivationDensity.__dataclass_fields__
+        if bad := [name for name in locations if name not in sites]:
+            raise ValueError(f"unknown afrac_loctypes {bad}; choose from {', '.join(sites)}")
         density = dict.fromkeys(locations, float(values["afrac"]))
     positions = "standard"
     if get("d_pos_emb"):
@@ -281,12 +313,20 @@ def openai_config(values: Mapping[str, Any]) -> SparseTransformerConfig:
 
 def openai_tensors(config: SparseTransformerConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors from a final_model.pt, every tensor of it used exactly once."""
-    heads, d_head, d_model = config.n_heads, config.d_head, config.d_model
+    heads, d_head, d_model, d_mlp = config.n_heads, config.d_head, config.d_model, config.d_mlp
+    assert heads is not None  # a config that was built has both
+    assert d_mlp is not None
+    d_in, d_heads = d_model + config.d_pos, heads * d_head
     out: dict[str, Tensor] = {}
 
-    def take(name: str) -> Tensor:
+    def take(name: str, *shape: int) -> Tensor:
         if name not in state:
             raise ValueError(f"{OPENAI_WEIGHTS} lacks {name}")
+        if shape and state[name].shape != shape:
+            raise ValueError(
+                f"{OPENAI_WEIGHTS}: {name} has shape {tuple(state[name].shape)}, its config says "
+                f"{shape}"
+            )
         return state.pop(name)
 
     def norm(theirs: str, ours: str) -> None:
@@ -308,16 +348,16 @@ def openai_tensors(config: SparseTransformerConfig, state: dict[str, Tensor]) ->
             norm(f"{theirs}.ln_{place}", f"{ours}.ln{place}")
             if config.d_pos:
                 norm(f"{theirs}.ln_p{place}", f"{ours}.ln{place}_pos")
-        qkv = take(f"{theirs}.attn.c_attn.weight").view(3, heads, d_head, -1)  # type: ignore[arg-type]
-        for name, weight in zip("QKV", qkv, strict=True):
+        qkv = take(f"{theirs}.attn.c_attn.weight", 3 * d_heads, d_in)
+        for name, weight in zip("QKV", qkv.view(3, heads, d_head, d_in), strict=True):
             split(f"{ours}.attn.W_{name}", weight.transpose(1, 2))
-        project = take(f"{theirs}.attn.c_proj.weight").view(d_model, heads, d_head)  # type: ignore[arg-type]
-        out[f"{ours}.attn.W_O"] = project.permute(1, 2, 0)
-        split(f"{ours}.mlp.W_in", take(f"{theirs}.mlp.c_fc.weight").T)
-        out[f"{ours}.mlp.W_out"] = take(f"{theirs}.mlp.c_proj.weight").T
+        project = take(f"{theirs}.attn.c_proj.weight", d_model, d_heads)
+        out[f"{ours}.attn.W_O"] = project.view(d_model, heads, d_head).permute(1, 2, 0)
+        split(f"{ours}.mlp.W_in", take(f"{theirs}.mlp.c_fc.weight", d_mlp, d_in).T)
+        out[f"{ours}.mlp.W_out"] = take(f"{theirs}.mlp.c_proj.weight", d_model, d_mlp).T
         if config.use_bias:
-            biases = take(f"{theirs}.attn.c_attn.bias").view(3, heads, d_head)  # type: ignore[arg-type]
-            for name, bias in zip("QKV", biases, strict=True):
+            biases = take(f"{theirs}.attn.c_attn.bias", 3 * d_heads)
+            for name, bias in zip("QKV", biases.view(3, heads, d_head), strict=True):
                 out[f"{ours}.attn.b_{name}"] = bias
             out[f"{ours}.attn.b_O"] = take(f"{theirs}.attn.c_proj.bias")
             out[f"{ours}.mlp.b_in"] = take(f"{theirs}.mlp.c_fc.bias")
@@ -325,11 +365,13 @@ def openai_tensors(config: SparseTransformerConfig, state: dict[str, Tensor]) ->
         if config.use_attention_sinks:
             out[f"{ours}.attn.sinks"] = take(f"{theirs}.attn.attn_imp.sink_logit")
     norm("transformer.ln_f", "ln_final")
-    unembed = take("lm_head.weight")
+    unembed = take("lm_head.weight", config.d_vocab, d_model)
     if not config.tie_word_embeddings:
         out["unembed.W_U"] = unembed.T
     elif not torch.equal(unembed, out["embed.W_E"]):
-        raise ValueError(f"{OPENAI_WEIGHTS}: lm_head.weight is not tied to wte.weight as configured")
+        raise ValueError(
+            f"{OPENAI_WEIGHTS}: lm_head.weight is not tied to wte.weight as configured"
+        )
     # older checkpoints lack the bias, which their loader then sets to zero
     zeros = torch.zeros(config.d_vocab, dtype=unembed.dtype)
     out["unembed.b_U"] = state.pop("final_logits_bias", zeros)

@@ -54,6 +54,7 @@ __all__ = [
     "KeyValueCache",
     "ModelBase",
     "RuntimeConfig",
+    "editable",
     "has_hooks",
     "tl_utils",
     "transformer_lens_version",
@@ -80,6 +81,15 @@ def has_hooks(point: nn.Module) -> bool:
         or point._backward_hooks
         or point._backward_pre_hooks
     )
+
+
+def editable(x: torch.Tensor, point: nn.Module) -> torch.Tensor:
+    """``x`` in a form that a hook at ``point`` may edit in place, with the bits of ``x``.
+
+    Autograd forbids in-place edits of what an operation saved for its backward pass and of the
+    chunks of a tensor, so a hooked point gets a copy while gradients are on.
+    """
+    return x.clone() if torch.is_grad_enabled() and has_hooks(point) else x
 
 
 class RuntimeConfig(ConfigBase):  # type: ignore[misc, valid-type]

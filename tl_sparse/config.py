@@ -44,12 +44,16 @@ class ActivationDensity:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"activation density {name}={value!r} must be a number in (0, 1]")
             if not 0.0 < value <= 1.0:
-                raise ValueError(f"activation density {name}={value!r} must lie in (0, 1]; 1 is off")
+                raise ValueError(
+                    f"activation density {name}={value!r} must lie in (0, 1]; 1 is off"
+                )
 
     @classmethod
     def paper(cls, density: float = 0.25) -> ActivationDensity:
-        """The paper's choice: the eight node sites at one density, the residual stream untouched."""
+        """The paper's choice: the eight node sites at one density, the stream untouched."""
         sites = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("resid_")]
         return cls(**dict.fromkeys(sites, density))
 
@@ -118,6 +122,24 @@ class SparseTransformerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
+        for name in (f.name for f in dataclasses.fields(self) if isinstance(f.default, bool)):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name in ("d_pos", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 0")
+        for name in ("eps", "initializer_range"):
+            value = getattr(self, name)
+            if (name, value) != ("eps", None) and not (
+                isinstance(value, int | float) and value > 0
+            ):
+                raise ValueError(f"{name}={value!r} must be a positive number")
+        if not isinstance(self.activation_density, ActivationDensity):
+            raise ValueError(
+                f"activation_density={self.activation_density!r} must be an ActivationDensity, "
+                "such as ActivationDensity.paper(0.25)"
+            )
         choices = {
             "act_fn": Activation,
             "normalization_type": Normalization,
@@ -138,8 +160,6 @@ class SparseTransformerConfig:
             )
         if self.positional_embedding_type == "sinusoidal_concat" and self.d_pos % 2:
             raise ValueError(f"d_pos={self.d_pos} must be even for sinusoids (sine and cosine)")
-        if self.eps is not None and not self.eps > 0:
-            raise ValueError(f"eps={self.eps!r} must be positive")
         for site, density in dataclasses.asdict(self.activation_density).items():
             if int(density * self.site_width(site)) < 1:
                 raise ValueError(
@@ -177,12 +197,13 @@ class SparseTransformerConfig:
 
 
 def from_plain(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """A config dataclass from plain JSON values; unknown keys are an error that names the fields."""
+    """A config dataclass from plain JSON values; unknown keys raise, naming the fields."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(
-            f"unknown {cls.__name__} key(s) {', '.join(unknown)}; known: {', '.join(sorted(fields))}"
+            f"unknown {cls.__name__} key(s) {', '.join(unknown)}; known: "
+            f"{', '.join(sorted(fields))}"
         )
     plain = {}
     for name, value in values.items():

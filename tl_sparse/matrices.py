@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 Role = Literal["block", "embedding", "bias"]
 
-# Matrix → (part of the block, dimension along which one neuron's or channel's weights lie): incoming
-# weights of q, k, v channels and neurons, outgoing weights of z channels and neurons (released
-# training script: rows of c_attn and c_fc, columns of the two c_proj).
+# Matrix → (part of the block, dimension along which one neuron's or channel's weights lie):
+# incoming weights of q, k, v channels and neurons, outgoing weights of z channels and neurons
+# (released training script: rows of c_attn and c_fc, columns of the two c_proj).
 BLOCK_MATRICES: dict[str, tuple[str, int]] = {
     "W_Q": ("attn", 1),
     "W_K": ("attn", 1),
     "W_V": ("attn", 1),
     "W_O": ("attn", 2),
     "W_in": ("mlp", 0),
+    "W_gate": ("mlp", 0),
     "W_out": ("mlp", 1),
 }
 # Rows that read concatenated positions belong to the matrix that reads the stream beside them.
@@ -56,38 +57,61 @@ class WeightMatrix:
         """Neurons, channels or tokens that a floor protects."""
         return self.parts[0].numel() // self.parts[0].shape[self.fan_dim]
 
+    def check_live(self) -> None:
+        """Raise ValueError if the model was moved or cast, and the parts are no longer its own."""
+        for part, owner in zip(self.parts, self.owners, strict=True):
+            if part.untyped_storage().data_ptr() != owner.untyped_storage().data_ptr():
+                raise ValueError(
+                    f"{self.name} was moved or cast after its masks were made: make them again, "
+                    "after model.to(...)"
+                )
+
 
 def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMatrix, ...]:
     """Every matrix that weight sparsity applies to, blocks first, then embedding and unembedding.
 
     Norm weights, attention sinks, concatenated positions and the bigram table stay dense
-    (Gao et al. 2025, §2.1, A.1); ``biases`` adds the bias vectors, which the paper makes sparse too.
+    (Gao et al. 2025, §2.1, A.1); ``biases`` adds the bias vectors (sparse in the paper).
 
     Raises:
-        ValueError: the model keeps a matrix in a form that cannot be written in place.
+        ValueError: not a TransformerLens model, or it keeps a matrix in a form that cannot be
+            written in place.
     """
+    if not hasattr(model, "cfg") or not hasattr(model, "blocks"):
+        raise ValueError(
+            f"a {type(model).__name__} is no TransformerLens model: it lacks cfg or blocks"
+        )
     owners = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
     cfg: Any = model.cfg
+    blocks: Any = model.blocks
     found = []
-    for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+    for layer, block in enumerate(blocks):
         for matrix, (part, fan_dim) in BLOCK_MATRICES.items():
             if part == "mlp" and getattr(cfg, "attn_only", False):
                 continue
             module = getattr(block, part)
+            if matrix == "W_gate" and getattr(module, matrix, None) is None:
+                continue  # only gated MLPs have one
+            if not hasattr(module, matrix):
+                raise ValueError(
+                    f"blocks.{layer}.{part} of this model ({type(module).__name__}) has no single "
+                    f"{matrix}, so it cannot be made sparse"
+                )
             tensors = [getattr(module, matrix)]
             extra = getattr(module, POSITIONAL.get(matrix, ""), None)
             if extra is not None:
                 tensors.append(extra)
             name = f"blocks.{layer}.{part}.{matrix}"
             found.append(_matrix(name, "block", tensors, owners, fan_dim))
-    found.append(_matrix("embed.W_E", "embedding", [model.W_E], owners, 1))
-    unembed: Any = model.W_U
+    tensors_of: Any = model
+    found.append(_matrix("embed.W_E", "embedding", [tensors_of.W_E], owners, 1))
+    unembed = tensors_of.W_U
     if unembed.untyped_storage().data_ptr() != found[-1].owners[0].untyped_storage().data_ptr():
         found.append(_matrix("unembed.W_U", "embedding", [unembed], owners, 0))
     if getattr(cfg, "positional_embedding_type", None) == "standard":
-        found.append(_matrix("pos_embed.W_pos", "embedding", [model.W_pos], owners, 1))
+        found.append(_matrix("pos_embed.W_pos", "embedding", [tensors_of.W_pos], owners, 1))
     if biases:
-        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        for layer, block in enumerate(blocks):
             for part, names in BIASES.items():
                 for bias in names:
                     tensor = getattr(getattr(block, part), bias, None)

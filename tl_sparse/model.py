@@ -1,11 +1,13 @@
 """``SparseTransformer``: the one forward pass, read top to bottom.
 
-A decoder-only transformer with TransformerLens' hook names, weight names and shapes, and the options
-of Gao et al. 2025 (appendix A.1). Every experiment of this package is hooks on this forward pass.
+A decoder-only transformer with TransformerLens' hook names, weight names and shapes, and the
+options of Gao et al. 2025 (appendix A.1). Every experiment of this package is hooks on this forward
+pass.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.abstopk import AbsTopK
+from tl_sparse.abstopk import AbsTopK, top_k_mask
 from tl_sparse.attention import attention, canonical_unless_changed
-from tl_sparse.compat import HookPoint, ModelBase, has_hooks
+from tl_sparse.compat import HookPoint, ModelBase, editable, has_hooks
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.surface import HookSurface, RunSurface, TokenSurface, WeightSurface, runtime_config
 
@@ -78,7 +80,8 @@ class Norm(nn.Module):
         eps = self.eps or (1e-5 if self.centred else torch.finfo(x.dtype).eps)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+        scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        scale = self.hook_scale(editable(scale, self.hook_scale))
         x = self.hook_normalized(x / scale) * self.w
         return x if self.b is None else x + self.b
 
@@ -122,9 +125,9 @@ class Attention(nn.Module):
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
     ) -> Resid:
         q, k, v = self.project(query_input, key_input, value_input)
-        q = self.hook_q(self.sparsify(self.topk_q, q))
-        k = self.hook_k(self.sparsify(self.topk_k, k))
-        v = self.hook_v(self.sparsify(self.topk_v, v))
+        q = self.hook_q(editable(self.sparsify(self.topk_q, q), self.hook_q))
+        k = self.hook_k(editable(self.sparsify(self.topk_k, k), self.hook_k))
+        v = self.hook_v(editable(self.sparsify(self.topk_v, v), self.hook_v))
         if past_kv_cache_entry is not None:
             k, v = past_kv_cache_entry.append(k, v)
         z = attention(
@@ -136,7 +139,7 @@ class Attention(nn.Module):
             hook_scores=self.hook_attn_scores,
             hook_pattern=self.hook_pattern,
         )  # fmt: skip
-        return self.write(self.hook_z(z))
+        return self.write(self.hook_z(editable(z, self.hook_z)))
 
     def project(self, *inputs: Tensor) -> list[Tensor]:
         """Queries, keys and values [batch, pos, head, d_head], before AbsTopK."""
@@ -178,10 +181,10 @@ class Attention(nn.Module):
             return out
         result = torch.einsum("bphe,hed->bphd", z, self.W_O)
         if self.topk_out.active:
-            kept = (out != 0)[:, :, None]
+            kept = top_k_mask(total, self.topk_out.k)[:, :, None]
             result = (result + self.b_O / self.cfg.n_heads) * kept
-        before = result.detach().clone()
-        result = self.hook_result(result)
+        before = result.detach()
+        result = self.hook_result(result.clone())  # a copy, which a hook may edit in place
         parts = result.sum(2) if self.topk_out.active else result.sum(2) + self.b_O
         changed = (before != result).any(-1).any(-1)[..., None]
         return canonical_unless_changed(out.detach(), parts, changed)
@@ -219,7 +222,7 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_in"]) -> Resid:
         read = self.hook_act_in(self.topk_in(x))
         pre = self.hook_pre(F.linear(read, self.read_weight().T, self.b_in))
-        post = self.hook_post(self.topk_neuron(self.act(pre)))
+        post = self.hook_post(editable(self.topk_neuron(self.act(pre)), self.hook_post))
         return self.topk_out(F.linear(post, self.W_out.T, self.b_out))
 
     def read_weight(self) -> Float[Tensor, "d_in d_mlp"]:
@@ -257,18 +260,18 @@ class Block(nn.Module):
         past_kv_cache_entry: Any = None,
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
     ) -> Resid:
-        resid = self.hook_resid_pre(resid)
+        resid = self.hook_resid_pre(editable(resid, self.hook_resid_pre))
         inputs = self.attention_inputs(resid)
         reads = [self.read(self.ln1, getattr(self, "ln1_pos", None), x, positions) for x in inputs]
         query, key, value = reads if len(reads) == 3 else reads * 3
         delta = self.attn(query, key, value, past_kv_cache_entry, attention_mask)
         resid = self.accumulate(resid, self.hook_attn_out(delta), self.topk_resid_mid)
-        resid = self.hook_resid_mid(resid)
+        resid = self.hook_resid_mid(editable(resid, self.hook_resid_mid))
 
         x = self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
         delta = self.mlp(self.read(self.ln2, getattr(self, "ln2_pos", None), x, positions))
         resid = self.accumulate(resid, self.hook_mlp_out(delta), self.topk_resid_post)
-        return self.hook_resid_post(resid)
+        return self.hook_resid_post(editable(resid, self.hook_resid_post))
 
     def attention_inputs(self, resid: Resid) -> list[Tensor]:
         """The stream once, or per head where TransformerLens' input switches ask for it."""
@@ -382,20 +385,20 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
                     parameter.copy_(noise * scale)
 
     @classmethod
-    def from_pretrained(cls, folder: str, device: Any = None) -> SparseTransformer:
+    def from_pretrained(cls, folder: str | Path, device: Any = None) -> SparseTransformer:
         """Load a folder written by :meth:`save_pretrained`; see ``tl_sparse.checkpoints``."""
         from tl_sparse.checkpoints import from_pretrained
 
         return from_pretrained(folder, device)
 
     @classmethod
-    def from_openai(cls, folder: str, device: Any = None) -> SparseTransformer:
+    def from_openai(cls, folder: str | Path, device: Any = None) -> SparseTransformer:
         """Load a folder in openai/circuit_sparsity's format; see ``tl_sparse.checkpoints``."""
         from tl_sparse.checkpoints import from_openai
 
         return from_openai(folder, device)
 
-    def save_pretrained(self, folder: str, training: Any = None) -> None:
+    def save_pretrained(self, folder: str | Path, training: Any = None) -> None:
         """Write config, weights and tokenizer to a folder; see ``tl_sparse.checkpoints``."""
         from tl_sparse.checkpoints import save_pretrained
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tl_sparse.sparsity import SparsityConfig
@@ -51,7 +51,7 @@ class TrainingConfig:
     )
     """Weight sparsity; None trains a dense model by the same code."""
     bigram_smoothing: float = 100.0
-    """Observations of the unigram prior per row when the corpus' bigram counts fill the model's bigram table."""
+    """Observations of the unigram prior per row when bigram counts fill a bigram table."""
     precision: Precision = "auto"
     """bf16 autocast (fp32 weights) or plain fp32; auto is bf16 on a CUDA GPU that has it."""
     accumulation: int = 1
@@ -60,6 +60,9 @@ class TrainingConfig:
     """Steps between validation losses (one at the end always)."""
     eval_sequences: int = 256
     """Validation sequences, evenly spaced over the validation tokens, the same ones every time."""
+    stop_at_loss: float | None = None
+    """Stop as soon as a validation loss is at most this and density is final: the way to match a
+    partner's loss."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     save_every: int = 200
@@ -72,7 +75,14 @@ class TrainingConfig:
                      "log_every", "save_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "eps"):
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"context={self.context} must be at least 2: a token and the next one")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("lr", "eps", "bigram_smoothing"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 0 <= self.warmup < 1:
@@ -98,10 +108,15 @@ class TrainingConfig:
         - ``cpu``: what trains in minutes on two cores.
 
         Raises:
-            ValueError: unknown name; the message lists the recipes.
+            ValueError: unknown name or field; the message lists those that exist.
         """
         if name not in RECIPES:
             raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)}")
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise ValueError(
+                f"unknown field(s) {', '.join(unknown)}; choose from {', '.join(known)}"
+            )
         return replace(RECIPES[name], **changes)
 
     def lr_at(self, step: int) -> float:

@@ -100,7 +100,8 @@ class NodeIndex:
         """The node index of a model: a SparseTransformer or any TransformerLens model.
 
         Raises:
-            ValueError: unknown site, or a model that lacks one of the hooks (the hook is named).
+            ValueError: unknown site, a model that lacks one of the hooks (the hook is named), or
+                keys and values that several heads share.
         """
         chosen = [row for row in SITES if row.name in {site(name).name for name in sites}]
         cfg: Any = model.cfg
@@ -111,6 +112,12 @@ class NodeIndex:
             "head": cfg.n_heads * cfg.d_head,
             "neuron": cfg.d_mlp,
         }
+        shared = getattr(cfg, "n_key_value_heads", None)
+        if shared not in (None, cfg.n_heads) and {"attn_k", "attn_v"} & {row.name for row in chosen}:
+            raise ValueError(
+                f"{cfg.n_heads} heads share {shared} keys and values in this model, so attn_k and "
+                "attn_v cannot be indexed; leave them out of `sites`"
+            )
         own = SITES[0].hook.format(layer=0) in hook_dict
         hooks = tuple(
             tuple((row.hook if own else row.plain_hook).format(layer=layer) for row in chosen)

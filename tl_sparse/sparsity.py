@@ -36,7 +36,7 @@ class SparsityConfig:
     embedding_floor: int = 0
     """The same per token in embedding and unembedding (and per position)."""
     sparse_biases: bool = False
-    """Whether bias vectors are projected too (the paper's text; the released script leaves them)."""
+    """Whether bias vectors are projected too (paper's text; the released script leaves them)."""
     anneal_start: float = 0.01
     """Share of training after which density starts to fall from 1."""
     anneal_end: float = 0.5
@@ -66,6 +66,8 @@ class SparsityConfig:
         for name in ("floor", "embedding_floor"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not self.anneal_exponent > 0:
+            raise ValueError(f"anneal_exponent={self.anneal_exponent} must be positive")
         choices = {
             "anneal": ("linear", "exponent", "power_law"),
             "embedding_schedule": ("linear", "window"),
@@ -76,6 +78,11 @@ class SparsityConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
                 )
+        if self.embedding_schedule == "window" and self.final_embedding_density < self.density:
+            raise ValueError(
+                f"embedding_schedule='window' needs embedding_density >= density, got "
+                f"{self.final_embedding_density} < {self.density}"
+            )
 
     @property
     def final_embedding_density(self) -> float:
@@ -103,10 +110,10 @@ class SparsityConfig:
     def embedding_density_at(self, step: int, steps: int) -> float:
         """Density of embeddings (and sparse biases) after a step."""
         block, final = self.density_at(step, steps), self.final_embedding_density
+        if block == self.density:
+            return final  # to the bit, so that the last projection and the budget agree
         if self.embedding_schedule == "window":
             return min(1.0, block * final / self.density)
-        if self.density == 1.0:
-            return final
         return final + (1.0 - final) * (block - self.density) / (1.0 - self.density)
 
     def lr_factor_at(self, step: int, steps: int) -> float:
@@ -136,25 +143,61 @@ def n_kept(matrix: WeightMatrix, density: float, floor: int = 0) -> int:
     return k
 
 
+def final_budget(matrix: WeightMatrix, config: SparsityConfig) -> int:
+    """Nonzeros that a matrix has when density is final.
+
+    Raises:
+        ValueError: fewer than its floors need.
+    """
+    if matrix.role == "block":
+        return n_kept(matrix, config.density, config.floor)
+    floor = config.embedding_floor if matrix.role == "embedding" else 0
+    return n_kept(matrix, config.final_embedding_density, floor)
+
+
 def top_k_weights(
     matrix: WeightMatrix, density: float, floor: int = 0
 ) -> tuple[Bool[Tensor, "..."], ...]:
     """Masks (one per part) of the ``n_kept`` largest magnitudes of a matrix, floors first.
 
-    With a floor j, the j largest weights of every neuron rank above all others; the total stays the
-    same. Of equal magnitudes the earlier entry wins on CPU; on other devices ``torch.topk`` decides.
+    With a floor j, the j largest weights of every neuron rank above all others; the total stays
+    the same. Of equal magnitudes any may be kept.
     """
     k = n_kept(matrix, density, floor)
     scores = [part.abs() for part in matrix.parts]
     sizes = [part.shape[matrix.fan_dim] for part in matrix.parts]
-    if floor and k < matrix.numel:
-        whole = torch.cat(scores, dim=matrix.fan_dim) if len(scores) > 1 else scores[0]
-        best = whole.topk(floor, dim=matrix.fan_dim, sorted=False).indices
-        whole = whole.scatter(matrix.fan_dim, best, torch.inf)
-        scores = list(whole.split(sizes, dim=matrix.fan_dim))
-    flat = torch.cat([score.flatten() for score in scores])
-    keep = _largest(flat, k).split([score.numel() for score in scores])
-    return tuple(mask.view(score.shape) for mask, score in zip(keep, scores, strict=True))
+    whole = torch.cat(scores, dim=matrix.fan_dim) if len(scores) > 1 else scores[0]
+    if k >= matrix.numel:
+        keep = torch.ones_like(whole, dtype=torch.bool)
+    elif not floor:
+        keep = _largest(whole.flatten(), k).view(whole.shape)
+    else:
+        keep = _largest_with_floor(whole, k, matrix.fan_dim, floor)
+    return keep.split(sizes, dim=matrix.fan_dim)
+
+
+def _largest_with_floor(
+    scores: Float[Tensor, "..."], k: int, fan_dim: int, floor: int
+) -> Bool[Tensor, "..."]:
+    """The k largest scores among those sets that hold ``floor`` of every fan."""
+    fans = scores.movedim(fan_dim, -1)
+    if scores.device.type != "cpu":
+        best = fans.topk(floor, sorted=False).indices
+        lifted = fans.scatter(-1, best, torch.inf).movedim(-1, fan_dim)
+        return _largest(lifted.flatten(), k).view(scores.shape)
+    # Few fans fall short of their floor, so only those are searched for their largest scores; the
+    # others' are among the k anyway. Lifting some raises the bar for the rest, hence the loop.
+    fans = fans.clone()
+    lifted = torch.zeros(fans.shape[:-1], dtype=torch.bool)
+    while True:
+        keep = _largest(fans.flatten(), k).view(fans.shape)
+        # lifted once is enough, unless infinite weights crowd a fan out: then the loop must end too
+        short = (keep.sum(-1) < floor) & ~lifted
+        if not bool(short.any()):
+            return keep.movedim(-1, fan_dim)
+        lifted |= short
+        best = fans[short].topk(floor, sorted=False).indices
+        fans[short] = fans[short].scatter(-1, best, torch.inf)
 
 
 def _largest(scores: Float[Tensor, " entry"], k: int) -> Bool[Tensor, " entry"]:
@@ -166,8 +209,12 @@ def _largest(scores: Float[Tensor, " entry"], k: int) -> Bool[Tensor, " entry"]:
         return keep.scatter_(0, scores.topk(k, sorted=False).indices, True)
     # numpy's selection is several times faster than torch's, and just as exact
     values = scores.float().numpy() if scores.dtype == torch.bfloat16 else scores.numpy()
-    cut = np.partition(values, values.size - k)[values.size - k]
-    keep = values > cut
+    # selection is slow among many equal values, and zeros are the ones there are many of
+    searched = values[values != 0] if k <= np.count_nonzero(values) < values.size // 2 else values
+    cut = np.partition(searched, searched.size - k)[searched.size - k]
+    # not `values > cut`: NaN must be kept, as torch.topk keeps it, or a diverged model would be
+    # zeroed and look healthy
+    keep = ~(values <= cut)
     ties = np.flatnonzero(values == cut)[: k - int(np.count_nonzero(keep))]
     keep[ties] = True
     return torch.from_numpy(keep)
@@ -179,16 +226,21 @@ def project(matrix: WeightMatrix, density: float, floor: int = 0) -> None:
     if n_kept(matrix, density, floor) == matrix.numel:
         return
     for part, mask in zip(matrix.parts, top_k_weights(matrix, density, floor), strict=True):
-        part.masked_fill_(~mask, 0.0)
+        part.mul_(mask.to(part.dtype))  # several times faster than masked_fill_ on CPU
 
 
 def project_all(
     matrices: tuple[WeightMatrix, ...], config: SparsityConfig, step: int, steps: int
 ) -> None:
-    """Project every matrix to the density that the schedule gives it after a step."""
+    """Project every matrix to the density that the schedule gives it after a step.
+
+    Raises:
+        ValueError: a budget below its floors, or matrices of a model that was moved since.
+    """
     block = config.density_at(step, steps)
     embedding = config.embedding_density_at(step, steps)
     for matrix in matrices:
+        matrix.check_live()
         if matrix.role == "block":
             project(matrix, block, config.floor)
         elif matrix.role == "embedding":
@@ -199,6 +251,8 @@ def project_all(
 
 def l0(matrices: tuple[WeightMatrix, ...]) -> dict[str, int]:
     """Exact number of nonzeros of each matrix, by name."""
+    for matrix in matrices:
+        matrix.check_live()
     return {m.name: sum(int(torch.count_nonzero(p)) for p in m.parts) for m in matrices}
 
 
@@ -206,13 +260,15 @@ def check_l0(matrices: tuple[WeightMatrix, ...], config: SparsityConfig) -> dict
     """L0 of each matrix, checked against a config's final densities.
 
     Raises:
-        ValueError: a matrix has another number of nonzeros than its budget; it is named.
+        ValueError: a matrix has another number of nonzeros than its budget, or a bias more than
+            that; it is named.
     """
     counts = l0(matrices)
     for matrix in matrices:
-        density = config.density if matrix.role == "block" else config.final_embedding_density
-        budget = n_kept(matrix, density)
-        if counts[matrix.name] != budget:
+        budget = final_budget(matrix, config)
+        # a bias starts at zero, and a neuron that is never active leaves it there
+        short = counts[matrix.name] < budget and matrix.role != "bias"
+        if short or counts[matrix.name] > budget:
             raise ValueError(
                 f"{matrix.name} has {counts[matrix.name]} nonzero weights, its budget is {budget}: "
                 "project before saving"

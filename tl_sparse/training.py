@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
+import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_sparse.checkpoints import (
-    TrainingRecord,
-    atomic_folder,
-    load_tensors,
-    read_json,
-    read_tensors,
-    save_pretrained,
-)
-from tl_sparse.data import TokenizedCorpus, bigram_log_probs
-from tl_sparse.matrices import weight_matrices
+from tl_sparse import steps, training_state
+from tl_sparse.checkpoints import TrainingRecord, save_pretrained
+from tl_sparse.data import TokenizedCorpus
+from tl_sparse.matrices import WeightMatrix, weight_matrices
 from tl_sparse.model import SparseTransformer
 from tl_sparse.recipes import TrainingConfig
-from tl_sparse.sparsity import check_l0, l0, project_all
-
-METRICS, STATE, OPTIMIZER = "metrics.jsonl", "trainer.json", "optimizer.pt"
-PREFIX = "checkpoint-"
+from tl_sparse.sparsity import check_l0, final_budget, l0, project_all
 
 
 @dataclass(frozen=True)
@@ -68,8 +55,8 @@ class Trainer:
     gradient rule, AdamW on all weights, top-k projection. Gradients and moments are never masked.
 
     With ``folder`` it writes metrics.jsonl, resumable checkpoints, and at the end the model; run
-    again with the same arguments, it resumes from the last checkpoint exactly. Interrupted by
-    Ctrl-C, it saves a checkpoint first.
+    again with the same arguments, it resumes from the last checkpoint exactly, unless ``restart``
+    asks to begin anew. Interrupted by Ctrl-C, it ends the step and saves a checkpoint first.
     """
 
     def __init__(
@@ -81,42 +68,20 @@ class Trainer:
         *,
         progress: bool = True,
         wandb_project: str | None = None,
+        restart: bool = False,
     ) -> None:
         self.model, self.corpus, self.config = model, corpus, config or TrainingConfig()
         self.folder = None if folder is None else Path(folder)
-        self.progress = progress
-        self.accelerator = Accelerator()
+        self.progress, self.restart = progress, restart
+        self.accelerator = steps.make_accelerator()
         self.context = self.config.context or model.config.n_ctx
-        self.validate()
+        steps.check_run(model, corpus, self.config, self.context, self.accelerator.num_processes)
         self.model.to(self.accelerator.device)
-        self.matrices: tuple[Any, ...] = ()
-        if self.config.sparsity is not None:
-            self.matrices = weight_matrices(model, biases=self.config.sparsity.sparse_biases)
-            # a budget below its floors is an error now, not after an hour of annealing
-            last = self.config.steps
-            project_check(self.matrices, self.config, last)
-        self.optimizer = self.make_optimizer()
+        self.matrices = self.sparse_matrices()
+        self.optimizer = steps.make_optimizer(model, self.config)
         self.wandb = self.start_wandb(wandb_project)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
-
-    def validate(self) -> None:
-        """Refuse a run that cannot go well, before anything is touched."""
-        for split in ("train", "validation"):
-            if len(getattr(self.corpus, split)) < self.context + 1:
-                raise ValueError(
-                    f"the corpus' {split} part has {len(getattr(self.corpus, split))} tokens, "
-                    f"fewer than one sequence of {self.context}; add text or lower context"
-                )
-        if self.context > self.model.config.n_ctx:
-            raise ValueError(f"context={self.context} exceeds the model's n_ctx="
-                             f"{self.model.config.n_ctx}")  # fmt: skip
-        split_into = self.accelerator.num_processes * self.config.accumulation
-        if self.config.batch_size % split_into:
-            raise ValueError(
-                f"batch_size={self.config.batch_size} must be a multiple of processes x "
-                f"accumulation = {split_into}"
-            )
 
     # ----------------------------------------------------------------------------------------------
     # the loop
@@ -125,198 +90,194 @@ class Trainer:
         """Train (or go on training) to the last step; returns what was measured.
 
         Raises:
-            RuntimeError: the loss is no longer finite.
+            ValueError: the folder holds a checkpoint of another run.
+            RuntimeError: the loss or a weight is no longer finite.
         """
-        if self.folder is not None and not self.resume():
-            self.reset_metrics(keep_below=0)
+        if self.folder is not None:
+            self.restore(self.folder)
         if self.step == 0:
-            self.fill_bigram_table()
+            steps.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
         model = self.distributed_model()
         self.model.train()
         bar = tqdm(
             total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True,
             disable=not (self.progress and self.accelerator.is_main_process),
         )  # fmt: skip
-        try:
-            self.run_steps(model, bar)
-        except KeyboardInterrupt:
-            self.save_checkpoint()
-            raise
-        finally:
-            bar.close()
+        with bar, training_state.interrupt_deferred() as interrupted:
+            self.run_steps(model, bar, interrupted)
         self.model.eval()
         record = self.record()
         if self.folder is not None and self.accelerator.is_main_process:
-            save_pretrained(self.model, self.folder / "model", record)
+            save_pretrained(self.model, self.folder / training_state.MODEL, record)
         self.accelerator.wait_for_everyone()
+        if self.wandb is not None:
+            self.wandb.finish()
         return TrainingResult(pd.DataFrame(self.rows), record)
 
-    def run_steps(self, model: nn.Module, bar: tqdm) -> None:
+    def run_steps(self, model: nn.Module, bar: tqdm, interrupted: threading.Event) -> None:
+        """Steps until finished or interrupted, with metrics and checkpoints at their times."""
         config = self.config
         started, first = time.perf_counter(), self.step
-        while self.step < config.steps:
+        while not self.finished():
             loss = self.train_step(model)
             self.step += 1
             last = self.step == config.steps
-            if self.step % config.log_every == 0 or self.step % config.eval_every == 0 or last:
-                row = self.measure(loss)
-                if self.step % config.eval_every == 0 or last:
-                    row["validation_loss"] = self.validation_loss()
+            evaluates = last or self.step % config.eval_every == 0
+            if evaluates or self.step % config.log_every == 0:
+                row = self.measure(loss, evaluates)
                 self.log(row)
                 elapsed = time.perf_counter() - started
                 rate = (self.step - first) * config.batch_size * self.context / elapsed
                 bar.set_postfix_str(self.postfix(row, rate), refresh=False)
             bar.update(1)
-            if self.step % config.save_every == 0 or last:
+            if self.finished() or self.step % config.save_every == 0 or interrupted.is_set():
                 self.save_checkpoint()
+            if interrupted.is_set():
+                raise KeyboardInterrupt(f"training interrupted after step {self.step}")
+
+    def finished(self) -> bool:
+        """Whether the last step is taken, or ``stop_at_loss`` reached at the final density."""
+        goal, row = self.config.stop_at_loss, self.rows[-1] if self.rows else None
+        if self.step == self.config.steps or goal is None or row is None:
+            return self.step == self.config.steps
+        measured = row["validation_loss"] if row["step"] == self.step else None
+        return measured is not None and measured <= goal and self.has_final_density()
+
+    def has_final_density(self) -> bool:
+        """Whether the weights are as sparse as they are to become."""
+        sparsity, now = self.config.sparsity, (self.step, self.config.steps)
+        return sparsity is None or (
+            sparsity.density_at(*now) == sparsity.density
+            and sparsity.embedding_density_at(*now) == sparsity.final_embedding_density
+        )
 
     def train_step(self, model: nn.Module) -> Float[Tensor, ""]:
         """One optimiser step; returns the mean training loss of this process' sequences."""
         config = self.config
-        lr = config.lr_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr if group["sharkfin"] else config.plain_lr_at(self.step)
+        steps.set_learning_rate(self.optimizer, config, self.step)
         losses = []
         batches = self.batch(self.step).chunk(config.accumulation)
         for index, tokens in enumerate(batches):
             syncs = index == len(batches) - 1
-            with nullcontext() if syncs else self.accelerator.no_sync(model), self.autocast():
-                loss = model(tokens, return_type="loss")
-            (loss / len(batches)).backward()
+            autocast = steps.autocast(config.precision, self.accelerator.device)
+            with nullcontext() if syncs else self.accelerator.no_sync(model):
+                with autocast:
+                    loss = model(tokens, return_type="loss")
+                (loss / len(batches)).backward()
             losses.append(loss.detach())
-        self.apply_gradient_rule()
+        steps.apply_gradient_rule(self.model.parameters(), config.gradient)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if config.sparsity is not None:
             project_all(self.matrices, config.sparsity, self.step + 1, config.steps)
         if config.decay_after_projection:
-            self.decay(lr)
+            steps.decay_matrices(self.optimizer, config)
         return torch.stack(losses).mean()
 
     def batch(self, step: int) -> Int[Tensor, "sequence pos"]:
-        """This process' sequences of a step: a function of seed and step alone."""
-        rng = np.random.default_rng([self.config.seed, step])
-        high = len(self.corpus.train) - self.context
-        starts = rng.integers(0, high, self.config.batch_size)
+        """This process' sequences of a step."""
+        config, tokens = self.config, self.corpus.train
+        starts = steps.training_starts(
+            config.seed, step, config.batch_size, len(tokens), self.context
+        )
         mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
-        return self.sequences(self.corpus.train, mine)
+        return self.sequences(tokens, mine)
 
     def sequences(self, tokens: np.ndarray, starts: np.ndarray) -> Int[Tensor, "sequence pos"]:
         """Windows of a token stream; the first token is BOS where the model expects one."""
-        windows = tokens[starts[:, None] + np.arange(self.context)].astype(np.int64)
-        if self.model.config.default_prepend_bos and self.model.tokenizer is not None:
-            windows[:, 0] = self.model.tokenizer.bos_token_id
-        return torch.from_numpy(windows).to(self.accelerator.device)
-
-    def apply_gradient_rule(self) -> None:
-        """Normalise, or clip, the root mean square over all gradients (§A.2, Fig. 16)."""
-        if self.config.gradient == "none":
-            return
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        total = torch.stack(torch._foreach_norm(grads)).norm()
-        rms = total / math.sqrt(sum(g.numel() for g in grads))
-        scale = 1.0 / (rms + 1e-5)
-        torch._foreach_mul_(grads, scale.clamp(max=1.0) if self.config.gradient == "clip" else scale)
-
-    @torch.no_grad()
-    def decay(self, lr: float) -> None:
-        decayed = [p for p in self.optimizer.param_groups[0]["params"] if p.requires_grad]
-        torch._foreach_mul_(decayed, 1.0 - lr * self.config.weight_decay)
+        expects = self.model.config.default_prepend_bos and self.model.tokenizer is not None
+        bos = self.model.tokenizer.bos_token_id if expects else None
+        return steps.windows(tokens, starts, self.context, bos).to(self.accelerator.device)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean next-token loss (nats) on fixed, evenly spaced validation sequences."""
-        high = len(self.corpus.validation) - self.context
-        starts = np.unique(np.linspace(0, high, self.config.eval_sequences).astype(np.int64))
+        tokens = self.corpus.validation
+        starts = steps.validation_starts(self.config.eval_sequences, len(tokens), self.context)
         losses = []
         self.model.eval()
         for part in np.array_split(starts, math.ceil(len(starts) / 64)):
-            with self.autocast():
-                tokens = self.sequences(self.corpus.validation, part)
-                losses.append(self.model(tokens, return_type="loss", loss_per_token=True).mean(-1))
+            with steps.autocast(self.config.precision, self.accelerator.device):
+                loss = self.model(
+                    self.sequences(tokens, part), return_type="loss", loss_per_token=True
+                )
+            losses.append(loss.mean(-1))
         self.model.train()
-        return float(torch.cat(losses).mean())
+        # every process measures the same; the mean makes it the same to the bit
+        return float(self.accelerator.reduce(torch.cat(losses).mean(), "mean"))
 
     # ----------------------------------------------------------------------------------------------
     # parts
-
-    def make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW; matrices decay, other parameters do not, a learned bigram table keeps a plain lr."""
-        config = self.config
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        table = [p for n, p in trained.items() if n.endswith("W_B")]
-        matrices = [p for n, p in trained.items() if ".W_" in n and not n.endswith("W_B")]
-        chosen = {id(p) for p in [*table, *matrices]}
-        rest = [p for p in trained.values() if id(p) not in chosen]
-        decay = 0.0 if config.decay_after_projection else config.weight_decay
-        groups = [
-            {"params": matrices, "weight_decay": decay, "sharkfin": True},
-            {"params": rest, "weight_decay": 0.0, "sharkfin": True},
-            # under the 1/sqrt(L0) factor a learned table grows without bound
-            {"params": table, "weight_decay": 0.0, "sharkfin": False},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.lr, eps=config.eps,
-            betas=(config.beta1, config.beta2), fused=True,
-        )  # fmt: skip
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 where asked for, or by default on a CUDA GPU that has it."""
-        device = self.accelerator.device.type
-        wanted = self.config.precision
-        if wanted == "auto":
-            wanted = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-        return torch.autocast(device, torch.bfloat16) if wanted == "bf16" else nullcontext()
 
     def distributed_model(self) -> nn.Module:
         """The model itself, or wrapped to average gradients over processes."""
         if self.accelerator.num_processes == 1:
             return self.model
-        return self.accelerator.prepare_model(self.model)
+        wrapped = self.accelerator.prepare_model(self.model)
+        self.matrices = self.sparse_matrices()  # wrapping gave the weights new storage
+        return wrapped
 
-    def fill_bigram_table(self) -> None:
-        """Put smoothed corpus log-probabilities into an empty bigram table."""
-        if self.model.config.bigram_table == "none" or bool(self.model.bigram.W_B.any()):
-            return
-        table = bigram_log_probs(self.corpus, self.config.bigram_smoothing)
-        with torch.no_grad():
-            self.model.bigram.W_B[: len(table), : len(table)] = table.to(self.model.W_E.device)
+    def sparse_matrices(self) -> tuple[WeightMatrix, ...]:
+        """The matrices to project, none for a dense model.
 
-    def measure(self, loss: Tensor) -> dict[str, Any]:
+        Raises:
+            ValueError: a budget is below its floors: now, not after an hour of annealing.
+        """
+        sparsity = self.config.sparsity
+        if sparsity is None:
+            return ()
+        matrices = weight_matrices(self.model, biases=sparsity.sparse_biases)
+        for matrix in matrices:
+            final_budget(matrix, sparsity)
+        return matrices
+
+    def measure(self, loss: Float[Tensor, ""], evaluates: bool) -> dict[str, Any]:
+        """The row of metrics of the step just taken.
+
+        Raises:
+            RuntimeError: the loss is not finite.
+        """
         mean = float(self.accelerator.reduce(loss, "mean"))
         if not math.isfinite(mean):
             raise RuntimeError(f"the training loss is {mean} at step {self.step}: lower lr, or use "
                                "gradient='normalise'")  # fmt: skip
-        sparsity, step, steps = self.config.sparsity, self.step, self.config.steps
+        sparsity, step = self.config.sparsity, self.step
         return {
             "step": step,
             "tokens": step * self.config.batch_size * self.context,
             "loss": mean,
             "lr": self.config.lr_at(step - 1),
-            "density": 1.0 if sparsity is None else sparsity.density_at(step, steps),
+            "density": 1.0 if sparsity is None else sparsity.density_at(step, self.config.steps),
             "l0": sum(l0(self.matrices or weight_matrices(self.model)).values()),
-            "validation_loss": None,
+            "validation_loss": self.validation_loss() if evaluates else None,
         }
 
     def postfix(self, row: dict[str, Any], rate: float) -> str:
+        """What the progress bar says."""
         validation = [r["validation_loss"] for r in self.rows if r["validation_loss"] is not None]
         shown = f", val {validation[-1]:.3f}" if validation else ""
         return f"loss {row['loss']:.3f}{shown}, L0 {row['l0']:,}, {rate / 1000:.1f}k tok/s"
 
     def log(self, row: dict[str, Any]) -> None:
+        """Keep a row, and append it to metrics.jsonl and wandb."""
         self.rows.append(row)
         if not self.accelerator.is_main_process:
             return
         if self.folder is not None:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
+            training_state.append_metrics(self.folder, row)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
     def start_wandb(self, project: str | None) -> Any:
+        """A wandb run on the main process, if a project is named."""
         if project is None or not self.accelerator.is_main_process:
             return None
-        import wandb
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"wandb_project={project!r} needs wandb: pip install 'tl-sparse[wandb]'"
+            ) from error
 
         return wandb.init(project=project, config=self.description())
 
@@ -329,9 +290,15 @@ class Trainer:
         }
 
     def record(self) -> TrainingRecord:
-        """The record saved with the model; its L0 is checked to be exact at the end of a run."""
+        """The record saved with the model; its L0 is checked to be exact once density is final.
+
+        Raises:
+            RuntimeError: a weight is not finite, so that no such model is ever saved.
+            ValueError: a matrix is over or under its budget.
+        """
+        steps.check_finite(self.model, self.step)
         counts = l0(weight_matrices(self.model))
-        if self.config.sparsity is not None and self.step == self.config.steps:
+        if self.config.sparsity is not None and self.has_final_density():
             counts = check_l0(self.matrices, self.config.sparsity)
         validation = [r["validation_loss"] for r in self.rows if r["validation_loss"] is not None]
         return TrainingRecord(
@@ -343,84 +310,28 @@ class Trainer:
             corpus=self.corpus.fingerprint,
         )
 
-    # ----------------------------------------------------------------------------------------------
-    # checkpoints
-
     def save_checkpoint(self) -> None:
-        """Write a checkpoint from which :meth:`train` resumes exactly; older ones go afterwards."""
+        """Write a checkpoint from which :meth:`train` resumes exactly."""
         if self.folder is None or not self.accelerator.is_main_process:
             return
-        target = self.folder / f"{PREFIX}{self.step:08d}"
-        with atomic_folder(target) as work:
-            save_pretrained(self.model, work / "model", self.record())
-            torch.save(self.optimizer.state_dict(), work / OPTIMIZER)
-            state = {
-                "step": self.step,
-                "tl_sparse_version": version("tl-sparse"),
-                "run": self.description(),
-            }
-            (work / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for old in self.checkpoints():
-            if old != target:
-                shutil.rmtree(old)
+        run, record = self.description(), self.record()
+        training_state.save_checkpoint(
+            self.folder, self.step, run, self.model, self.optimizer, record
+        )
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints in the folder, oldest first."""
-        assert self.folder is not None
-        return sorted(path for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
-
-    def resume(self) -> bool:
-        """Load the newest checkpoint of the folder, if there is one.
-
-        Raises:
-            ValueError: it comes from another run: model, training or corpus differ.
-        """
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = self.checkpoints()
-        if not found:
-            return False
-        state = read_json(found[-1] / STATE)
-        mine = json.loads(json.dumps(self.description()))
-        differing = [key for key in mine if state["run"].get(key) != mine[key]]
-        if differing:
-            raise ValueError(
-                f"{found[-1]} belongs to another run (its {', '.join(differing)} differs): use "
-                "another folder, or delete it"
-            )
-        load_tensors(self.model, read_tensors(found[-1] / "model" / "model.safetensors"),
-                     str(found[-1]))  # fmt: skip
-        path = found[-1] / OPTIMIZER
-        device = self.accelerator.device
-        self.optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-        self.step = state["step"]
+    def restore(self, folder: Path) -> None:
+        """Go on from the newest checkpoint of a folder, or begin there."""
+        folder.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
-            self.reset_metrics(keep_below=self.step)
-        return True
-
-    def reset_metrics(self, keep_below: int) -> None:
-        """Drop logged rows that lie after the step from which the run goes on."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        # a killed process can leave half a line behind
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        self.rows = [row for row in rows if row["step"] <= keep_below]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(scratch, path)
-
-
-def project_check(matrices: tuple[Any, ...], config: TrainingConfig, step: int) -> None:
-    """Raise now if a matrix' final budget lies below its floors."""
-    from tl_sparse.sparsity import n_kept
-
-    sparsity = config.sparsity
-    assert sparsity is not None
-    for matrix in matrices:
-        if matrix.role == "block":
-            n_kept(matrix, sparsity.density, sparsity.floor)
-        else:
-            floor = sparsity.embedding_floor if matrix.role == "embedding" else 0
-            n_kept(matrix, sparsity.final_embedding_density, floor)
+            training_state.remove_drafts(folder)
+            if self.restart and self.step == 0:
+                training_state.remove_run(folder)
+        self.accelerator.wait_for_everyone()
+        found = training_state.load_checkpoint(
+            folder, self.description(), self.model, self.optimizer
+        )
+        if found is not None:
+            self.step, self.rows = found, training_state.read_metrics(folder, found)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            training_state.write_metrics(folder, self.rows)

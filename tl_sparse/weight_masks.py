@@ -1,4 +1,4 @@
-"""``WeightMasks``: masks on the weights of any TransformerLens model, in training and in experiments."""
+"""``WeightMasks``: masks on the weights of any TransformerLens model, to train or to experiment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class WeightMasks:
             anneal_end=0.0,
         )
         matrices = weight_matrices(model)
-        keep = {}
+        keep: dict[str, Tensor] = {}
         for matrix in matrices:
             block = matrix.role == "block"
             masks = top_k_weights(
@@ -70,10 +70,12 @@ class WeightMasks:
     def all_kept(cls, model: nn.Module) -> WeightMasks:
         """Keep everything: the start for removing single edges with :meth:`without`."""
         matrices = weight_matrices(model)
-        parts = {
-            n: p for m in matrices for n, p in zip(_part_names(m), m.parts, strict=True)
-        }  # fmt: skip
-        return cls({n: torch.ones_like(p, dtype=torch.bool) for n, p in parts.items()}, None, matrices)
+        keep = {
+            name: torch.ones_like(part, dtype=torch.bool)
+            for matrix in matrices
+            for name, part in zip(_part_names(matrix), matrix.parts, strict=True)
+        }
+        return cls(keep, None, matrices)
 
     @classmethod
     def nonzero(cls, model: nn.Module) -> WeightMasks:
@@ -104,6 +106,8 @@ class WeightMasks:
         return replace(self, keep=keep)
 
     def _parts(self) -> dict[str, Tensor]:
+        for matrix in self.matrices:
+            matrix.check_live()
         return {
             name: part
             for matrix in self.matrices
@@ -121,11 +125,12 @@ class WeightMasks:
         Hooks, patching and attribution run inside as they are.
 
         Raises:
-            ValueError: ``model`` is not the model that the masks were made for.
+            ValueError: ``model`` is not the model that the masks were made for, or it was moved to
+                another device or dtype since.
         """
         mine = {id(owner) for matrix in self.matrices for owner in matrix.owners}
         if not mine <= {id(p) for p in model.parameters()}:
-            raise ValueError("these masks belong to another model: make them with WeightMasks.top_k")
+            raise ValueError("these masks belong to another model: make masks for this one")
         parts = self._parts()
         saved = {name: part.clone() for name, part in parts.items()}
         try:

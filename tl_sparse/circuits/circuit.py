@@ -20,10 +20,18 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.checkpoints import atomic_folder, fingerprint, read_json, read_tensors
+from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.sites import MATRICES, NodeIndex
 
 SCHEMA_VERSION = 1
 TENSORS, RECORD = "circuit.safetensors", "circuit.json"
+SCALARS = (
+    "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed", "model_name",
+    "model_fingerprint",
+)  # fmt: skip
+RECORDED = (*SCALARS, "config", "calibration", "index", "means")
+RESULTS = ("kept", "tau", "losses", "losses_calibrated", "correct")
+STORED = (*RESULTS, "edges", "edge_weights", "means")
 MATRIX_NAMES = tuple(matrix for matrix, _, _ in MATRICES)
 
 
@@ -184,13 +192,7 @@ class Circuit:
 
     def save(self, folder: str | Path) -> None:
         """Write the circuit to a folder, all or nothing; :meth:`load` restores it exactly."""
-        record = {
-            name: getattr(self, name)
-            for name in (
-                "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed",
-                "model_name", "model_fingerprint",
-            )
-        }  # fmt: skip
+        record = {name: getattr(self, name) for name in SCALARS}
         record |= {
             "schema_version": SCHEMA_VERSION,
             "tl_sparse_version": version("tl-sparse"),
@@ -203,10 +205,8 @@ class Circuit:
                 "model_fingerprint": self.means.model_fingerprint,
             },
         }
-        tensors = {
-            name: getattr(self, name).cpu().contiguous()
-            for name in ("kept", "tau", "losses", "losses_calibrated", "correct")
-        }
+        # copies: safetensors refuses tensors that share memory
+        tensors = {name: getattr(self, name).cpu().contiguous().clone() for name in RESULTS}
         sites = list(self.index.sites)
         matrix = self.edges["matrix"].map(MATRIX_NAMES.index)
         ends = [self.edges[f"{end}_site"].map(sites.index) for end in ("source", "target")]
@@ -225,6 +225,7 @@ class Circuit:
         """Read a saved circuit for the model that it was found in.
 
         Raises:
+            FileNotFoundError: a file is missing.
             ValueError: the model is another one, the schema is another version, or a file is broken.
         """
         record = read_json(Path(folder) / RECORD)
@@ -233,6 +234,8 @@ class Circuit:
                 f"{folder} has circuit schema_version {record.get('schema_version')!r}; this "
                 f"version of tl_sparse reads {SCHEMA_VERSION}"
             )
+        if missing := sorted(set(RECORDED) - set(record)):
+            raise ValueError(f"{Path(folder) / RECORD} lacks {', '.join(missing)}")
         if (mine := fingerprint(model)) != record["model_fingerprint"]:
             raise ValueError(
                 f"{folder} is a circuit of a {record['model_name']} with fingerprint "
@@ -240,6 +243,10 @@ class Circuit:
                 "model it was pruned from"
             )
         tensors = read_tensors(Path(folder) / TENSORS)
+        if set(tensors) != set(STORED):
+            raise ValueError(
+                f"{Path(folder) / TENSORS} must hold {', '.join(STORED)}, not {', '.join(tensors)}"
+            )
         plain = record["index"]
         index = NodeIndex(
             n_layers=plain["n_layers"],
@@ -259,15 +266,9 @@ class Circuit:
                 "matrix": [MATRIX_NAMES[i] for i in matrix],
                 "weight": tensors.pop("edge_weights").numpy(),
             }
-        )
+        ).astype(COLUMNS)
         means = ActivationMeans(index, tensors.pop("means"), **record["means"])
-        rest = {
-            name: record[name]
-            for name in (
-                "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed",
-                "config", "model_name", "model_fingerprint",
-            )
-        }  # fmt: skip
+        rest = {name: record[name] for name in (*SCALARS, "config")}
         calibration = Calibration(**record["calibration"])
         return cls(
             index=index, means=means, edges=edges, calibration=calibration, **tensors, **rest

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from tl_sparse.matrices import BLOCK_MATRICES
 from tl_sparse.sites import MATRICES, NodeIndex
 
+COLUMNS = {
+    "layer": "int64", "source_site": "str", "source": "int64", "target_site": "str",
+    "target": "int64", "matrix": "str", "weight": "float32",
+}  # fmt: skip
+"""Columns of a table of edges, and their types, which an empty one has too."""
+
 
 def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "source target"]:
     """A block's weight matrix as [channels it reads, channels it writes], a row per source node."""
@@ -22,6 +28,11 @@ def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "sou
     part = BLOCK_MATRICES[matrix][0]
     module = getattr(blocks[layer], part)
     weight = getattr(module, matrix).detach()
+    if matrix == "W_in" and getattr(module, "W_gate", None) is not None:
+        raise ValueError(
+            "this model's MLPs are gated: two matrices join mlp_in and mlp_neuron, and edges are not "
+            "defined; leave one of the two out of `sites`"
+        )
     extra = getattr(module, f"{matrix}_pos", None)
     if extra is not None:
         weight = torch.cat([weight, extra.detach()], dim=BLOCK_MATRICES[matrix][1])
@@ -33,8 +44,12 @@ def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "sou
 def circuit_edges(
     model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]
 ) -> pd.DataFrame:
-    """One row per edge: layer, source_site, source, target_site, target, matrix, weight."""
-    frames = []
+    """One row per edge: layer, source_site, source, target_site, target, matrix, weight.
+
+    Raises:
+        ValueError: the model has gated MLPs, in which two matrices join the same nodes.
+    """
+    frames = [pd.DataFrame(columns=list(COLUMNS))]
     for layer in range(index.n_layers):
         for matrix, source_site, target_site in MATRICES:
             if source_site not in index.sites or target_site not in index.sites:
@@ -59,7 +74,9 @@ def circuit_edges(
                     }
                 )
             )
-    return pd.concat(frames, ignore_index=True)
+    # concat of an empty table and others is deprecated in pandas
+    found = [frame for frame in frames if len(frame)] or frames[:1]
+    return pd.concat(found, ignore_index=True).astype(COLUMNS)
 
 
 def count_edges(model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
+from tl_sparse.ablation import ActivationMeans, ablation_hooks
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.circuits.circuit import Calibration, Circuit
-from tl_sparse.circuits.edges import circuit_edges
+from tl_sparse.circuits.edges import circuit_edges, count_edges
+from tl_sparse.circuits.margins import answer_margins
 from tl_sparse.circuits.node_masks import NodeMasks
 from tl_sparse.sites import NodeIndex
-from tl_sparse.tasks import Task, TaskBatch, select_last
+from tl_sparse.tasks import Task, TaskBatch
 
 Penalty = Literal["adaptive", "fixed"]
 
@@ -77,6 +78,8 @@ class PruningConfig:
 
 
 MAX_POOL = 2048  # distinct training pairs; drawing more buys nothing
+SNAPSHOTS = 24  # stages of the mask among which the smallest one that reaches the target is chosen
+MARGIN = 0.8  # the adaptive price aims below the target, so that bisection has something to remove
 
 
 class PruningFailed(ValueError):
@@ -99,17 +102,17 @@ def prune(
     calibrated, and the result is reported on held-out templates and names.
 
     Raises:
-        ValueError: ``means`` of another model, or the model itself does not reach the target.
+        ValueError: ``means`` of another model, the model itself does not reach the target, the task
+            has a single pair, or edges are not defined for the model.
         PruningFailed: the mask collapsed: all its open gates together miss the target loss.
     """
     config = config or PruningConfig()
     if means.model_fingerprint != fingerprint(model):
         raise ValueError("means belong to another model: compute them with activation_means")
     index, values = means.index, means.values.to(next(model.parameters()).device)
-    # one draw, so that no selection pair is among the training pairs
-    pool = min(config.steps * config.batch_pairs, MAX_POOL)
-    drawn = task.batch(pool + config.selection_pairs, split="train", seed=config.seed)
-    train, selection = drawn.pairs(0, pool), drawn.pairs(pool, pool + config.selection_pairs)
+    # without an edge among them: models whose edges are undefined are refused now
+    count_edges(model, index, torch.zeros_like(values, dtype=torch.bool))
+    selection, train = selection_and_training(task, config)
     report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
     with frozen(model):
         whole = float(F.softplus(-answer_margins(model, selection)).mean())
@@ -118,8 +121,8 @@ def prune(
                 f"the whole model has loss {whole:.3f} on {task.name}, above the target "
                 f"{config.target_loss}: it does not solve the task"
             )
-        masks = train_masks(model, task.name, index, values, train, config, progress)
-        tau = masks.tau.detach()
+        candidates = train_masks(model, task.name, index, values, train, config, progress)
+        tau = choose_mask(model, index, candidates, values, selection, config.target_loss)
         kept = choose_nodes(model, index, tau, values, selection, config.target_loss)
         hooks = ablation_hooks(index, kept, values)
         chosen = answer_margins(model, selection, hooks)
@@ -148,6 +151,24 @@ def prune(
     )
 
 
+def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch, TaskBatch]:
+    """Pairs to choose the number of nodes on, and pairs to train on, none of them in both.
+
+    A task with too few distinct pairs for both parts has at most half of them chosen on.
+
+    Raises:
+        ValueError: the task has a single pair.
+    """
+    pool = min(config.steps * config.batch_pairs, MAX_POOL)
+    drawn = task.batch(pool + config.selection_pairs, split="train", seed=config.seed)
+    # a batch repeats pairs only after all distinct ones
+    distinct = len(set(zip(drawn.prompts[::2], drawn.prompts[1::2], strict=True)))
+    if distinct < 2:
+        raise ValueError(f"task {task.name} has a single pair: none is left to train on")
+    chosen_on = min(config.selection_pairs, distinct // 2)
+    return drawn.pairs(0, chosen_on), drawn.pairs(chosen_on, distinct)
+
+
 def train_masks(
     model: nn.Module,
     task_name: str,
@@ -156,8 +177,12 @@ def train_masks(
     train: TaskBatch,
     config: PruningConfig,
     progress: bool,
-) -> NodeMasks:
-    """Train τ: task loss plus price per open gate, gradients clipped to RMS 1, τ clamped."""
+) -> list[Float[Tensor, " node"]]:
+    """Train τ: task loss plus price per open gate, gradients clipped to RMS 1, τ clamped.
+
+    Returns τ at evenly spaced steps, the last one included: a circuit that works whole or not at all
+    breaks as the price rises, and once broken gives its nodes no gradient by which to come back.
+    """
     masks = NodeMasks(
         index, values, init_bias=config.init_bias, init_scale=config.init_scale,
         temperature=config.temperature, seed=config.seed,
@@ -168,12 +193,13 @@ def train_masks(
     )  # fmt: skip
     price = torch.tensor(config.k_coef, device=values.device)
     average = torch.tensor(config.target_loss, device=values.device)
-    pool = len(train) // 2
+    pool, snapshots = len(train) // 2, []
+    marks = {config.steps - 1 - i * config.steps // SNAPSHOTS for i in range(SNAPSHOTS)}
     bar = tqdm(range(config.steps), desc=task_name, leave=False, disable=not progress)
     for step in bar:
         optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
         start = (step * config.batch_pairs) % max(1, pool - config.batch_pairs + 1)
-        batch = trimmed(train.pairs(start, start + config.batch_pairs))
+        batch = train.pairs(start, start + config.batch_pairs)
         gates = masks.gates()
         hooks = masks.hooks(gates)
         loss = F.softplus(-answer_margins(model, batch, hooks)).mean()
@@ -187,12 +213,40 @@ def train_masks(
         with torch.no_grad():
             average.lerp_(loss.detach(), 0.1)
             if config.penalty == "adaptive":
-                slack = ((config.target_loss - average) / config.target_loss).clamp(-1, 1)
+                goal = MARGIN * config.target_loss
+                slack = ((goal - average) / goal).clamp(-1, 1)
                 price *= torch.exp(config.adapt_rate * slack)
+        if step in marks:
+            snapshots.append(masks.tau.detach().clone())
         if progress and step % 20 == 0:
-            n_open = int((masks.tau >= 0).sum())
+            n_open = int(gates.sum())
             bar.set_postfix_str(f"loss {float(average):.3f}, {n_open} gates open", refresh=False)
-    return masks
+    return snapshots
+
+
+def choose_mask(
+    model: nn.Module,
+    index: NodeIndex,
+    candidates: list[Float[Tensor, " node"]],
+    values: Float[Tensor, " node"],
+    selection: TaskBatch,
+    target: float,
+) -> Float[Tensor, " node"]:
+    """The trained mask with the fewest open gates whose loss on fixed pairs is at most the target.
+
+    Raises:
+        PruningFailed: none reaches it.
+    """
+    for tau in sorted(candidates, key=lambda tau: int((tau >= 0).sum())):
+        hooks = ablation_hooks(index, tau >= 0, values)
+        loss = float(F.softplus(-answer_margins(model, selection, hooks)).mean())
+        if loss <= target:
+            return tau
+    n_open = int((candidates[-1] >= 0).sum())
+    raise PruningFailed(
+        f"the mask collapsed: none of its {len(candidates)} stages reaches the target loss {target} "
+        f"(at the end {n_open} gates were open); lower k_coef, or train for more steps"
+    )
 
 
 def choose_nodes(
@@ -205,10 +259,8 @@ def choose_nodes(
 ) -> Bool[Tensor, " node"]:
     """The fewest open gates, by descending τ, whose loss on fixed pairs is at most the target.
 
-    Bisected inside the open gates only: the closed ones are clamped at -1 and have no order.
-
-    Raises:
-        PruningFailed: all open gates together miss the target.
+    Bisected inside the open gates only: the closed ones are clamped at -1 and have no order. All
+    open gates together must reach the target.
     """
     order = tau.argsort(descending=True, stable=True)
 
@@ -220,12 +272,6 @@ def choose_nodes(
         return float(F.softplus(-answer_margins(model, selection, hooks)).mean())
 
     low, high = 0, int((tau >= 0).sum())
-    loss = loss_of(high)
-    if loss > target:
-        raise PruningFailed(
-            f"the mask collapsed: its {high} open gates have loss {loss:.3f}, above the target "
-            f"{target}; lower k_coef, or train for more steps"
-        )
     while high - low > 1:  # loss_of(high) <= target throughout
         middle = (low + high) // 2
         if loss_of(middle) <= target:
@@ -272,23 +318,6 @@ def _calibrate(margins: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return scale * margins + sign * shift
 
 
-def answer_margins(
-    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook] = ()
-) -> Float[Tensor, " prompt"]:
-    """logit(answer) - logit(other) at each prompt's last token, under hooks."""
-    run: Any = model
-    batch = batch.to(next(model.parameters()).device)
-    logits = run.run_with_hooks(batch.tokens, return_type="logits", fwd_hooks=list(hooks))
-    last = select_last(logits, batch).float()
-    right, wrong = (last.gather(1, ids[:, None])[:, 0] for ids in (batch.answer, batch.other))
-    return right - wrong
-
-
-def trimmed(batch: TaskBatch) -> TaskBatch:
-    """The batch without columns that are padding in every row."""
-    return replace(batch, tokens=batch.tokens[:, : int(batch.last.max()) + 1])
-
-
 def clip_rms(parameter: Tensor) -> None:
     """Scale a gradient down to root mean square 1 where it exceeds it."""
     grad = parameter.grad
@@ -299,7 +328,7 @@ def clip_rms(parameter: Tensor) -> None:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients for the model's own parameters, restored afterwards."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     required = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     for parameter, _ in required:
@@ -307,6 +336,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for parameter, needed in required:
             parameter.requires_grad_(needed)

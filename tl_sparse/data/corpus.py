@@ -23,7 +23,8 @@ from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus, encode_documents
 CACHE_VARIABLE: Final = "TL_SPARSE_CACHE"
 
 _TOKENIZER_CHARS: Final = 16_000_000  # more text changes a small vocabulary little
-_IDIOM_SAMPLE: Final = 100_000  # characters that stand for the generator in the fingerprint
+_TOKENIZER_IDIOMS: Final = 0.25  # share at most: more crowds out the words of real code
+_IDIOM_SAMPLE: Final = 20_000  # characters that stand for the generator in the fingerprint
 _Stream = UInt16[np.ndarray, " _"]
 
 
@@ -198,15 +199,14 @@ def _within(texts: list[str], max_bytes: int, seed: int) -> list[str]:
 
 
 def _tokenizer_texts(config: CorpusConfig, train: Sequence[str]) -> Iterator[str]:
-    """Real text, every k-th document if there is much of it, and idioms in the corpus' mix."""
+    """Real text, every k-th document if there is much of it, and some idioms."""
     step = -(-sum(map(len, train)) // _TOKENIZER_CHARS)
     chars = 0
     for text in train[::step]:
         chars += len(text)
         yield text
-    yield from idiom_documents(
-        config.seed, round(chars * config.idiom_share / (1 - config.idiom_share))
-    )
+    share = min(config.idiom_share, _TOKENIZER_IDIOMS)
+    yield from idiom_documents(config.seed, round(chars * share / (1 - share)))
 
 
 def _take(streams: Iterator[_Stream], wanted: int, progress: bool) -> list[_Stream]:

@@ -156,7 +156,7 @@ def type_use(draw: Draw) -> Lines:
         variable = "current"
     kinds = [draw() < 0.5]
     owners = [variable]
-    if draw() < 0.35:
+    if draw() < 0.15:
         kinds.append(not kinds[0])
         owners.append(other)
     pairs = list(zip(owners, kinds, strict=True))
@@ -273,7 +273,18 @@ _SIMPLE: Final[tuple[Callable[[Draw], Lines], ...]] = (
 _STATEMENTS: Final[tuple[Callable[[Draw], Lines], ...]] = (
     *(assign, assign_list, assign_list, assign_list, list_in_call, speak, speak, speak),
     *(format_text, ternary, ternary, ternary, small_function, small_function, count_up),
-    *(file_use, file_use, type_use, type_use, type_use, type_use, type_use, type_use),
+    *(
+        file_use,
+        file_use,
+        type_use,
+        type_use,
+        type_use,
+        type_use,
+        type_use,
+        type_use,
+        type_use,
+        type_use,
+    ),
     *(
         loop,
         loop,

@@ -34,7 +34,7 @@ def check_source(source: str) -> None:
         if len(parts) > 4 or not all(parts):
             raise ValueError(f"source {source!r} is not hf:<dataset>[:<split>[:<text column>]]")
         return
-    if not Path(source).expanduser().exists():
+    if not source or not Path(source).expanduser().exists():
         raise ValueError(f"unknown source {source!r}: it is none of {KINDS}")
 
 

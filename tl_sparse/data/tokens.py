@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import UInt16
@@ -70,7 +70,7 @@ class TokenizedCorpus:
     """Where the files are."""
 
     @classmethod
-    def load(cls, directory: str | Path) -> Self:
+    def load(cls, directory: str | Path) -> "TokenizedCorpus":
         """Open a corpus folder. A missing, truncated or altered file is a `ValueError`."""
         directory = Path(directory).expanduser()
         index = _read_index(directory)

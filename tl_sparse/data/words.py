@@ -12,21 +12,17 @@ _TRAIN: Final = """
     data item index key text count total size start end first last left right width height color
     shape row column table cell file folder word letter number score weight rate price cost user
     member group team player game level point edge graph tree root leaf branch parent child queue
-    cache block page book title author note event time day month year hour minute second date place
-    city street house room door window wall floor garden river lake hill road bridge car train boat
-    ship plane bird cat dog horse fish cow apple bread water milk tea sugar salt music song dance
-    red green blue black white old new big small fast slow happy warm cold long short high low early
-    late head tail body hand foot face friend mother father sister brother woman girl boy box bag
-    cup ball toy coat hat shoe bed lamp clock phone label option flag step job goal rule test check
-    limit length depth area speed error answer question reason part side top bottom center middle
+    cache block page book title note event time day month year hour minute second date place city
+    street house room door window wall road car train boat cat dog fish apple tea red green blue
+    black white old new big small fast slow long short high low head tail body hand box bag cup
+    ball hat label option flag step job goal rule test check limit length area error part side
     """
 
 _HELD_OUT: Final = """
-    name path line code value result source message version mode state node token address target
-    module string method encoding socket context parser filename output exception server command
-    prefix timeout widget stream signal handler frame action example loader pattern protocol client
-    callback entry info request host array response script logger config operator platform master
-    policy port buffer stack offset status
+    name line value module path code result source message state node string method encoding socket
+    context filename exception timeout handler frame action example entry info host config port
+    stack support expected values names lines errors flags tests parts keys spec attr args instance
+    function loop thread process header content change order section unit
     """
 
 TRAIN_WORDS: Final[tuple[str, ...]] = tuple(_TRAIN.split())

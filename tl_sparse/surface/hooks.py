@@ -1,4 +1,4 @@
-"""Hooks that never fail silently: unknown names raise, switched-off hooks raise, caches never empty."""
+"""Hooks that never fail silently: unknown and switched-off names raise, caches are never empty."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class HookSurface:
         )
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """TransformerLens' lasting caching hooks; a names_filter that matches nothing is an error."""
+        """TransformerLens' lasting caching hooks; a names_filter without a match is an error."""
         names = self.cached_names(names_filter)
         return HookedRootModule.add_caching_hooks(
             self,  # type: ignore[arg-type]
@@ -143,15 +143,26 @@ class HookSurface:
         *model_args: Any,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
+        names_filter: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run and cache activations; returns (output, ActivationCache), see TransformerLens."""
+        if isinstance(names_filter, str):
+            names_filter = [names_filter]
         out, cache = HookedRootModule.run_with_cache(
             self,  # type: ignore[arg-type]
             *model_args,
+            names_filter=names_filter,
             remove_batch_dim=remove_batch_dim,
             **kwargs,
         )
+        if isinstance(names_filter, list | tuple):
+            # a tool finds what it asked for under the name that it asked by, alias or not
+            for name in names_filter:
+                own = self.require_hook(name).name
+                for end in ("", "_grad"):
+                    if own + end in cache:
+                        cache[name + end] = cache[own + end]
         if return_cache_object:
             cache = ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
         return out, cache

@@ -39,7 +39,7 @@ class RunSurface:
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
     ) -> Any:
-        """Run on a string, strings, tokens [batch, pos], or (with start_at_layer) a residual stream.
+        """Run on a string, strings, tokens [batch, pos], or (start_at_layer) a residual stream.
 
         Arguments and return types are those of ``HookedTransformer.forward``. ``tokens`` must come
         with a residual stream where the model needs them: for the loss and for the bigram table.
@@ -52,9 +52,9 @@ class RunSurface:
         if start_at_layer is None:
             tokens = self.input_tokens(input, prepend_bos, padding_side)
             batch, n = tokens.shape
-            padding_side = padding_side or self.padding_side
-            if attention_mask is None and padding_side == "left" and self.tokenizer is not None:
-                attention_mask = self.padding_mask(tokens, prepend_bos)
+            attention_mask = self.attention_mask_of(
+                tokens, attention_mask, prepend_bos, padding_side
+            )
         else:
             batch, n = input.shape[:2]
         seen = 0 if past_kv_cache is None else past_kv_cache[0].past_keys.shape[1]
@@ -99,6 +99,19 @@ class RunSurface:
                              " start_at_layer")  # fmt: skip
         tokens = input[None] if input.ndim == 1 else input
         return tokens.to(self.unembed.b_U.device)
+
+    def attention_mask_of(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        given: Tensor | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+    ) -> Tensor | None:
+        """The given mask, or the one that left padding implies."""
+        left = self.side(padding_side) == "left"
+        if given is not None or not left or self.tokenizer is None:
+            return given
+        return self.padding_mask(tokens, prepend_bos)
 
     def padding_mask(
         self, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None
@@ -146,7 +159,8 @@ class RunSurface:
         per_token: bool = False,
     ) -> Tensor:
         """Next-token cross-entropy in nats: the mean, or per token [batch, pos - 1]."""
-        predicted = logits[:, :-1].float()
+        # half precision is too coarse for a loss; double stays double
+        predicted = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = loss.view(tokens.shape[0], -1)
         if attention_mask is None:
@@ -165,10 +179,13 @@ class RunSurface:
     ) -> tuple[Tensor, Tensor, None, Tensor | None]:
         """(residual stream before block 0, tokens, None, attention mask), as TransformerLens."""
         tokens = self.input_tokens(input, prepend_bos, padding_side)
-        if attention_mask is None and (padding_side or self.padding_side) == "left":
-            attention_mask = self.padding_mask(tokens, prepend_bos)
-        seen = 0 if past_kv_cache is None else past_kv_cache[0].past_keys.shape[1]
-        _, positions = self.masks_and_positions(*tokens.shape, seen, attention_mask, None)
+        attention_mask = self.attention_mask_of(tokens, attention_mask, prepend_bos, padding_side)
+        seen, mask = 0, attention_mask
+        if past_kv_cache is not None:
+            seen = past_kv_cache[0].past_keys.shape[1]
+            mask = torch.ones_like(tokens) if mask is None else mask.long()
+            mask = torch.cat([past_kv_cache.previous_attention_mask, mask], dim=1)
+        _, positions = self.masks_and_positions(*tokens.shape, seen, mask, None)
         return self.residual_input(tokens, positions), tokens, None, attention_mask
 
     @torch.no_grad()
@@ -227,7 +244,7 @@ class RunSurface:
     def generate(
         self, input: Any = "", max_new_tokens: int = 10, return_type: str = "input", **kwargs: Any
     ) -> Any:
-        """Continue a prompt; returns strings for strings and tokens for tokens, see TransformerLens.
+        """Continue a prompt; strings give strings and tokens give tokens, see TransformerLens.
 
         Sampling draws from torch's global generator: seed it for reproducible text. With
         ``use_past_kv_cache`` the last bits of the logits, hence now and then a token, differ from a
@@ -236,9 +253,11 @@ class RunSurface:
         kwargs.pop("verbose", None)  # TransformerLens' progress bar
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f"return_type={return_type!r}; choose from 'input', 'str', 'tokens'")
+        if return_type == "str":
+            self.require_tokenizer()
         tokens = self.input_tokens(input, kwargs.get("prepend_bos"), "left")
-        for tokens in self.generate_stream(input, max_new_tokens, **kwargs):
-            pass
+        for longer in self.generate_stream(input, max_new_tokens, **kwargs):
+            tokens = longer
         if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
             return tokens
         skip = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}

@@ -14,10 +14,12 @@ def runtime_config(config: SparseTransformerConfig) -> RuntimeConfig:
     """``model.cfg`` for a config; fields of ours keep their names, TransformerLens' get theirs."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     eps = torch.finfo(torch.float32).eps if config.normalization_type == "RMS" else 1e-5
+    width, d_mlp = config.site_width("attn_q"), config.site_width("mlp_neuron")
     return RuntimeConfig(
         **values
         | {
             "eps": config.eps or eps,
+            "n_params": config.n_layers * config.d_model * (4 * width + 2 * d_mlp),
             "d_vocab_out": config.d_vocab,
             "device": "cpu",
             "dtype": torch.float32,

@@ -1,4 +1,4 @@
-"""Text to tokens and back, with TransformerLens' names, for any Hugging Face tokenizer in memory."""
+"""Text to tokens and back, with TransformerLens' names, for any Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class TokenSurface:
         Raises:
             ValueError: it has more tokens than the model, or no BOS token although one is wanted.
         """
-        self.padding_side = default_padding_side or "right"
+        self.padding_side = "right"
+        self.padding_side = self.side(default_padding_side)
         if tokenizer is not None:
             if len(tokenizer) > self.config.d_vocab:
                 raise ValueError(
-                    f"tokenizer has {len(tokenizer)} tokens, the model d_vocab={self.config.d_vocab}"
+                    f"tokenizer has {len(tokenizer)} tokens, the model "
+                    f"d_vocab={self.config.d_vocab}"
                 )
             if tokenizer.bos_token_id is None and self.config.default_prepend_bos:
                 raise ValueError(
@@ -32,6 +34,13 @@ class TokenSurface:
                 )
             self.cfg.tokenizer_name = tokenizer.name_or_path or None
         self.tokenizer = tokenizer
+
+    def side(self, padding_side: str | None) -> str:
+        """The padding side that a call asks for: None is the model's own."""
+        side = self.padding_side if padding_side is None else padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side={side!r} is unknown; choose from 'left', 'right'")
+        return side
 
     def require_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -46,7 +55,7 @@ class TokenSurface:
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "batch pos"]:
-        """Strings → token ids [batch, pos], padded to the longest with the tokenizer's pad token."""
+        """Strings → token ids [batch, pos], padded to the longest with the pad token."""
         tokenizer = self.require_tokenizer()
         texts = [input] if isinstance(input, str) else list(input)
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -60,7 +69,7 @@ class TokenSurface:
         pads = [[tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
         if any(pads) and tokenizer.pad_token_id is None:
             raise ValueError("strings of different lengths need a tokenizer with a pad token")
-        left = (padding_side or self.padding_side) == "left"
+        left = self.side(padding_side) == "left"
         padded = [p + r if left else r + p for p, r in zip(pads, rows, strict=True)]
         tokens = torch.tensor(padded, dtype=torch.long)
         return tokens.to(self.cfg.device) if move_to_device else tokens
@@ -79,7 +88,7 @@ class TokenSurface:
     def to_str_tokens(
         self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
     ) -> Any:
-        """A string or one row of tokens → its tokens as strings; a list of strings → a list each."""
+        """A string or row of tokens → its tokens as strings; a list of strings → a list each."""
         if isinstance(input, list) and input and isinstance(input[0], str):
             return [self.to_str_tokens(text, prepend_bos, padding_side) for text in input]
         if isinstance(input, str):
@@ -116,9 +125,15 @@ class TokenSurface:
             raise ValueError(f"mode={mode!r} is unknown; choose from 'first', 'last'")
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos, padding_side)
-        row = torch.as_tensor(input).squeeze(0) if torch.as_tensor(input).ndim == 2 else input
-        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
-        found = torch.nonzero(torch.as_tensor(row) == wanted).flatten().tolist()
+        row = torch.as_tensor(input)
+        if row.ndim == 2:
+            if len(row) != 1:
+                raise ValueError("get_token_position takes one row of tokens at a time")
+            row = row[0]
+        wanted = (
+            self.to_single_token(single_token) if isinstance(single_token, str) else single_token
+        )
+        found = torch.nonzero(row == wanted).flatten().tolist()
         assert found, f"token {single_token!r} does not occur in the input"
         return found[0] if mode == "first" else found[-1]
 

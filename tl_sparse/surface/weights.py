@@ -47,6 +47,13 @@ class WeightSurface:
     b_in, b_out = stacked("mlp", "b_in"), stacked("mlp", "b_out")
     W_gate = None
 
+    def __getattr__(self, name: str) -> Any:
+        # torch comes here too when a property raises AttributeError, and would drop its message
+        if name in ("W_pos", "W_E_pos"):
+            kind = self.config.positional_embedding_type
+            raise AttributeError(f"no {name} in a model with positional_embedding_type={kind!r}")
+        return super().__getattr__(name)  # type: ignore[misc]
+
     @property
     def W_E(self) -> Tensor:
         """Token embedding [d_vocab, d_model]."""
@@ -65,13 +72,13 @@ class WeightSurface:
     @property
     def W_pos(self) -> Tensor:
         """Positions [n_ctx, d_model], or [n_ctx, d_pos] where they are concatenated."""
-        if self.config.positional_embedding_type == "none":
-            raise AttributeError("this model has no positions (positional_embedding_type='none')")
         return self.pos_embed.W_pos
 
     @property
     def W_E_pos(self) -> Tensor:
         """Token and added positional embeddings on top of each other."""
+        if self.config.concat_positions:
+            raise AttributeError("W_E_pos")
         return torch.cat([self.W_E, self.W_pos])
 
     @staticmethod
@@ -145,6 +152,7 @@ class WeightSurface:
     process_weights = refused("process_weights", PROCESSING)
     load_and_process_state_dict = refused("load_and_process_state_dict", PROCESSING)
     from_pretrained_no_processing = refused("from_pretrained_no_processing", HUB)
+    fill_missing_keys = refused("fill_missing_keys", "a checkpoint must be complete")
     get_residual = refused("get_residual", "use input_to_embed")
     get_pos_offset = refused("get_pos_offset", "positions come from the attention mask")
     move_model_modules_to_device = refused("move_model_modules_to_device", "use to(device)")
@@ -152,4 +160,3 @@ class WeightSurface:
         "load_sample_training_dataset", "its data is a corpus: see tl_sparse.data"
     )
     sample_datapoint = refused("sample_datapoint", "its data is a corpus: see tl_sparse.data")
-

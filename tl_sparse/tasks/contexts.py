@@ -24,10 +24,10 @@ SPLITS: Final[tuple[Split, ...]] = ("train", "held_out")
 _MAX_FILES: Final = 60  # parsed for a split; held-out may have fewer
 _STATEMENTS: Final = (ast.Assign, ast.AugAssign, ast.Expr, ast.Assert, ast.Import, ast.ImportFrom)
 _ENDS: Final = (ast.Return, ast.Raise, ast.Continue, ast.Break)
-_UNWANTED: Final = frozenset({"current", "__future__", "await", "yield", "#", "\\", ";"})
+_UNWANTED: Final = frozenset({"__future__", "await", "yield", "#", "\\", ";"})
 _TEXT: Final = re.compile(r"[A-Za-z]+(?: [a-z]+){1,5}")
 _PIECE: Final = re.compile(
-    r"""(?P<string>[rbuf]?'[^']*'|[rbuf]?"[^"]*")|(?P<word>[A-Za-z_]\w*)|(?P<number>[\d.]+)""",
+    r"""(?P<string>[rbuf]?'[^']*'|[rbuf]?"[^"]*")|(?P<word>[A-Za-z_]\w*)|(?P<number>\d[\d.]*)""",
 )
 
 
@@ -50,7 +50,8 @@ class Snippets:
 def snippets(split: Split) -> Snippets:
     """The snippets of a split; nothing in one split's pieces is in the other's.
 
-    Held-out lines also differ in shape (see `shape`) from every training line and every idiom.
+    Held-out functions and lines also differ in shape (see `shape`) from every training one, and
+    the lines from every idiom.
     Raises `ValueError` if the standard library's source is not installed.
     """
     documents = _files(split)
@@ -76,7 +77,8 @@ def snippets(split: Split) -> Snippets:
         seen = snippets("train")
         known = {shape(line) for line in seen.lines} | _idiom_shapes()
         lines = {line: None for line in lines if shape(line) not in known}
-        functions = {f: None for f in functions if f not in seen.functions}
+        known = {shape(function) for function in seen.functions}
+        functions = {f: None for f in functions if shape(f) not in known}
         texts = {text: None for text in texts if text not in seen.texts}
     return Snippets(
         tuple(document.name for document in documents),
@@ -159,6 +161,7 @@ def _line(node: ast.stmt, source: Sequence[str]) -> Iterator[str]:
         and not (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call))
         and 8 <= len(text) <= 40
         and text.isascii()
+        and "current" not in text  # the variable of a task
         and not _UNWANTED & set(re.findall(r"\w+|\W", text))
         and _is_valid(text)
     ):

@@ -4,7 +4,7 @@ import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Final
 
 import torch
 from jaxtyping import Int
@@ -38,7 +38,7 @@ class TaskBatch:
         """The number of prompts, twice the number of pairs."""
         return len(self.prompts)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "TaskBatch":
         """The same batch with its tensors on `device`."""
         return replace(
             self,
@@ -48,7 +48,7 @@ class TaskBatch:
             other=self.other.to(device),
         )
 
-    def pairs(self, start: int, stop: int) -> Self:
+    def pairs(self, start: int, stop: int) -> "TaskBatch":
         """The pairs `start` to `stop - 1` as a batch of the same padded length."""
         rows = slice(2 * start, 2 * stop)
         return replace(
@@ -118,7 +118,9 @@ class Task:
     """Draws one pair of prompts (A, B) for a split."""
 
     @classmethod
-    def bind(cls, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64) -> Self:
+    def bind(
+        cls, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64
+    ) -> "Task":
         """The task for a tokenizer; `ValueError` if an answer is not one token of it."""
         if tokenizer.bos_token_id is None:
             raise ValueError(f"task {spec.name!r} needs a tokenizer with a beginning-of-text token")

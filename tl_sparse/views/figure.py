@@ -28,7 +28,7 @@ from tl_sparse.views.style import (
 )
 
 _BUCKETS = 5
-_CURVE_POINTS = 14
+_CURVE_POINTS = 15  # odd, so that the hover marker lies on the curve
 _LABELLED_WIDTH = 16.0  # node spacings side by side for which channel numbers fit
 _LEAST_SPACINGS = 10.0  # a small circuit is not stretched over the whole width
 _ROW_PIXELS = 96

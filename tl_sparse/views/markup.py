@@ -10,7 +10,9 @@ def element(
     """Append a child. In attribute names a trailing underscore is dropped and the others become
     hyphens (`class_`, `data_node`); floats are written with one decimal; None is left out."""
     named = {
-        name.rstrip("_").replace("_", "-"): f"{value:.1f}" if isinstance(value, float) else f"{value}"
+        name.rstrip("_").replace("_", "-"): f"{value:.1f}"
+        if isinstance(value, float)
+        else f"{value}"
         for name, value in attributes.items()
         if value is not None
     }

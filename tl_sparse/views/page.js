@@ -34,7 +34,6 @@
         this.into[edge[1]].push(edge);
       }
       for (const list of [...this.into, ...this.from]) list.sort(strong);
-      this.largest = this.edges.reduce((most, edge) => Math.max(most, Math.abs(edge[3])), 0) || 1;
       this.drawn = Array.from(this.svg.querySelectorAll(".tls-edge"), (path) => ({
         path,
         source: this.place.get(path.dataset.source),
@@ -199,8 +198,10 @@
       this.links("written before by", /_in$/.test(node.site) ? this.relatives(i, false) : []);
       this.links("read later by", /_out$/.test(node.site) ? this.relatives(i, true) : []);
       this.links(node.site === "attn_v" ? "moved by the pattern of" : "pattern moves", node.head >= 0 ? [...this.relatives(i, true), ...this.relatives(i, false)] : []);
-      this.list("incoming", this.into[i], 0);
-      this.list("outgoing", this.from[i], 1);
+      const sizes = [...this.into[i], ...this.from[i]].map((edge) => Math.abs(edge[3]));
+      const largest = sizes.reduce((most, size) => Math.max(most, size), 0) || 1;
+      this.list("incoming", this.into[i], 0, largest);
+      this.list("outgoing", this.from[i], 1, largest);
     }
 
     links(title, others) {
@@ -223,7 +224,7 @@
       return button;
     }
 
-    list(title, edges, end) {
+    list(title, edges, end, largest) {
       make(this.panel, "h5", `${title} (${edges.length.toLocaleString("en")})`);
       const list = make(this.panel, "ul");
       const add = (from, to) => {
@@ -231,9 +232,11 @@
           const button = this.button(make(list, "li"), edge[end], "edge");
           make(button, "span", format(edge[3]), "weight");
           const bar = make(make(button, "span", undefined, "track"), "i");
-          bar.style.width = `${(100 * Math.abs(edge[3])) / this.largest}%`;
+          bar.style.width = `${(100 * Math.abs(edge[3])) / largest}%`;
           bar.style.background = colour(edge[3], 0.9);
-          make(button, "span", `${this.nodes[edge[end]].name} \u00b7 ${edge[2]}`, "name");
+          // All edges of a node stay in its layer, so the layer goes without saying.
+          const name = this.nodes[edge[end]].name;
+          make(button, "span", `${name.slice(name.indexOf("\u00b7") + 2)} \u00b7 ${edge[2]}`, "name");
         }
       };
       add(0, LISTED);

@@ -102,7 +102,10 @@ def _column_texts(column: pd.Series) -> list[str]:
     if column.dtype == bool:
         return ["yes" if value else "no" for value in column]
     if not pd.api.types.is_numeric_dtype(column):
-        return ["–" if missing else printable(str(v)) for v, missing in zip(column, column.isna(), strict=True)]
+        return [
+            "–" if missing else printable(str(v))
+            for v, missing in zip(column, column.isna(), strict=True)
+        ]
     values = column.astype("Float64").to_numpy(float, na_value=float("nan"))
     known = values[~pd.isna(values)]
     whole = bool(len(known)) and bool((known == known.round()).all())

@@ -49,10 +49,10 @@ class _Scale:
     height: float
     """The layout's height in row heights."""
 
-    def x(self, x: pd.Series | float) -> np.ndarray:
+    def x(self, x: pd.Series) -> np.ndarray:
         return np.asarray(x, dtype=float) * self.unit + self.left
 
-    def y(self, y: pd.Series | float) -> np.ndarray:
+    def y(self, y: pd.Series) -> np.ndarray:
         return self.top + (self.height - np.asarray(y, dtype=float)) * self.row
 
     @property
@@ -102,6 +102,7 @@ def circuit_element(layout: Layout, max_edges: int) -> ET.Element:
     _draw_lanes(svg, layout, scale)
     _draw_heads(svg, layout, scale)
     _draw_edges(svg, shown, layout, scale)
+    _label_heads(svg, layout, scale)
     _draw_nodes(svg, layout, scale)
     _draw_legend(svg, width, height, shown_note(len(shown), len(layout.edges)))
     if layout.nodes.empty:
@@ -145,16 +146,16 @@ def _text(
 
 
 def _draw_layers(svg: ET.Element, layout: Layout, scale: _Scale, width: float) -> None:
-    for layer, rows in layout.rows.groupby("layer"):
-        inside = layout.nodes.loc[layout.nodes["layer"] == layer, "y"]
-        low, high = float(scale.y(inside.min())) + 21, float(scale.y(inside.max())) - 21
+    extent = layout.nodes.groupby("layer")["y"].agg(["min", "max"])
+    bands = zip(extent.index, scale.y(extent["min"]) + 21, scale.y(extent["max"]) - 21, strict=True)
+    for layer, low, high in bands:
         element(
-            svg, "rect", x=6.0, y=high, width=width - 12, height=low - high, rx=7.0, fill=LANE,
-            fill_opacity="0.07",
+            svg, "rect", x=6.0, y=float(high), width=width - 12, height=float(low - high), rx=7.0,
+            fill=LANE, fill_opacity="0.07",
         )  # fmt: skip
-        for row in rows.itertuples():
-            _text(svg, _LEFT - 14, float(scale.y(row.y)) + 4, row.label, "end", opacity=0.65)
-        _text(svg, 13, high + 15, f"L{layer}", opacity=0.8, style="font-weight:600")
+        _text(svg, 13.0, high + 15, f"L{layer}", opacity=0.8, style="font-weight:600")
+    for label, y in zip(layout.rows["label"], scale.y(layout.rows["y"]), strict=True):
+        _text(svg, _LEFT - 14, y + 4, label, "end", opacity=0.65)
 
 
 def _draw_lanes(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
@@ -199,8 +200,16 @@ def _draw_heads(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
         element(
             box, "title"
         ).text = f"layer {layer} · head {head}: q and k set the pattern that moves v"
-        label = f"head {head}" if right - left >= 46 else f"{head}"
-        _text(svg, float(right) - 1, float(top) - 4, label, "end", 10.0, style=_halo(3))
+
+
+def _label_heads(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
+    """After the edges, so that a crowd of them does not cover the names."""
+    heads = layout.heads
+    right, left = scale.x(heads["x1"]), scale.x(heads["x0"])
+    above = scale.y(heads["y1"]) - scale.radius - 10
+    for head, x, width, y in zip(heads["head"], right - 1, right - left, above, strict=True):
+        label = f"head {head}" if width >= 46 else f"{head}"
+        _text(svg, x, y, label, "end", 10.0, style=_halo(3))
 
 
 def _halo(width: int) -> str:

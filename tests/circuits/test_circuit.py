@@ -1,0 +1,329 @@
+import dataclasses
+import json
+import os
+from dataclasses import replace
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tl_sparse.ablation import activation_means
+from tl_sparse.checkpoints import fingerprint
+from tl_sparse.circuits import Calibration, Circuit, circuit_edges
+from tl_sparse.sites import NodeIndex
+
+EDGE_COLUMNS = [
+    "layer", "source_site", "source", "target_site", "target", "matrix", "weight",
+]  # fmt: skip
+NODE_COLUMNS = ["layer", "site", "channel", "head", "head_channel", "hook", "tau", "mean"]
+
+
+def hand_made(model, tokens, share=0.3, nodes=None, sites=None):
+    """A circuit of random nodes, or of those named, with results made up."""
+    generator = torch.Generator().manual_seed(9)
+    means = activation_means(model, tokens, *([] if sites is None else [sites]))
+    index = means.index
+    kept = torch.rand(index.n_nodes, generator=generator) < share
+    if nodes is not None:
+        kept = torch.zeros(index.n_nodes, dtype=torch.bool)
+        for layer, site, channel in nodes:
+            kept[index.slices[index.hook(layer, site)].start + channel] = True
+    losses = torch.rand(6, generator=generator)
+    return Circuit(
+        task="marked", index=index, kept=kept, tau=torch.rand(index.n_nodes, generator=generator),
+        means=means, edges=circuit_edges(model, index, kept), losses=losses,
+        losses_calibrated=losses, correct=losses < 0.5, calibration=Calibration(1.5, -0.25),
+        selection_loss=0.1 + 0.2, model_loss=0.01, target_loss=0.15, n_active=40, seed=3,
+        config={"steps": 7, "penalty": "fixed", "lr": 0.1}, model_name=type(model).__name__,
+        model_fingerprint=fingerprint(model),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model(small_model):
+    return small_model("together", zeros=0.5)
+
+
+@pytest.fixture
+def circuit(model, random_tokens):
+    return hand_made(model, random_tokens)
+
+
+def assert_same(found, expected):
+    for field in dataclasses.fields(Circuit):
+        mine, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(theirs, torch.Tensor):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs), field.name
+        elif isinstance(theirs, pd.DataFrame):
+            pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+        elif field.name == "means":
+            assert torch.equal(mine.values, theirs.values)
+            for name in ("index", "n_tokens", "tokens_hash", "model_fingerprint"):
+                assert getattr(mine, name) == getattr(theirs, name)
+        else:
+            assert mine == theirs, field.name
+
+
+@pytest.mark.parametrize("share", [0.3, 0.0, 1.0])
+def test_a_saved_circuit_is_loaded_exactly(model, random_tokens, tmp_path, share):
+    circuit = hand_made(model, random_tokens, share)
+    circuit.save(tmp_path / "deep" / "c")
+    loaded = Circuit.load(tmp_path / "deep" / "c", model)
+    assert_same(loaded, circuit)
+    pd.testing.assert_frame_equal(loaded.nodes, circuit.nodes, check_exact=True)
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["c"]
+    tokens = random_tokens[:4]
+    before = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=circuit.hooks())
+    after = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=loaded.hooks())
+    assert torch.equal(before, after)
+
+
+def test_a_circuit_of_some_sites_is_loaded_exactly(model, random_tokens, tmp_path):
+    circuit = hand_made(model, random_tokens, sites=("attn_v", "attn_out"))
+    circuit.save(tmp_path / "c")
+    assert_same(Circuit.load(tmp_path / "c", model), circuit)
+
+
+def test_a_circuit_is_saved_over_an_older_one(circuit, model, tmp_path):
+    circuit.save(tmp_path / "c")
+    newer = replace(circuit, seed=4)
+    newer.save(tmp_path / "c")
+    assert Circuit.load(tmp_path / "c", model).seed == 4
+
+
+def test_the_same_weights_elsewhere_are_the_same_model(circuit, small_model, tmp_path):
+    circuit.save(tmp_path / "c")
+    assert_same(Circuit.load(tmp_path / "c", small_model("together", zeros=0.5)), circuit)
+
+
+def test_another_model_is_refused(circuit, model, tmp_path):
+    circuit.save(tmp_path / "c")
+    with torch.no_grad():
+        model.blocks[0].mlp.W_in[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="not of this model.*load the model it was pruned from") as e:
+        Circuit.load(tmp_path / "c", model)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_folder_or_file_is_named(circuit, model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"circuit.json is missing"):
+        Circuit.load(tmp_path / "nowhere", model)
+    circuit.save(tmp_path / "c")
+    (tmp_path / "c" / "circuit.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"circuit.safetensors is missing"):
+        Circuit.load(tmp_path / "c", model)
+
+
+@pytest.mark.parametrize("name", ["circuit.json", "circuit.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.98])
+def test_a_truncated_file_is_one_line(circuit, model, tmp_path, name, share):
+    circuit.save(tmp_path / "c")
+    path = tmp_path / "c" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=name) as error:
+        Circuit.load(tmp_path / "c", model)
+    assert "\n" not in str(error.value)
+
+
+def change_record(folder, **changes):
+    path = folder / "circuit.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def test_another_schema_version_is_refused(circuit, model, tmp_path):
+    circuit.save(tmp_path / "c")
+    change_record(tmp_path / "c", schema_version=99)
+    with pytest.raises(ValueError, match="schema_version 99; this version of tl_sparse reads 1"):
+        Circuit.load(tmp_path / "c", model)
+
+
+def test_a_record_that_lacks_something_names_it(circuit, model, tmp_path):
+    circuit.save(tmp_path / "c")
+    change_record(tmp_path / "c", calibration=None, seed=None)
+    with pytest.raises(ValueError, match=r"circuit.json lacks calibration, seed$"):
+        Circuit.load(tmp_path / "c", model)
+
+
+def test_a_tensor_too_many_or_too_few_is_refused(circuit, model, tmp_path):
+    circuit.save(tmp_path / "c")
+    path = tmp_path / "c" / "circuit.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"more": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="must hold kept, tau"):
+        Circuit.load(tmp_path / "c", model)
+    del tensors["tau"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="must hold kept, tau"):
+        Circuit.load(tmp_path / "c", model)
+
+
+@pytest.mark.parametrize("when", ["writing", "moving"])
+def test_an_interrupted_save_leaves_the_old_circuit(circuit, model, tmp_path, monkeypatch, when):
+    circuit.save(tmp_path / "c")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if when == "writing":
+        monkeypatch.setattr("tl_sparse.circuits.circuit.json.dumps", interrupt)
+    else:
+        moved = []
+        real = os.replace
+
+        def second_fails(source, target):
+            moved.append(target)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        monkeypatch.setattr("tl_sparse.checkpoints.os.replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        replace(circuit, seed=77).save(tmp_path / "c")
+    monkeypatch.undo()
+    assert_same(Circuit.load(tmp_path / "c", model), circuit)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_table_of_nodes_names_each_kept_node(circuit):
+    nodes = circuit.nodes
+    assert list(nodes.columns) == NODE_COLUMNS
+    assert len(nodes) == circuit.n_nodes == int(circuit.kept.sum())
+    for node in (nodes.index[0], nodes.index[-1]):
+        row = nodes.loc[node]
+        piece = circuit.index.slices[row.hook]
+        assert piece.start + row.channel == node
+        assert circuit.kept[node]
+        assert row.tau == pytest.approx(float(circuit.tau[node]))
+        assert row["mean"] == pytest.approx(float(circuit.means.values[node]))
+    in_heads = nodes["site"].isin(["attn_q", "attn_k", "attn_v"])
+    assert (nodes["head"].notna() == in_heads).all()
+    heads = nodes[in_heads]
+    assert (heads["head"] * 8 + heads["head_channel"] == heads["channel"]).all()
+
+
+def test_the_table_of_edges_joins_kept_nodes(circuit):
+    assert list(circuit.edges.columns) == EDGE_COLUMNS
+    assert circuit.n_edges == len(circuit.edges) > 0
+    kept = set(circuit.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
+    for end in ("source", "target"):
+        names = circuit.edges[["layer", f"{end}_site", end]].itertuples(index=False, name=None)
+        assert set(names) <= kept
+
+
+def test_results_are_summed_up(circuit):
+    table = circuit.to_dataframe()
+    assert list(table.columns) == ["task", "loss", "loss_calibrated", "correct"]
+    assert len(table) == 6
+    assert circuit.loss == pytest.approx(table["loss"].mean())
+    assert circuit.loss_calibrated == pytest.approx(table["loss_calibrated"].mean())
+    assert circuit.accuracy == pytest.approx(table["correct"].mean())
+
+
+def test_the_graph_has_the_nodes_the_edges_and_the_residual_links(small_model, random_tokens):
+    model = small_model("plain")
+    nodes = [
+        (0, "attn_in", 3), (0, "attn_out", 3), (0, "mlp_in", 3), (0, "mlp_neuron", 1),
+        (0, "mlp_out", 5), (1, "attn_in", 3), (1, "attn_in", 5), (1, "mlp_out", 3),
+    ]  # fmt: skip
+    circuit = hand_made(model, random_tokens, nodes=nodes)
+    graph = circuit.to_networkx()
+    assert set(graph.nodes) == set(nodes)
+    kinds = {(a, b): kind for a, b, kind in graph.edges(data="kind")}
+    assert {ends for ends, kind in kinds.items() if kind == "weight"} == {
+        ((0, "mlp_in", 3), (0, "mlp_neuron", 1)), ((0, "mlp_neuron", 1), (0, "mlp_out", 5)),
+    }  # fmt: skip
+    assert {ends for ends, kind in kinds.items() if kind == "residual"} == {
+        ((0, "attn_out", 3), (0, "mlp_in", 3)), ((0, "attn_out", 3), (1, "attn_in", 3)),
+        ((0, "mlp_out", 5), (1, "attn_in", 5)),
+    }  # fmt: skip
+    edge = graph.edges[(0, "mlp_in", 3), (0, "mlp_neuron", 1)]
+    assert edge["matrix"] == "W_in"
+    assert edge["weight"] == pytest.approx(float(model.blocks[0].mlp.W_in[3, 1]))
+    place = circuit.index.slices[circuit.index.hook(1, "attn_in")].start + 5
+    assert graph.nodes[1, "attn_in", 5]["tau"] == pytest.approx(float(circuit.tau[place]))
+    assert graph.graph["task"] == "marked"
+
+
+def test_the_graph_has_every_edge_and_no_way_back(circuit):
+    graph = circuit.to_networkx()
+    weights = [e for e in graph.edges(data="kind") if e[2] == "weight"]
+    assert graph.number_of_nodes() == circuit.n_nodes
+    assert len(weights) == circuit.n_edges
+    order = list(circuit.index.sites)
+    for a, b in graph.edges:
+        assert (a[0], order.index(a[1])) < (b[0], order.index(b[1]))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.0])
+def test_pictures_show_the_task(model, random_tokens, share):
+    circuit = hand_made(model, random_tokens, share)
+    figure = circuit.to_plotly(max_edges=50)
+    assert isinstance(figure, go.Figure)
+    assert "marked" in figure.to_json()
+    assert "marked" in circuit._repr_html_()
+    assert "<svg" in circuit._repr_html_()
+    words = repr(circuit)
+    assert f"'marked', {circuit.n_nodes} nodes, {circuit.n_edges} edges" in words
+    assert f"{circuit.loss:.3f}" in words
+
+
+def test_hooks_set_what_is_not_kept_to_its_mean(circuit, model, random_tokens):
+    seen = {}
+
+    def look(name):
+        return lambda x, hook: seen.update({name: x.reshape(-1, x[0, 0].numel())})
+
+    hooks = [*circuit.hooks(), *((name, look(name)) for name in circuit.index.slices)]
+    model.run_with_hooks(random_tokens, fwd_hooks=hooks)
+    for name, piece in circuit.index.slices.items():
+        off = ~circuit.kept[piece]
+        mean = circuit.means.values[piece][off]
+        assert torch.equal(seen[name][:, off], mean.expand(random_tokens.numel(), -1))
+        assert (seen[name][:, ~off].std(0) > 0).any()
+
+
+def test_a_whole_circuit_is_the_model_to_the_bit(model, random_tokens):
+    circuit = hand_made(model, random_tokens, share=1.1)
+    assert circuit.n_nodes == circuit.index.n_nodes
+    base = model(random_tokens, return_type="logits")
+    pruned = model.run_with_hooks(random_tokens, return_type="logits", fwd_hooks=circuit.hooks())
+    assert torch.equal(base, pruned)
+
+
+def test_hooks_work_with_transformer_lens_own_tools(circuit, model, random_tokens):
+    """The hooks() context, run_with_cache inside it, and activation patching of the circuit."""
+    from transformer_lens import patching
+
+    tokens = random_tokens[:2, :5]
+    by_run = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=circuit.hooks())
+    with model.hooks(fwd_hooks=circuit.hooks()):
+        logits, cache = model.run_with_cache(tokens)
+    assert torch.equal(logits, by_run)
+    assert torch.equal(model(tokens), model.run_with_hooks(tokens, fwd_hooks=[]))
+    _, clean = model.run_with_cache(tokens)
+    for name, hook in circuit.hooks():
+        assert torch.equal(cache[name], hook(cache[name]))
+    with model.hooks(fwd_hooks=circuit.hooks()):
+        results = patching.get_act_patch_resid_pre(
+            model, random_tokens[2:4, :5], clean, lambda out: out[0, -1, 3]
+        )
+    assert results.shape == (2, 5)
+    # the embedding is no node: patching all that block 0 reads at the last place changes the answer
+    assert results[0].std() > 0
+
+
+def test_a_circuit_of_a_transformer_lens_model_is_saved_and_loaded(
+    dense_planted, random_tokens, tmp_path
+):
+    model, chain = dense_planted
+    circuit = hand_made(model, random_tokens, nodes=sorted(chain))
+    assert circuit.n_edges == 2
+    circuit.save(tmp_path / "c")
+    assert_same(Circuit.load(tmp_path / "c", model), circuit)
+    index = NodeIndex.of(model)
+    assert circuit.index == index

@@ -1,0 +1,170 @@
+import time
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tl_sparse import tasks
+from tl_sparse.data import build_tokenizer
+from tl_sparse.tasks import SPLITS, Task, task
+
+NAMES = tasks.names()
+
+
+@task(answers=(":", "\n"), source="test")
+def tiny(rng, split):
+    """A space of three pairs."""
+    number = rng.choice("123")
+    return f"if {number}", f"xy {number}"
+
+
+@task(answers=(":", "\n"), source="test")
+def stories(rng, split):
+    """Many shared lines before the probe."""
+    lines = "".join(f"    line = {rng.randint(0, 9)}\n" for _ in range(rng.randint(0, 30)))
+    return f"{lines}    if x", f"{lines}    y = x"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_keep_the_contract(tokenizer, name, split):
+    bound = tasks.get(name, tokenizer, max_tokens=64)
+    batch = bound.batch(16, split=split, seed=0)
+    assert len(batch) == 32 == len(batch.prompts) == len(batch.tokens)
+    assert batch.tokens.shape[1] <= 64
+    assert batch.tokens.dtype == batch.answer.dtype == torch.int64
+    assert (batch.tokens[:, 0] == tokenizer.bos_token_id).all()
+    for i, prompt in enumerate(batch.prompts):
+        last = int(batch.last[i])
+        assert batch.tokens[i, 1 : last + 1].tolist() == tokenizer.encode(prompt)
+        assert (batch.tokens[i, last + 1 :] == tokenizer.pad_token_id).all()
+        assert (int(batch.answer[i]), int(batch.other[i])) == (
+            bound.answer_ids if i % 2 == 0 else bound.answer_ids[::-1]
+        )
+    assert batch.last.max() == batch.tokens.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_seed_decides_the_prompts(tokenizer, name):
+    bound = tasks.get(name, tokenizer)
+    first = bound.batch(8, split="train", seed=1)
+    again = tasks.get(name, tokenizer).batch(8, split="train", seed=1)
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.prompts == again.prompts
+    assert first.prompts != bound.batch(8, split="train", seed=2).prompts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_are_distinct(tokenizer, name):
+    prompts = tasks.get(name, tokenizer).batch(64, split="held_out", seed=0).prompts
+    assert len(set(zip(prompts[::2], prompts[1::2], strict=True))) == 64
+
+
+def test_a_small_space_is_repeated_only_when_it_is_used_up(tokenizer):
+    bound = tasks.get(tiny, tokenizer)
+    assert len(set(bound.batch(3, split="train", seed=0).prompts)) == 6
+    assert len(set(bound.batch(10, split="train", seed=0).prompts)) == 6
+    assert len(bound.batch(10, split="train", seed=0)) == 20
+
+
+def test_long_prompts_lose_the_same_whole_lines_in_both_members(tokenizer):
+    short = tasks.get(stories, tokenizer, max_tokens=40).batch(40, split="train", seed=0)
+    long = tasks.get(stories, tokenizer, max_tokens=1000).batch(40, split="train", seed=0)
+    assert short.tokens.shape[1] <= 40
+    cut = 0
+    for a, b, whole in zip(short.prompts[::2], short.prompts[1::2], long.prompts[::2], strict=True):
+        assert whole.endswith(a)
+        assert a.rsplit("\n", 1)[0] == b.rsplit("\n", 1)[0]
+        if a != whole:
+            cut += 1
+            assert a.startswith("\n    line = ")
+    assert cut > 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_context_still_has_prompts(tokenizer, name):
+    batch = tasks.get(name, tokenizer, max_tokens=32).batch(8, split="train", seed=0)
+    assert batch.tokens.shape[1] <= 32
+
+
+def test_a_context_too_short_for_any_prompt_is_one_clear_error(tokenizer):
+    with pytest.raises(ValueError, match="no prompt of task 'bracket_brace' fits max_tokens=5"):
+        tasks.get("bracket_brace", tokenizer, max_tokens=5).batch(2, split="train", seed=0)
+
+
+def test_pairs_slices_by_pair_and_keeps_the_padding(tokenizer):
+    batch = tasks.get("bracket_counting", tokenizer).batch(8, split="train", seed=0)
+    part = batch.pairs(2, 5)
+    assert part.prompts == batch.prompts[4:10]
+    assert torch.equal(part.tokens, batch.tokens[4:10])
+    assert torch.equal(part.last, batch.last[4:10])
+    assert torch.equal(part.answer, batch.answer[4:10])
+    assert torch.equal(part.other, batch.other[4:10])
+    assert len(batch.pairs(6, 100)) == 4
+
+
+def test_to_moves_every_tensor(tokenizer):
+    batch = tasks.get("bracket_counting", tokenizer).batch(2, split="train", seed=0).to("meta")
+    for tensor in (batch.tokens, batch.last, batch.answer, batch.other):
+        assert tensor.device.type == "meta"
+
+
+def test_sixty_four_pairs_are_quick(tokenizer):
+    bound = tasks.get("bracket_counting", tokenizer)
+    bound.batch(64, split="train", seed=0)
+    begin = time.process_time()
+    for seed in range(5):
+        bound.batch(64, split="train", seed=seed)
+    assert (time.process_time() - begin) / 5 < 0.1
+
+
+@pytest.mark.parametrize("n_pairs", [0, -1])
+def test_a_batch_needs_a_pair(tokenizer, n_pairs):
+    with pytest.raises(ValueError, match="n_pairs must be at least 1"):
+        tasks.get("for_while", tokenizer).batch(n_pairs, split="train", seed=0)
+
+
+def test_an_unknown_task_names_the_choices(tokenizer):
+    with pytest.raises(ValueError, match=r"unknown task 'quotes': choose from .*for_while"):
+        tasks.get("quotes", tokenizer)
+
+
+def test_a_tokenizer_that_splits_an_answer_is_refused_with_the_pieces():
+    tokenizer = build_tokenizer(["x"], 300, required=())
+    with pytest.raises(ValueError, match=r"' enumerate' as one token; .*\[' ', 'e', 'n'") as error:
+        tasks.get("enumerate_range", tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_a_beginning_token_is_refused(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="beginning-of-text"):
+        tasks.get("for_while", bare)
+
+
+def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(tokenizer):
+    @task(answers=("hile", "\n"), source="test")
+    def joined(rng, split):
+        """The answer A ends a word that is one token."""
+        return f"{rng.random()}\nw", f"{rng.random()}\nx"
+
+    with pytest.raises(ValueError, match="joins the answer 'hile' to the end of"):
+        Task.bind(joined, build_tokenizer(["while hile hile hile"], 400, ("while", "hile"))).batch(
+            2, split="train", seed=0
+        )
+
+
+def test_max_tokens_must_leave_room(tokenizer):
+    with pytest.raises(ValueError, match="max_tokens must be at least 2"):
+        tasks.get("for_while", tokenizer, max_tokens=1)
+
+
+def test_a_task_needs_a_docstring_and_two_answers():
+    def silent(rng, split):
+        return "a", "b"
+
+    with pytest.raises(ValueError, match="'silent' needs a docstring"):
+        task(answers=("a", "b"), source="test")(silent)
+    silent.__doc__ = "Something decides."
+    with pytest.raises(ValueError, match="twice the answer 'a'"):
+        task(answers=("a", "a"), source="test")(silent)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from tl_sparse.sites import MATRICES, SITE_NAMES, SITES, NodeIndex, site
+
+
+def test_the_eight_sites_of_the_paper_in_order_of_computation():
+    assert SITE_NAMES == (
+        "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
+    )  # fmt: skip
+
+
+def test_edges_run_through_six_matrices():
+    assert set(MATRICES) == {
+        ("W_Q", "attn_in", "attn_q"), ("W_K", "attn_in", "attn_k"), ("W_V", "attn_in", "attn_v"),
+        ("W_O", "attn_v", "attn_out"), ("W_in", "mlp_in", "mlp_neuron"),
+        ("W_out", "mlp_neuron", "mlp_out"),
+    }  # fmt: skip
+
+
+def test_unknown_site_names_the_sites():
+    with pytest.raises(ValueError, match=r"unknown site 'attn_z'.*attn_in.*mlp_out"):
+        site("attn_z")
+
+
+def test_hooks_hold_what_the_table_says(small_model, tokens, option):
+    model = small_model(option)
+    index = NodeIndex.of(model)
+    _, cache = model.run_with_cache(tokens)
+    assert set(index.slices) <= set(cache.keys())
+    for layer in range(2):
+        for name in SITE_NAMES:
+            value = cache[index.hook(layer, name)]
+            width = index.widths[index.sites.index(name)]
+            assert value.flatten(2).shape[2] == width == model.config.site_width(name)
+
+
+def test_written_by_and_read_by_name_weights_that_do_so(small_model, tokens):
+    """Zeroing a site's weights silences it; zeroing what reads it makes edits there inert."""
+    for row in SITES:
+        model = small_model("plain", use_bias=False)
+        hook = row.hook.format(layer=1)
+        part = "attn" if "attn" in row.name else "mlp"
+        for name in row.written_by:
+            getattr(getattr(model.blocks[1], part), name).data.zero_()
+        if row.written_by:
+            assert (model.run_with_cache(tokens)[1][hook] == 0).all()
+        model = small_model("plain", use_bias=False)
+        for name in row.read_by:
+            getattr(getattr(model.blocks[1], part), name).data.zero_()
+        if row.read_by:
+            double = (hook, lambda x, hook: x * 2)
+            assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[double]), model(tokens))
+
+
+def test_nodes_are_numbered_layer_by_layer_without_gaps(small_model):
+    index = NodeIndex.of(small_model("wide_heads"))
+    widths = [16, 24, 24, 24, 16, 16, 24, 16]
+    assert index.n_nodes == 2 * sum(widths)
+    covered = [i for piece in index.slices.values() for i in range(piece.start, piece.stop)]
+    assert covered == list(range(index.n_nodes))
+    frame = index.nodes()
+    assert len(frame) == index.n_nodes
+    row = frame[(frame.layer == 1) & (frame.site == "attn_k") & (frame.channel == 17)]
+    assert row[["head", "head_channel"]].values.tolist() == [[2, 1]]
+    assert row.hook.item() == "blocks.1.attn.hook_k"
+    assert frame[frame.site == "mlp_neuron"]["head"].isna().all()
+
+
+def test_flat_is_the_order_of_nodes(small_model):
+    index = NodeIndex.of(small_model())
+    values = {hook: torch.arange(s.start, s.stop).float() for hook, s in index.slices.items()}
+    values["blocks.0.attn.hook_q"] = values["blocks.0.attn.hook_q"].view(4, 4)
+    assert torch.equal(index.flat(values), torch.arange(index.n_nodes).float())
+
+
+def test_a_mask_selects_rows(small_model):
+    index = NodeIndex.of(small_model(), sites=("mlp_neuron", "attn_q"))
+    assert index.sites == ("attn_q", "mlp_neuron")
+    mask = torch.zeros(index.n_nodes, dtype=torch.bool)
+    mask[[2, 20, -1]] = True
+    frame = index.nodes(mask)
+    assert frame[["layer", "site", "channel"]].values.tolist() == [
+        [0, "attn_q", 2], [0, "mlp_neuron", 4], [1, "mlp_neuron", 23],
+    ]  # fmt: skip
+    assert frame.index.tolist() == [2, 20, index.n_nodes - 1]
+
+
+def test_unknown_site_in_an_index_is_refused(small_model):
+    with pytest.raises(ValueError, match="unknown site 'neurons'"):
+        NodeIndex.of(small_model(), sites=("neurons",))
+
+
+class PlainModel(nn.Module):
+    """The hook names of a TransformerLens model that is not ours."""
+
+    def __init__(self, cfg, names):
+        super().__init__()
+        self.cfg = cfg
+        self.hook_dict = dict.fromkeys(names)
+
+
+def test_other_models_use_the_normalised_stream_for_the_reads(small_model):
+    model = small_model()
+    names = [name for name in model.hook_dict if not name.endswith("act_in")]
+    index = NodeIndex.of(PlainModel(model.cfg, names))
+    assert index.hook(1, "attn_in") == "blocks.1.ln1.hook_normalized"
+    assert index.hook(0, "mlp_in") == "blocks.0.ln2.hook_normalized"
+    assert index.n_nodes == NodeIndex.of(model).n_nodes
+
+
+def test_missing_hook_is_named(small_model):
+    model = small_model()
+    names = [n for n in model.hook_dict if not n.endswith(("act_in", "1.mlp.hook_post"))]
+    plain = PlainModel(model.cfg, names)
+    with pytest.raises(ValueError, match=r"PlainModel has no hook 'blocks.1.mlp.hook_post'"):
+        NodeIndex.of(plain)
+    assert NodeIndex.of(plain, sites=("attn_q",)).sites == ("attn_q",)

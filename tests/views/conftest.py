@@ -1,0 +1,118 @@
+"""A hand-made circuit and a generator of random ones: plain tables, no model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+D_HEAD = 8
+MATRICES = {
+    ("attn_in", "attn_q"): "W_Q",
+    ("attn_in", "attn_k"): "W_K",
+    ("attn_in", "attn_v"): "W_V",
+    ("attn_v", "attn_out"): "W_O",
+    ("mlp_in", "mlp_neuron"): "W_in",
+    ("mlp_neuron", "mlp_out"): "W_out",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class FakeCircuit:
+    nodes: pd.DataFrame
+    edges: pd.DataFrame
+    task: str = "single_double_quote"
+    model_name: str = "toy"
+    seed: int = 3
+    loss: float = 0.1432
+    loss_calibrated: float = 0.121
+    target_loss: float = 0.15
+    accuracy: float = 0.972
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def n_edges(self) -> int:
+        return len(self.edges)
+
+
+def make_circuit(
+    nodes: list[tuple[int, str, int]],
+    edges: list[tuple[int, str, int, str, int, float]],
+    **facts: Any,
+) -> FakeCircuit:
+    table = pd.DataFrame(nodes, columns=["layer", "site", "channel"])
+    in_head = table["site"].isin(["attn_q", "attn_k", "attn_v"])
+    table["head"] = (table["channel"] // D_HEAD).astype("Int64").where(in_head)
+    table["head_channel"] = (table["channel"] % D_HEAD).astype("Int64").where(in_head)
+    table["hook"] = "blocks." + table["layer"].astype(str) + ".hook"
+    table["tau"], table["mean"] = 0.25, -1.5
+    rows = [(*edge[:5], MATRICES[edge[1], edge[3]], edge[5]) for edge in edges]
+    columns = ["layer", "source_site", "source", "target_site", "target", "matrix", "weight"]
+    links = pd.DataFrame(rows, columns=columns)
+    return FakeCircuit(table, links.astype({"weight": float}), **facts)
+
+
+def random_circuit(n_nodes: int, n_edges: int, n_layers: int = 2, seed: int = 0) -> FakeCircuit:
+    rng = np.random.default_rng(seed)
+    sites = sorted({site for pair in MATRICES for site in pair})
+    per_row = n_nodes // (n_layers * len(sites))
+    nodes = [
+        (layer, site, int(channel))
+        for layer in range(n_layers)
+        for site in sites
+        for channel in rng.choice(4 * per_row, per_row, replace=False)
+    ]
+    table = pd.DataFrame(nodes, columns=["layer", "site", "channel"])
+    pairs = [
+        (layer, source, x, target, y)
+        for source, target in MATRICES
+        for layer, x, y in table[table["site"] == source][["layer", "channel"]]
+        .merge(table[table["site"] == target][["layer", "channel"]], on="layer")
+        .itertuples(index=False)
+    ]
+    chosen = rng.choice(len(pairs), min(n_edges, len(pairs)), replace=False)
+    return make_circuit(nodes, [(*pairs[i], rng.normal()) for i in chosen])
+
+
+@pytest.fixture
+def circuit_of() -> Callable[..., FakeCircuit]:
+    return make_circuit
+
+
+@pytest.fixture
+def random_circuit_of() -> Callable[..., FakeCircuit]:
+    return random_circuit
+
+
+@pytest.fixture
+def quote_circuit() -> FakeCircuit:
+    """The shape of the paper's quote circuit (Gao et al. 2025, figure 39)."""
+    return make_circuit(
+        [
+            (0, "mlp_in", 205), (0, "mlp_in", 207), (0, "mlp_neuron", 863),
+            (0, "mlp_neuron", 2790), (0, "mlp_out", 460), (0, "mlp_out", 985),
+            (10, "attn_in", 460), (10, "attn_in", 985), (10, "attn_q", 657),
+            (10, "attn_k", 657), (10, "attn_v", 656), (10, "attn_out", 83),
+        ],
+        [
+            (0, "mlp_in", 205, "mlp_neuron", 2790, -0.2),
+            (0, "mlp_in", 207, "mlp_neuron", 863, -0.14),
+            (0, "mlp_neuron", 863, "mlp_out", 460, 0.18),
+            (0, "mlp_neuron", 863, "mlp_out", 985, -0.15),
+            (0, "mlp_neuron", 2790, "mlp_out", 460, -0.23),
+            (0, "mlp_neuron", 2790, "mlp_out", 985, -0.15),
+            (10, "attn_in", 985, "attn_k", 657, 1.56),
+            (10, "attn_in", 460, "attn_v", 656, -2.5),
+            (10, "attn_v", 656, "attn_out", 83, 0.8),
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def empty_circuit(quote_circuit: FakeCircuit) -> FakeCircuit:
+    return FakeCircuit(quote_circuit.nodes[:0], quote_circuit.edges[:0])

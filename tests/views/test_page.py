@@ -1,0 +1,212 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tl_sparse.views import PageCircuit, PageExample, PageReport, report_page
+
+HOSTILE = (
+    "<|endoftext|>",
+    "</script><img src=x onerror=alert(1)>",
+    "<!--",
+    "\u2028",
+    " a\n",
+    "&lt;",
+)
+
+
+class Page(HTMLParser):
+    """Collects elements with their attributes, and the texts of elements by class."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.texts, self.scripts = [], [], []
+        self._open = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._open.append((tag, dict(attrs).get("class") or ""))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        tag, class_ = self._open[-1] if self._open else ("", "")
+        if tag == "script":
+            self.scripts[-1] += data
+        self.texts.append((tag, class_, data))
+
+    def of_class(self, name):
+        return [text for _, class_, text in self.texts if name in class_.split()]
+
+    def of_tag(self, name):
+        return [text for tag, _, text in self.texts if tag == name]
+
+
+def example(tokens=("print", '("'), activations=None, **values):
+    facts = {"answer": '")', "other": "')", "p_model": 0.97, "p_circuit": 0.9, **values}
+    return PageExample(tokens=tokens, activations=activations, **facts)
+
+
+def report(*circuits, **parts):
+    facts = {
+        "title": "Circuits of toy",
+        "summary": "One.\n\nTwo.",
+        "facts": (("validation loss", "3.41"),),
+        "table": pd.DataFrame({"loss": [0.15]}, index=pd.Index(["quote"], name="task")),
+        "notes": ("One seed only.",),
+        **parts,
+    }
+    return PageReport(circuits=circuits, **facts)
+
+
+def payload(page):
+    return json.loads(page.scripts[0])
+
+
+def test_page_has_all_its_parts(quote_circuit):
+    page = Page(report_page(report(PageCircuit(quote_circuit, "sparse", (example(),)))))
+    assert page.of_tag("h1") == ["Circuits of toy"]
+    assert page.of_class("summary") == ["One.", "Two."]
+    assert "validation loss" in page.of_tag("dt")
+    assert "One seed only." in page.of_tag("li")
+    assert "0.150" in page.of_tag("td")
+    assert page.of_class("token") == ["print", '("']
+    assert sum("data-node" in attrs for _, attrs in page.elements) == 12
+
+
+def test_page_asks_no_network(quote_circuit):
+    html = report_page(report(PageCircuit(quote_circuit, "sparse")))
+    page = Page(html)
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv"))
+    assert policy == (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    )
+    assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}
+    assert not {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "base"}
+    assert not [a for _, a in page.elements if "src" in a]
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_page_follows_the_colour_scheme(quote_circuit):
+    assert "prefers-color-scheme: dark" in report_page(report(PageCircuit(quote_circuit, "x")))
+
+
+def test_hostile_texts_stay_texts(quote_circuit):
+    evil = HOSTILE[1]
+    shown = PageCircuit(quote_circuit, evil, (example(HOSTILE, answer=evil, other="<b>"),))
+    table = pd.DataFrame({evil: [evil]}, index=[evil])
+    html = report_page(
+        report(shown, title=evil, summary=evil, facts=((evil, evil),), table=table, notes=(evil,))
+    )
+    page = Page(html)
+    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    assert not {tag for tag, _ in page.elements} & {"img", "b"}
+    assert page.of_class("token") == [
+        "<|endoftext|>", "</script><img·src=x·onerror=alert(1)>", "<!--", "\\u2028", "·a↵", "&lt;",
+    ]  # fmt: skip
+    assert payload(page)["circuits"]
+
+
+def test_page_can_be_written_whatever_the_tokens(quote_circuit):
+    shown = PageCircuit(quote_circuit, "x", (example(("\ud800", "\x00")),))
+    assert report_page(report(shown)).encode("utf-8")
+
+
+def test_activations_reach_the_script_by_node(quote_circuit):
+    first = example(activations={"0.mlp_neuron.863": [0.5, -1.23456]})
+    second = example(("a",), {"10.attn_q.657": np.array([2.0])})
+    page = Page(report_page(report(PageCircuit(quote_circuit, "x", (first, second)))))
+    (circuit,) = payload(page)["circuits"]
+    place = {node["id"]: str(i) for i, node in enumerate(circuit["nodes"])}
+    assert circuit["activations"] == {
+        place["0.mlp_neuron.863"]: [[0.5, -1.235], None],
+        place["10.attn_q.657"]: [None, [2.0]],
+    }
+
+
+def test_script_knows_all_edges_even_those_not_drawn(random_circuit_of):
+    circuit = random_circuit_of(320, 3000)
+    page = Page(report_page(report(PageCircuit(circuit, "dense"))))
+    (data,) = payload(page)["circuits"]
+    assert len(data["edges"]) == circuit.n_edges > 800
+    drawn = [a for _, a in page.elements if "tls-edge" in (a.get("class") or "").split()]
+    assert len(drawn) == 800
+    assert f"only the 800 strongest of {circuit.n_edges:,} edges are drawn" in "".join(
+        text for *_, text in page.texts
+    )
+
+
+def test_edges_in_the_script_join_the_right_nodes(quote_circuit):
+    page = Page(report_page(report(PageCircuit(quote_circuit, "x"))))
+    (data,) = payload(page)["circuits"]
+    named = {(data["nodes"][a]["id"], data["nodes"][b]["id"], m, w) for a, b, m, w in data["edges"]}
+    assert ("10.attn_in.985", "10.attn_k.657", "W_K", 1.56) in named
+
+
+def test_circuits_of_a_task_stand_together_and_are_compared(quote_circuit, circuit_of):
+    other = circuit_of([(0, "mlp_in", 1)], [], task="bracket")
+    html = report_page(
+        report(
+            PageCircuit(quote_circuit, "sparse"),
+            PageCircuit(other, "alone"),
+            PageCircuit(quote_circuit, "dense"),
+        )
+    )
+    page = Page(html)
+    assert page.of_tag("h3") == ["sparse", "dense", "alone"]
+    assert [a["data-circuit"] for _, a in page.elements if "data-circuit" in a] == ["0", "2", "1"]
+    assert [len(c["nodes"]) for c in payload(page)["circuits"]] == [12, 1, 12]
+    assert "97.2 %" in page.of_tag("td")
+
+
+def test_table_formats_counts_shares_and_gaps():
+    table = pd.DataFrame(
+        {
+            "edges": [1234, 9],
+            "dense edges": [51234.0, np.nan],
+            "loss": [-0.0123, 0.15],
+            "kept": pd.array([3, None], dtype="Int64"),
+            "done": [True, False],
+            "note": ["a", None],
+        }
+    )
+    cells = Page(report_page(report(table=table))).of_tag("td")
+    assert cells == [
+        "1,234", "51,234", "−0.0123", "3", "yes", "a", "9", "–", "0.150", "–", "no", "–",
+    ]  # fmt: skip
+
+
+def test_page_without_circuits_or_table_is_a_page():
+    page = Page(report_page(report(table=pd.DataFrame(), notes=(), facts=(), summary="")))
+    assert payload(page)["circuits"] == []
+
+
+def test_activation_of_an_unknown_node_is_refused(quote_circuit):
+    shown = PageCircuit(quote_circuit, "x", (example(activations={"0.mlp_neuron.1": [0.0, 0.0]}),))
+    with pytest.raises(ValueError, match=r"'0.mlp_neuron.1', which is not a node.*0.mlp_in.205"):
+        report_page(report(shown))
+
+
+def test_activations_of_the_wrong_length_are_refused(quote_circuit):
+    shown = PageCircuit(quote_circuit, "x", (example(activations={"0.mlp_in.205": [0.0]}),))
+    with pytest.raises(ValueError, match=r"example 0 has 2 tokens but activations of shape \(1,\)"):
+        report_page(report(shown))
+
+
+def test_activations_that_are_not_finite_are_refused(quote_circuit):
+    values = {"0.mlp_in.205": [0.0, float("nan")]}
+    with pytest.raises(ValueError, match=r"0.mlp_in.205 in example 0 are not finite"):
+        report_page(report(PageCircuit(quote_circuit, "x", (example(activations=values),))))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_probability_outside_the_unit_interval_is_refused(quote_circuit, p):
+    shown = PageCircuit(quote_circuit, "x", (example(p_circuit=p),))
+    with pytest.raises(ValueError, match=r"p_circuit of example 0 must lie in \[0, 1\]"):
+        report_page(report(shown))
