@@ -1,7 +1,7 @@
 """What does a weight-sparse training step cost beside a dense one?
 
-Times, in one process and in interleaved rounds, one optimiser step (forward, backward, gradient rule,
-AdamW, projection) of
+Times, in one process and in interleaved rounds, one optimiser step (forward, backward, gradient
+rule, AdamW, projection) of
 
 - ``plain``: a plain torch transformer of the same shapes, dense, in a plain torch loop,
 - ``dense``: a SparseTransformer at density 1 without AbsTopK, through the Trainer's step,
@@ -109,9 +109,7 @@ def trainer(
     return made
 
 
-def model_config(
-    corpus: tls.data.TokenizedCorpus, d_model: int
-) -> tls.SparseTransformerConfig:
+def model_config(corpus: tls.data.TokenizedCorpus, d_model: int) -> tls.SparseTransformerConfig:
     return tls.SparseTransformerConfig(
         n_layers=2, d_model=d_model, n_ctx=N_CTX, d_vocab=len(corpus.tokenizer),
         bigram_table="frozen",
@@ -173,7 +171,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = small_corpus(Path(folder))
         rows = [measure(corpus, width, arguments.rounds) for width in arguments.widths]
-    header = f"{'d_model':>8}{'plain ms':>10}{'dense':>8}{'weights':>9}{'sparse':>8}{'projection':>12}"
+    header = (
+        f"{'d_model':>8}{'plain ms':>10}{'dense':>8}{'weights':>9}{'sparse':>8}{'projection':>12}"
+    )
     print(header)
     for row in rows:
         print(

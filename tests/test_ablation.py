@@ -115,7 +115,7 @@ def test_a_batch_of_nothing_is_refused(small_model, many):
 
 
 def test_an_unknown_site_names_the_choices(small_model, many):
-    with pytest.raises(ValueError, match="unknown site 'mlp'.*attn_in.*mlp_out"):
+    with pytest.raises(ValueError, match=r"unknown site 'mlp'.*attn_in.*mlp_out"):
         activation_means(small_model(), many, sites=("mlp",))
 
 

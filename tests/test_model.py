@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.checkpoints import from_openai
 from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.model import SparseTransformer, sinusoids
+from tl_sparse.model import SparseTransformer
+from tl_sparse.openai_format import from_openai
 
 # --------------------------------------------------------------------------------------------------
 # the forward pass against a plain second one
@@ -216,15 +216,6 @@ def test_tied_unembedding_is_one_parameter(small_model):
     assert torch.equal(model.W_U, model.W_E.T)
     model.embed.W_E.data[4] = 7.0
     assert (model.W_U[:, 4] == 7.0).all()
-
-
-def test_sinusoids_run_from_period_four_to_the_context():
-    table = sinusoids(64, 6)
-    position = torch.arange(64)
-    for column, period in enumerate((4.0, 16.0, 64.0)):
-        angle = 2 * torch.pi * position / period
-        torch.testing.assert_close(table[:, column], angle.sin(), atol=1e-4, rtol=0)
-        torch.testing.assert_close(table[:, 3 + column], angle.cos(), atol=1e-4, rtol=0)
 
 
 def test_frozen_bigram_table_takes_no_gradient_and_a_learned_one_does(small_model, tokens):

@@ -96,8 +96,11 @@ def ablation_hooks(
 ) -> list[FwdHook]:
     """Hooks that set every node not kept to its value (zeros for zero ablation, means ...).
 
-    Plain ``(hook name, function)`` pairs for ``run_with_hooks``; a kept node passes bit for bit, and
-    a site that is wholly kept gets no hook.
+    Plain ``(hook name, function)`` pairs for ``run_with_hooks``; a kept node passes bit for bit,
+    and a site that is wholly kept gets no hook.
+
+    Raises:
+        ValueError: ``keep`` or ``values`` is not one entry per node.
     """
     if keep.shape != (index.n_nodes,) or values.shape != (index.n_nodes,):
         raise ValueError(
@@ -118,5 +121,6 @@ class Ablate:
         self.keep, self.value = keep, value
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        """The activation with removed channels at their values."""
         keep, value = self.keep.to(x.device), self.value.to(x.device, x.dtype)
         return torch.where(node_view(keep, x), x, node_view(value, x))

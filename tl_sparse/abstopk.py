@@ -79,7 +79,9 @@ class AbsTopK(nn.Module):
         return self.k < self.width
 
     def forward(self, x: Float[Tensor, "... channel"]) -> Float[Tensor, "... channel"]:
+        """``x`` with all but its k largest channels zeroed."""
         return _Keep.apply(x, _ones_at_top_k(x, self.k)) if self.active else x
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         return f"k={self.k}, width={self.width}"

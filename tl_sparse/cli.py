@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Union, cast
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -20,7 +22,6 @@ from tl_sparse.demo import DemoConfig, run_demo, write_report
 from tl_sparse.demo.report import write_whole
 from tl_sparse.model import SparseTransformer
 from tl_sparse.recipes import RecipeName, TrainingConfig
-from tl_sparse.steps import validation_starts, windows
 from tl_sparse.tasks import evaluate_task, get, names
 from tl_sparse.training import Trainer
 
@@ -59,6 +60,7 @@ class Train:
     """Weights & Biases project to log to; nothing is imported or sent otherwise."""
 
     def run(self) -> None:
+        """Build the corpus, train, and say where the model is."""
         corpus = build_corpus(self.corpus)
         config = replace(self.model, d_vocab=len(corpus.tokenizer))
         model = SparseTransformer(config, corpus.tokenizer)
@@ -66,7 +68,10 @@ class Train:
             model, corpus, self.training, self.out, wandb_project=self.wandb_project
         )  # fmt: skip
         result = trainer.train()
-        say(f"validation loss {result.validation_loss:.3f} nats; model in {Path(self.out) / 'model'}")
+        say(
+            f"validation loss {result.validation_loss:.3f} nats; "
+            f"model in {Path(self.out) / 'model'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Prune:
     """The search."""
 
     def run(self) -> None:
+        """Prune, save the circuit and its drawing, and say where they are."""
         if self.mean_sequences < 1:
             raise ValueError(f"mean_sequences={self.mean_sequences} must be at least 1")
         model = from_pretrained(self.model)
@@ -95,12 +101,10 @@ class Prune:
         task = get(self.task, model.tokenizer, model.config.n_ctx)
         corpus = build_corpus(self.corpus)
         if corpus.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-            raise ValueError("the corpus has another tokenizer than the model: give its options too")
-        length, width = len(corpus.validation), model.config.n_ctx
-        if length < width:
-            raise ValueError(f"the validation part has {length} tokens, fewer than n_ctx={width}")
-        starts = validation_starts(self.mean_sequences, length, width)
-        text = windows(corpus.validation, starts, width, model.tokenizer.bos_token_id)
+            raise ValueError(
+                "the corpus has another tokenizer than the model: give its options too"
+            )
+        text = corpus.validation_sequences(self.mean_sequences, model.config.n_ctx)
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
         circuit.save(folder)
@@ -118,6 +122,7 @@ class Info:
     """Held-out prompt pairs per task."""
 
     def run(self) -> None:
+        """Say it."""
         if self.model is None:
             say("tasks: " + ", ".join(names()))
             return
@@ -135,7 +140,9 @@ class Info:
             say("no tokenizer, so no tasks")
             return
         for name in names():
-            result = evaluate_task(model, get(name, model.tokenizer, model.config.n_ctx), self.pairs)
+            result = evaluate_task(
+                model, get(name, model.tokenizer, model.config.n_ctx), self.pairs
+            )
             say(f"{name:32s} held-out loss {result.loss:.3f}  accuracy {result.accuracy:.2f}")
 
 
@@ -158,15 +165,16 @@ def commands(recipe: str) -> Any:
         ValueError: unknown recipe; the message lists the recipes.
     """
     training = TrainingConfig.recipe(recipe)
-    start = Train(out=tyro.MISSING, training=training, recipe=cast(RecipeName, recipe))
+    start = Train(out="", training=training, recipe=cast(RecipeName, recipe))
+    # set afterwards: it stands for a value, but is none that the field may have
+    object.__setattr__(start, "out", tyro.MISSING)
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "info": Info}
     defaults = {"train": start}
-    return Union[  # noqa: UP007
-        tuple(
-            Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
-            for name, cls in described.items()
-        )
+    named: list[Any] = [
+        Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
+        for name, cls in described.items()
     ]
+    return reduce(or_, named)
 
 
 def chosen_recipe(arguments: list[str]) -> str:

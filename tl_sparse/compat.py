@@ -11,37 +11,50 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformer_lens
 from torch import nn
 from transformer_lens import ActivationCache, FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
-try:  # 3.x and 4.x
-    from transformer_lens import utilities as tl_utils
-except ImportError:  # 2.x
-    from transformer_lens import utils as tl_utils
+# Typed Any: which class it is depends on the installation. 4.x answers names that it dropped with a
+# directed ImportError.
+installed: Any = transformer_lens
+tl_utils: Any
+HookedRootModule: Any
+KeyValueCache: Any
+ModelBase: Any
+ConfigBase: Any
 
 try:  # 3.x and 4.x
-    from transformer_lens import HookedRootModule
+    from transformer_lens import utilities
+
+    tl_utils = utilities
 except ImportError:  # 2.x
-    from transformer_lens.hook_points import HookedRootModule
+    from transformer_lens import utils
+
+    tl_utils = utils
 
 try:  # 3.x and 4.x
-    from transformer_lens import TransformerLensKeyValueCache as KeyValueCache
-except ImportError:  # 2.x
-    from transformer_lens import HookedTransformerKeyValueCache as KeyValueCache
+    HookedRootModule = installed.HookedRootModule
+except (AttributeError, ImportError):  # 2.x
+    from transformer_lens import hook_points
 
-# 4.x answers these names with a directed ImportError, which getattr's default does not catch.
-try:
+    HookedRootModule = hook_points.HookedRootModule
+
+try:  # 3.x and 4.x
+    KeyValueCache = installed.TransformerLensKeyValueCache
+except (AttributeError, ImportError):  # 2.x
+    KeyValueCache = installed.HookedTransformerKeyValueCache
+
+try:  # 2.x and 3.x
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    ModelBase: type[HookedRootModule] = HookedTransformer
-    ConfigBase: type = HookedTransformerConfig
+    ModelBase, ConfigBase = HookedTransformer, HookedTransformerConfig
     HAS_HOOKED_TRANSFORMER = True
-except ImportError:
+except ImportError:  # 4.x
     from transformer_lens.config import TransformerLensConfig
 
-    ModelBase = HookedRootModule
-    ConfigBase = TransformerLensConfig
+    ModelBase, ConfigBase = HookedRootModule, TransformerLensConfig
     HAS_HOOKED_TRANSFORMER = False
 
 __all__ = [
@@ -56,6 +69,7 @@ __all__ = [
     "RuntimeConfig",
     "editable",
     "has_hooks",
+    "runtime_dtype",
     "tl_utils",
     "transformer_lens_version",
 ]
@@ -92,7 +106,7 @@ def editable(x: torch.Tensor, point: nn.Module) -> torch.Tensor:
     return x.clone() if torch.is_grad_enabled() and has_hooks(point) else x
 
 
-class RuntimeConfig(ConfigBase):  # type: ignore[misc, valid-type]
+class RuntimeConfig(ConfigBase):
     """``model.cfg``: the mutable object in which TransformerLens code looks fields up.
 
     It is an instance of TransformerLens' own config class (so that its ``isinstance`` checks hold)
@@ -114,13 +128,16 @@ class RuntimeConfig(ConfigBase):  # type: ignore[misc, valid-type]
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> RuntimeConfig:
+        """A config with these values; :meth:`to_dict` is its inverse."""
         return cls(**config_dict)
 
     @classmethod
     def unwrap(cls, config: RuntimeConfig | Mapping[str, Any]) -> RuntimeConfig:
+        """The config itself, or one with the values of a mapping."""
         return config if isinstance(config, RuntimeConfig) else cls.from_dict(config)
 
     def to_dict(self) -> dict[str, Any]:
+        """Every field, TransformerLens' defaults included."""
         return dict(vars(self))
 
     def __repr__(self) -> str:
@@ -129,8 +146,6 @@ class RuntimeConfig(ConfigBase):  # type: ignore[misc, valid-type]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RuntimeConfig) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def runtime_dtype(module: nn.Module) -> torch.dtype:

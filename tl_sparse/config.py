@@ -174,10 +174,12 @@ class SparseTransformerConfig:
 
     def site_width(self, site: str) -> int:
         """Channels at one of the ten activation sites."""
+        assert self.n_heads is not None  # __post_init__ filled in both
+        assert self.d_mlp is not None
         if site in ("attn_q", "attn_k", "attn_v"):
-            return self.n_heads * self.d_head  # type: ignore[operator]
+            return self.n_heads * self.d_head
         if site == "mlp_neuron":
-            return self.d_mlp  # type: ignore[return-value]
+            return self.d_mlp
         if site in ("attn_in", "mlp_in"):
             return self.d_model + self.d_pos
         return self.d_model
@@ -209,6 +211,6 @@ def from_plain(cls: type[Any], values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         default = fields[name].default_factory
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            value = from_plain(default, value)  # type: ignore[arg-type]
+            value = from_plain(default, value)
         plain[name] = tuple(value) if isinstance(value, list) else value
     return cls(**plain)

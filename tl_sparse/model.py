@@ -19,102 +19,47 @@ from tl_sparse.abstopk import AbsTopK, top_k_mask
 from tl_sparse.attention import attention, canonical_unless_changed
 from tl_sparse.compat import HookPoint, ModelBase, editable, has_hooks
 from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.layers import Bigram, Embed, Layer, Logits, Norm, PosEmbed, Resid, Unembed
 from tl_sparse.surface import HookSurface, RunSurface, TokenSurface, WeightSurface, runtime_config
 
-Resid = Float[Tensor, "batch pos d_model"]
 
-
-class Embed(nn.Module):
-    """Token embedding."""
-
-    def __init__(self, config: SparseTransformerConfig) -> None:
-        super().__init__()
-        self.W_E = nn.Parameter(torch.empty(config.d_vocab, config.d_model))
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Resid:
-        return F.embedding(tokens, self.W_E)
-
-
-class PosEmbed(nn.Module):
-    """Absolute positions: added to the stream, or read beside it where they are concatenated."""
-
-    def __init__(self, config: SparseTransformerConfig) -> None:
-        super().__init__()
-        width = config.d_pos if config.concat_positions else config.d_model
-        if config.positional_embedding_type == "sinusoidal_concat":
-            self.register_buffer("W_pos", sinusoids(config.n_ctx, width))
-        else:
-            self.W_pos = nn.Parameter(torch.empty(config.n_ctx, width))
-
-    def forward(
-        self, positions: Int[Tensor, "batch_or_1 pos"], batch: int
-    ) -> Float[Tensor, "batch pos width"]:
-        # repeated, not expanded: a hook may edit one row of the batch in place
-        return F.embedding(positions, self.W_pos).repeat(batch // positions.shape[0], 1, 1)
-
-
-def sinusoids(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
-    """Sines and cosines with log-spaced periods from 4 to n_ctx tokens (released code's option)."""
-    periods = torch.logspace(2, torch.log2(torch.tensor(float(max(n_ctx, 4)))), width // 2, base=2)
-    angles = 2 * torch.pi * torch.arange(n_ctx)[:, None] / periods
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm, with TransformerLens' two hook points before the weight is applied."""
-
-    def __init__(self, config: SparseTransformerConfig, width: int) -> None:
-        super().__init__()
-        self.centred = config.normalization_type == "LN"
-        self.eps = config.eps
-        self.w = nn.Parameter(torch.ones(width))
-        if self.centred and config.use_ln_bias:
-            self.b = nn.Parameter(torch.zeros(width))
-        else:
-            self.register_buffer("b", None)
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
-
-    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1).
-        eps = self.eps or (1e-5 if self.centred else torch.finfo(x.dtype).eps)
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-        scale = self.hook_scale(editable(scale, self.hook_scale))
-        x = self.hook_normalized(x / scale) * self.w
-        return x if self.b is None else x + self.b
-
-
-class Attention(nn.Module):
+class Attention(Layer):
     """Multi-head attention: reads the normalised stream, writes one delta to it."""
 
     hook_out_is_single_residual_stream = True
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
 
     def __init__(self, config: SparseTransformerConfig, cfg: Any, layer: int) -> None:
-        super().__init__()
+        super().__init__(config)
         self.cfg = cfg
         self.layer_id = layer
         self.attn_type = "global"
-        heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
+        heads, d_model, d_head = cfg.n_heads, config.d_model, config.d_head
         for name in "QKV":
             setattr(self, f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
             if config.d_pos:
                 weight = torch.empty(heads, config.d_pos, d_head)
                 setattr(self, f"W_{name}_pos", nn.Parameter(weight))
-            add_bias(self, f"b_{name}", (heads, d_head), config.use_bias)
+            self.add_bias(f"b_{name}", heads, d_head)
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
-        add_bias(self, "b_O", (d_model,), config.use_bias)
+        self.add_bias("b_O", d_model)
         self.sinks = nn.Parameter(torch.zeros(heads)) if config.use_attention_sinks else None
         causal = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
         self.register_buffer("mask", causal, persistent=False)
 
-        density = config.activation_density
-        for name in ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out"):
-            topk = AbsTopK(getattr(density, name), config.site_width(name))
-            setattr(self, f"topk_{name.removeprefix('attn_')}", topk)
-        for name in ("act_in", "q", "k", "v", "attn_scores", "pattern", "z", "result"):
-            setattr(self, f"hook_{name}", HookPoint())
+        self.topk_in, self.topk_q = self.topk_at("attn_in"), self.topk_at("attn_q")
+        self.topk_k, self.topk_v = self.topk_at("attn_k"), self.topk_at("attn_v")
+        self.topk_out = self.topk_at("attn_out")
+        self.hook_act_in = HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def forward(
         self,
@@ -124,6 +69,7 @@ class Attention(nn.Module):
         past_kv_cache_entry: Any = None,
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
     ) -> Resid:
+        """What the block adds to the stream; ``use_split_qkv_input`` gives inputs a head axis."""
         q, k, v = self.project(query_input, key_input, value_input)
         q = self.hook_q(editable(self.sparsify(self.topk_q, q), self.hook_q))
         k = self.hook_k(editable(self.sparsify(self.topk_k, k), self.hook_k))
@@ -200,26 +146,27 @@ class Attention(nn.Module):
         return WeightSurface.factored(self.W_Q, self.W_K.transpose(-2, -1))
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """Two-layer MLP: reads the normalised stream, writes one delta to it."""
 
+    b_in: Tensor
+    b_out: Tensor
+
     def __init__(self, config: SparseTransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.act = F.gelu if config.act_fn == "gelu" else F.relu
-        self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
-        self.W_in_pos = (
-            nn.Parameter(torch.empty(config.d_pos, config.d_mlp)) if config.d_pos else None
-        )
-        self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
-        add_bias(self, "b_in", (config.d_mlp,), config.use_bias)
-        add_bias(self, "b_out", (config.d_model,), config.use_bias)
-        for name in ("mlp_in", "mlp_neuron", "mlp_out"):
-            density = getattr(config.activation_density, name)
-            topk = AbsTopK(density, config.site_width(name))
-            setattr(self, f"topk_{name.removeprefix('mlp_')}", topk)
+        d_model, d_pos, d_mlp = config.d_model, config.d_pos, config.site_width("mlp_neuron")
+        self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
+        self.W_in_pos = nn.Parameter(torch.empty(d_pos, d_mlp)) if d_pos else None
+        self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
+        self.add_bias("b_in", d_mlp)
+        self.add_bias("b_out", d_model)
+        self.topk_in, self.topk_neuron = self.topk_at("mlp_in"), self.topk_at("mlp_neuron")
+        self.topk_out = self.topk_at("mlp_out")
         self.hook_act_in, self.hook_pre, self.hook_post = HookPoint(), HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_in"]) -> Resid:
+        """What the block adds to the stream."""
         read = self.hook_act_in(self.topk_in(x))
         pre = self.hook_pre(F.linear(read, self.read_weight().T, self.b_in))
         post = self.hook_post(editable(self.topk_neuron(self.act(pre)), self.hook_post))
@@ -247,11 +194,11 @@ class Block(nn.Module):
         density = config.activation_density
         self.topk_resid_mid = AbsTopK(density.resid_post_attn, config.d_model)
         self.topk_resid_post = AbsTopK(density.resid_post_mlp, config.d_model)
-        for name in (
-            "resid_pre", "attn_in", "q_input", "k_input", "v_input", "attn_out",
-            "resid_mid", "mlp_in", "mlp_out", "resid_post",
-        ):  # fmt: skip
-            setattr(self, f"hook_{name}", HookPoint())
+        self.hook_resid_pre, self.hook_attn_in = HookPoint(), HookPoint()
+        self.hook_q_input, self.hook_k_input = HookPoint(), HookPoint()
+        self.hook_v_input, self.hook_attn_out = HookPoint(), HookPoint()
+        self.hook_resid_mid, self.hook_mlp_in = HookPoint(), HookPoint()
+        self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint()
 
     def forward(
         self,
@@ -260,6 +207,7 @@ class Block(nn.Module):
         past_kv_cache_entry: Any = None,
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
     ) -> Resid:
+        """The stream after attention and MLP; ``positions`` are the concatenated ones."""
         resid = self.hook_resid_pre(editable(resid, self.hook_resid_pre))
         inputs = self.attention_inputs(resid)
         reads = [self.read(self.ln1, getattr(self, "ln1_pos", None), x, positions) for x in inputs]
@@ -295,44 +243,12 @@ class Block(nn.Module):
         return torch.cat([x, place], dim=-1)
 
     def accumulate(self, resid: Resid, delta: Resid, topk: AbsTopK) -> Resid:
+        """The stream after a write."""
         resid = resid + delta
         return topk(resid.relu() if self.residual_relu else resid)
 
 
-class Unembed(nn.Module):
-    """Residual stream to logits; tied, it holds no matrix of its own."""
-
-    def __init__(self, config: SparseTransformerConfig, embed: Embed) -> None:
-        super().__init__()
-        # in a tuple, so that the embedding is not registered (and saved) twice
-        self.tied_to = (embed,) if config.tie_word_embeddings else ()
-        if not self.tied_to:
-            self.W_U = nn.Parameter(torch.empty(config.d_model, config.d_vocab))
-        # The released models' final_logits_bias: present, zero, never trained.
-        self.register_buffer("b_U", torch.zeros(config.d_vocab))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "W_U" and self.__dict__.get("tied_to"):
-            return self.tied_to[0].W_E.T
-        return super().__getattr__(name)
-
-    def forward(self, resid: Resid) -> Float[Tensor, "batch pos d_vocab"]:
-        return F.linear(resid, self.W_U.T, self.b_U)
-
-
-class Bigram(nn.Module):
-    """Dense table whose row of the current token is added to the logits (A.1, Fig. 24)."""
-
-    def __init__(self, config: SparseTransformerConfig) -> None:
-        super().__init__()
-        table = torch.zeros(config.d_vocab, config.d_vocab)
-        self.W_B = nn.Parameter(table, requires_grad=config.bigram_table == "learned")
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return F.embedding(tokens, self.W_B)
-
-
-class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, ModelBase):  # type: ignore[misc, valid-type]
+class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, ModelBase):
     """A weight-sparse (or dense) transformer that TransformerLens' tools run on unchanged.
 
     On TransformerLens below 4 it is a ``HookedTransformer``; on 4.x it satisfies TransformerLens'
@@ -372,17 +288,11 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
         self.to(device or "cpu")
 
     def init_weights(self) -> None:
-        """N(0, initializer_range), block outputs / sqrt(2 n_layers), the rest zero or one (A.1)."""
+        """Draw every parameter anew from the config's seed; see ``Layer.reset_parameters``."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        std = self.config.initializer_range
-        shrunk = std / (2 * self.config.n_layers) ** 0.5
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                leaf = name.rpartition(".")[2]
-                if leaf.startswith("W_") and leaf != "W_B":
-                    scale = shrunk if leaf in ("W_O", "W_out") else std
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.copy_(noise * scale)
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.reset_parameters(generator)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: Any = None) -> SparseTransformer:
@@ -393,8 +303,8 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
 
     @classmethod
     def from_openai(cls, folder: str | Path, device: Any = None) -> SparseTransformer:
-        """Load a folder in openai/circuit_sparsity's format; see ``tl_sparse.checkpoints``."""
-        from tl_sparse.checkpoints import from_openai
+        """Load a folder in openai/circuit_sparsity's format; see ``tl_sparse.openai_format``."""
+        from tl_sparse.openai_format import from_openai
 
         return from_openai(folder, device)
 
@@ -432,19 +342,9 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
             resid = self.blocks[layer](resid, concat, entry, attention_mask)
         return resid
 
-    def output_logits(
-        self, resid: Resid, tokens: Int[Tensor, "batch pos"] | None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    def output_logits(self, resid: Resid, tokens: Int[Tensor, "batch pos"] | None) -> Logits:
         """Final norm, unembedding, and the bigram row of each current token."""
         logits = self.unembed(self.ln_final(resid))
         if self.config.bigram_table != "none":
             logits = logits + self.hook_bigram(self.bigram(tokens))
         return logits
-
-
-def add_bias(module: nn.Module, name: str, shape: tuple[int, ...], trained: bool) -> None:
-    """A zero bias: a parameter, or a constant that TransformerLens' tools can still read."""
-    if trained:
-        setattr(module, name, nn.Parameter(torch.zeros(shape)))
-    else:
-        module.register_buffer(name, torch.zeros(shape), persistent=False)

@@ -42,16 +42,34 @@ SITES: tuple[Site, ...] = (
         "attn_in", "blocks.{layer}.attn.hook_act_in", "blocks.{layer}.ln1.hook_normalized",
         "residual", (), ("W_Q", "W_K", "W_V"),
     ),
-    Site("attn_q", *["blocks.{layer}.attn.hook_q"] * 2, "head", ("W_Q",), ()),
-    Site("attn_k", *["blocks.{layer}.attn.hook_k"] * 2, "head", ("W_K",), ()),
-    Site("attn_v", *["blocks.{layer}.attn.hook_v"] * 2, "head", ("W_V",), ("W_O",)),
-    Site("attn_out", *["blocks.{layer}.hook_attn_out"] * 2, "residual", ("W_O",), ()),
+    Site(
+        "attn_q", "blocks.{layer}.attn.hook_q", "blocks.{layer}.attn.hook_q",
+        "head", ("W_Q",), (),
+    ),
+    Site(
+        "attn_k", "blocks.{layer}.attn.hook_k", "blocks.{layer}.attn.hook_k",
+        "head", ("W_K",), (),
+    ),
+    Site(
+        "attn_v", "blocks.{layer}.attn.hook_v", "blocks.{layer}.attn.hook_v",
+        "head", ("W_V",), ("W_O",),
+    ),
+    Site(
+        "attn_out", "blocks.{layer}.hook_attn_out", "blocks.{layer}.hook_attn_out",
+        "residual", ("W_O",), (),
+    ),
     Site(
         "mlp_in", "blocks.{layer}.mlp.hook_act_in", "blocks.{layer}.ln2.hook_normalized",
         "residual", (), ("W_in",),
     ),
-    Site("mlp_neuron", *["blocks.{layer}.mlp.hook_post"] * 2, "neuron", ("W_in",), ("W_out",)),
-    Site("mlp_out", *["blocks.{layer}.hook_mlp_out"] * 2, "residual", ("W_out",), ()),
+    Site(
+        "mlp_neuron", "blocks.{layer}.mlp.hook_post", "blocks.{layer}.mlp.hook_post",
+        "neuron", ("W_in",), ("W_out",),
+    ),
+    Site(
+        "mlp_out", "blocks.{layer}.hook_mlp_out", "blocks.{layer}.hook_mlp_out",
+        "residual", ("W_out",), (),
+    ),
 )  # fmt: skip
 """Order is the order of computation within a block."""
 
@@ -64,8 +82,9 @@ MATRICES: tuple[tuple[str, str, str], ...] = tuple(
     for target in SITES
     if matrix in target.written_by
 )
-"""(matrix, site it reads, site it writes): a nonzero entry between two kept nodes is an edge (§A.5).
-Between q.k products, residual identity links, biases and (un)embeddings there are no edges."""
+"""(matrix, site it reads, site it writes): a nonzero entry between two kept nodes is an edge
+(§A.5). Between q.k products, residual identity links, biases and (un)embeddings there are no
+edges."""
 
 
 def site(name: str) -> Site:
@@ -105,7 +124,7 @@ class NodeIndex:
         """
         chosen = [row for row in SITES if row.name in {site(name).name for name in sites}]
         cfg: Any = model.cfg
-        hook_dict: dict[str, Any] = model.hook_dict  # type: ignore[assignment]
+        hook_dict: Any = model.hook_dict
         d_pos = getattr(cfg, "d_pos", 0) or 0
         widths = {
             "residual": cfg.d_model,
@@ -113,7 +132,8 @@ class NodeIndex:
             "neuron": cfg.d_mlp,
         }
         shared = getattr(cfg, "n_key_value_heads", None)
-        if shared not in (None, cfg.n_heads) and {"attn_k", "attn_v"} & {row.name for row in chosen}:
+        per_key = {"attn_k", "attn_v"} & {row.name for row in chosen}
+        if shared not in (None, cfg.n_heads) and per_key:
             raise ValueError(
                 f"{cfg.n_heads} heads share {shared} keys and values in this model, so attn_k and "
                 "attn_v cannot be indexed; leave them out of `sites`"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int, Integer
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import nn
 
 from tl_sparse.data import TokenizedCorpus, bigram_log_probs
 from tl_sparse.model import SparseTransformer
@@ -84,21 +84,6 @@ def training_starts(seed: int, step: int, batch_size: int, tokens: int, context:
     """
     rng = np.random.default_rng([seed, step])
     return rng.integers(0, tokens - context, batch_size, endpoint=True)
-
-
-def validation_starts(sequences: int, tokens: int, context: int) -> Starts:
-    """Where the validation sequences start: evenly spaced, the same ones every time."""
-    return np.unique(np.linspace(0, tokens - context, sequences).astype(np.int64))
-
-
-def windows(
-    tokens: Integer[np.ndarray, " token"], starts: Starts, context: int, bos: int | None
-) -> Int[Tensor, "sequence pos"]:
-    """Stretches of a token stream; BOS takes the place of their first token if there is one."""
-    found = tokens[starts[:, None] + np.arange(context)].astype(np.int64)
-    if bos is not None:
-        found[:, 0] = bos
-    return torch.from_numpy(found)
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse import steps, training_state
 from tl_sparse.checkpoints import TrainingRecord, save_pretrained
-from tl_sparse.data import TokenizedCorpus
+from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.matrices import WeightMatrix, weight_matrices
 from tl_sparse.model import SparseTransformer
 from tl_sparse.recipes import TrainingConfig
@@ -187,13 +187,13 @@ class Trainer:
         """Windows of a token stream; the first token is BOS where the model expects one."""
         expects = self.model.config.default_prepend_bos and self.model.tokenizer is not None
         bos = self.model.tokenizer.bos_token_id if expects else None
-        return steps.windows(tokens, starts, self.context, bos).to(self.accelerator.device)
+        return windows(tokens, starts, self.context, bos).to(self.accelerator.device)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean next-token loss (nats) on fixed, evenly spaced validation sequences."""
         tokens = self.corpus.validation
-        starts = steps.validation_starts(self.config.eval_sequences, len(tokens), self.context)
+        starts = evenly_spaced(self.config.eval_sequences, len(tokens), self.context)
         losses = []
         self.model.eval()
         for part in np.array_split(starts, math.ceil(len(starts) / 64)):

@@ -103,7 +103,9 @@ def test_another_model_is_refused(circuit, model, tmp_path):
     circuit.save(tmp_path / "c")
     with torch.no_grad():
         model.blocks[0].mlp.W_in[0, 0] += 1e-3
-    with pytest.raises(ValueError, match="not of this model.*load the model it was pruned from") as e:
+    with pytest.raises(
+        ValueError, match=r"not of this model.*load the model it was pruned from"
+    ) as e:
         Circuit.load(tmp_path / "c", model)
     assert "\n" not in str(e.value)
 
@@ -310,7 +312,7 @@ def test_hooks_work_with_transformer_lens_own_tools(circuit, model, random_token
         assert torch.equal(cache[name], hook(cache[name]))
     with model.hooks(fwd_hooks=circuit.hooks()):
         results = patching.get_act_patch_resid_pre(
-            model, random_tokens[2:4, :5], clean, lambda out: out[0, -1, 3]
+            model, random_tokens[2:4, :5], clean, lambda out: out[0, -1, 3].detach()
         )
     assert results.shape == (2, 5)
     # the embedding is no node: patching all that block 0 reads at the last place changes the answer

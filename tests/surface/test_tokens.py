@@ -21,6 +21,21 @@ def test_padding_goes_to_the_side_asked_for(model):
     assert model.to_tokens(texts, padding_side="left").tolist() == [[1, 4, 5], [0, 1, 6]]
 
 
+def test_the_tokenizers_own_padding_side_counts_unless_another_is_given(
+    small_model, make_tokenizer
+):
+    tokenizer, texts = make_tokenizer(), ["w4 w5", "w6"]
+    tokenizer.padding_side = "left"
+    model = small_model(tokenizer=tokenizer)
+    assert model.padding_side == "left"
+    assert model.to_tokens(texts).tolist() == [[1, 4, 5], [0, 1, 6]]
+    torch.testing.assert_close(model(texts)[1, 1:], model("w6")[0])
+    model.set_tokenizer(tokenizer, default_padding_side="right")
+    assert model.to_tokens(texts).tolist() == [[1, 4, 5], [1, 6, 0]]
+    model.set_tokenizer(None)
+    assert model.padding_side == "right"
+
+
 def test_long_strings_are_cut_at_the_context_unless_told_not_to(model):
     text = " ".join(["w7"] * 20)
     assert model.to_tokens(text).shape == (1, 12)

@@ -93,6 +93,21 @@ def test_composition_scores_by_hand(small_model, mode):
                     )
 
 
+@pytest.mark.parametrize("mode", ["Q", "K", "V"])
+def test_a_head_without_weights_composes_with_nothing(small_model, mode):
+    model = small_model()
+    expected = model.all_composition_scores(mode)
+    with torch.no_grad():
+        model.blocks[0].attn.W_V[1] = 0.0  # it writes nothing
+        for name in ("W_Q", "W_V"):
+            getattr(model.blocks[1].attn, name)[2] = 0.0  # it reads nothing
+    scores = model.all_composition_scores(mode)
+    expected[0, 1], expected[:, :, 1, 2] = 0.0, 0.0
+    assert (scores[0, 1] == 0).all()
+    assert (scores[:, :, 1, 2] == 0).all()
+    torch.testing.assert_close(scores, expected)
+
+
 def test_unknown_composition_names_the_modes(small_model):
     with pytest.raises(ValueError, match="mode='O' is unknown; choose from 'Q', 'K', 'V'"):
         small_model().all_composition_scores("O")

@@ -7,9 +7,9 @@ from tl_sparse.circuits.edges import count_edges as count_edges
 from tl_sparse.circuits.edges import random_edges as random_edges
 from tl_sparse.circuits.margins import answer_margins as answer_margins
 from tl_sparse.circuits.node_masks import NodeMasks as NodeMasks
-from tl_sparse.circuits.prune import PruningConfig as PruningConfig
-from tl_sparse.circuits.prune import PruningFailed as PruningFailed
-from tl_sparse.circuits.prune import prune as prune
+from tl_sparse.circuits.pruning import PruningConfig as PruningConfig
+from tl_sparse.circuits.pruning import PruningFailed as PruningFailed
+from tl_sparse.circuits.pruning import prune as prune
 
 __all__ = [
     "Calibration", "Circuit", "NodeMasks", "PruningConfig", "PruningFailed", "answer_margins",

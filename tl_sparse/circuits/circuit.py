@@ -1,4 +1,4 @@
-"""``Circuit``: the nodes and edges kept for a task, what they were measured to do, and from what."""
+"""``Circuit``: nodes and edges kept for a task, what they were measured to do, and from what."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ class Circuit:
     def __repr__(self) -> str:
         return (
             f"Circuit({self.task!r}, {self.n_nodes} nodes, {self.n_edges} edges, held-out loss "
-            f"{self.loss:.3f} (calibrated {self.loss_calibrated:.3f}), accuracy {self.accuracy:.2f})"
+            f"{self.loss:.3f} (calibrated {self.loss_calibrated:.3f}), "
+            f"accuracy {self.accuracy:.2f})"
         )
 
     # ----------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class Circuit:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the model is another one, the schema is another version, or a file is broken.
+            ValueError: the model is another one, the schema another version, or a file is broken.
         """
         record = read_json(Path(folder) / RECORD)
         if record.get("schema_version") != SCHEMA_VERSION:
@@ -268,9 +269,7 @@ class Circuit:
             }
         ).astype(COLUMNS)
         means = ActivationMeans(index, tensors.pop("means"), **record["means"])
-        rest = {name: record[name] for name in (*SCALARS, "config")}
         calibration = Calibration(**record["calibration"])
-        return cls(
-            index=index, means=means, edges=edges, calibration=calibration, **tensors, **rest
-        )
-
+        rest: dict[str, Any] = {name: record[name] for name in (*SCALARS, "config")}
+        rest |= tensors
+        return cls(index=index, means=means, edges=edges, calibration=calibration, **rest)

@@ -30,8 +30,8 @@ def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "sou
     weight = getattr(module, matrix).detach()
     if matrix == "W_in" and getattr(module, "W_gate", None) is not None:
         raise ValueError(
-            "this model's MLPs are gated: two matrices join mlp_in and mlp_neuron, and edges are not "
-            "defined; leave one of the two out of `sites`"
+            "this model's MLPs are gated: two matrices join mlp_in and mlp_neuron, and edges are "
+            "not defined; leave one of the two out of `sites`"
         )
     extra = getattr(module, f"{matrix}_pos", None)
     if extra is not None:
@@ -41,9 +41,7 @@ def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "sou
     return weight.flatten(0, 1) if matrix == "W_O" else weight
 
 
-def circuit_edges(
-    model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]
-) -> pd.DataFrame:
+def circuit_edges(model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]) -> pd.DataFrame:
     """One row per edge: layer, source_site, source, target_site, target, matrix, weight.
 
     Raises:

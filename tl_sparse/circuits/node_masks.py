@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import FwdHook, node_view
+from tl_sparse.ablation import node_view
 from tl_sparse.sites import NodeIndex
 
 
@@ -33,6 +33,8 @@ class _Heaviside(torch.autograd.Function):
 
 class NodeMasks(nn.Module):
     """A gate per node over a frozen model; ``hooks()`` puts them on its forward pass."""
+
+    means: Tensor
 
     def __init__(
         self,
@@ -56,10 +58,10 @@ class NodeMasks(nn.Module):
         """0 or 1 per node, differentiable through the surrogate."""
         return _Heaviside.apply(self.tau, self.temperature)
 
-    def hooks(self, gates: Float[Tensor, " node"]) -> list[FwdHook]:
+    def hooks(self, gates: Float[Tensor, " node"]) -> list[tuple[str, Mix]]:
         """Hooks that mix each activation with its mean: gate * x + (1 - gate) * mean."""
         return [
-            (hook, _Mix(gates[piece], self.means[piece]))
+            (hook, Mix(gates[piece], self.means[piece]))
             for hook, piece in self.index.slices.items()
         ]
 
@@ -69,11 +71,14 @@ class NodeMasks(nn.Module):
         self.tau.clamp_(-1.0, 1.0)
 
 
-class _Mix:
+class Mix:
+    """Hook function: gate * x + (1 - gate) * mean; it remembers whether it ever ran."""
+
     def __init__(self, gate: Tensor, mean: Tensor) -> None:
         self.gate, self.mean, self.fired = gate, mean, False
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        """The mixed activation."""
         self.fired = True
         gate, mean = node_view(self.gate, x), node_view(self.mean, x)
         # lerp is exact at gates 0 and 1: open gates pass x bit for bit

@@ -6,7 +6,7 @@ from tl_sparse.data.corpus import build_corpus, default_cache_dir
 from tl_sparse.data.idioms import idiom_documents
 from tl_sparse.data.sources import Document
 from tl_sparse.data.tokenizer import END_OF_TEXT, build_tokenizer
-from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus
+from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.data.words import HELD_OUT_WORDS, REQUIRED_WORDS, TRAIN_WORDS
 
 __all__ = [
@@ -22,5 +22,7 @@ __all__ = [
     "build_corpus",
     "build_tokenizer",
     "default_cache_dir",
+    "evenly_spaced",
     "idiom_documents",
+    "windows",
 ]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import UInt16
+import torch
+from jaxtyping import Int, Integer, UInt16
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.config import CorpusConfig
@@ -22,6 +24,24 @@ _PARTS: Final = ("train.bin", "validation.bin", "tokenizer.json")
 _INDEX: Final = "corpus.json"
 _FORMAT: Final = 1
 _BATCH: Final = 256  # documents per call of the tokenizer
+
+
+def evenly_spaced(sequences: int, tokens: int, context: int) -> Int[np.ndarray, " sequence"]:
+    """Where at most `sequences` stretches of `context` tokens start, evenly over a stream."""
+    return np.unique(np.linspace(0, tokens - context, sequences).astype(np.int64))
+
+
+def windows(
+    tokens: Integer[np.ndarray, " token"],
+    starts: Int[np.ndarray, " sequence"],
+    context: int,
+    bos: int | None,
+) -> Int[Tensor, "sequence pos"]:
+    """Stretches of a token stream; BOS takes the place of their first token if there is one."""
+    found = tokens[starts[:, None] + np.arange(context)].astype(np.int64)
+    if bos is not None:
+        found[:, 0] = bos
+    return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,20 @@ class TokenizedCorpus:
     """Names of the documents dropped as copies."""
     directory: Path
     """Where the files are."""
+
+    def validation_sequences(self, sequences: int, context: int) -> Int[Tensor, "sequence pos"]:
+        """Evenly spaced stretches of the validation text, BOS first: the same ones every time.
+
+        What validation losses and activation means are taken over. At most `sequences` rows, fewer
+        where the text is short; raises `ValueError` where it is shorter than one.
+        """
+        if len(self.validation) < context:
+            raise ValueError(
+                f"the validation text has {len(self.validation)} tokens, fewer than one sequence "
+                f"of {context}"
+            )
+        starts = evenly_spaced(sequences, len(self.validation), context)
+        return windows(self.validation, starts, context, self.tokenizer.bos_token_id)
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedCorpus":

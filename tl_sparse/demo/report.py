@@ -118,11 +118,11 @@ def page(result: DemoResult) -> PageReport:
     kept = sum(sparse.l0[matrix.name] for matrix in blocks) / sum(m.numel for m in blocks)
     target = result.config.target_loss
     text = (
-        f"Two small transformers were trained on the Python of this machine: a sparse one, of whose "
-        f"block weights {1 - kept:.1%} are exactly zero, and a dense one. Both were pruned "
+        f"Two small transformers were trained on the Python of this machine: a sparse one, of "
+        f"whose block weights {1 - kept:.1%} are exactly zero, and a dense one. Both were pruned "
         f"to the nodes that a task needs for a loss of {target}, every other node set to its mean. "
         + (f"The sparse model's circuits have, by task: {'; '.join(said)}." if said else
-           "No task was solved by both models, so there is nothing to compare.")
+           "No task has a circuit of both models, so there is nothing to compare.")
     )  # fmt: skip
     gap = abs(sparse.validation_loss - dense.validation_loss)
     facts = (
@@ -140,15 +140,17 @@ def page(result: DemoResult) -> PageReport:
         "node sets of the same size have in the same model; nodes are reported beside edges.",
         "The magnitude-pruned rows are the dense model with only its largest weights kept, at the "
         "sparse model's density: whether it still solves the task, and what its circuit then has.",
-        f"Losses are two-way cross-entropies over the task's answers on held-out templates and names; "
-        f"chance is {math.log(2):.3f}. The number of nodes was chosen on other prompts "
+        f"Losses are two-way cross-entropies over the task's answers on held-out templates and "
+        f"names; chance is {math.log(2):.3f}. The number of nodes was chosen on other prompts "
         "(selection_loss).",
-        "A circuit that does the task is not thereby how the model does it: mean ablation of the rest "
-        "is one test of faithfulness among many.",
+        "A circuit that does the task is not thereby how the model does it: mean ablation of the "
+        "rest is one test of faithfulness among many.",
         "One seed. Differences of a few nodes or edges mean nothing.",
     ]
     if gap > 0.05:
-        notes.insert(0, f"The validation losses differ by {gap:.3f} nats: the models are not matched.")
+        notes.insert(
+            0, f"The validation losses differ by {gap:.3f} nats: the models are not matched."
+        )
     notes += [f"No circuit for {t}, {m}: {why}." for (t, m), why in result.failures.items()]
     by_name = {m.name: m for m in result.models}
     return PageReport(

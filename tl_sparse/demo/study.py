@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -32,7 +31,7 @@ from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_
 from tl_sparse.model import SparseTransformer
 from tl_sparse.recipes import TrainingConfig
 from tl_sparse.sparsity import SparsityConfig
-from tl_sparse.tasks import Task, TaskResult, evaluate_task, get, names
+from tl_sparse.tasks import TaskResult, evaluate_task, get, names
 from tl_sparse.training import Trainer
 from tl_sparse.weight_masks import WeightMasks
 
@@ -56,7 +55,7 @@ class DemoConfig:
     """Smaller models, less text and fewer tasks: under three minutes, and weaker results."""
     tasks: tuple[str, ...] = ()
     """Tasks to prune on; default those that both models solve."""
-    max_tasks: int = 4
+    max_tasks: int = 3
     """Most tasks pruned on when none are named: those that both models solve best."""
     target_loss: float = 0.15
     """Loss that a circuit has to reach, and below which a model counts as solving a task."""
@@ -69,7 +68,9 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.tasks) - set(names())):
-            raise ValueError(f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(names())}")
+            raise ValueError(
+                f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(names())}"
+            )
         PruningConfig(target_loss=self.target_loss)  # refused now, not after the training
         if self.max_tasks < 1 or self.pairs < 1:
             raise ValueError("max_tasks and pairs must be at least 1")
@@ -130,7 +131,10 @@ def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
     sparse = trained(config, corpus, cache, "sparse", say, progress)
     dense = trained(config, corpus, cache, "dense", say, progress, match=sparse.validation_loss)
     chosen = common_tasks(config, sparse, dense)
-    say(f"Tasks that both solve (held-out loss < {config.target_loss}): {', '.join(chosen) or 'none'}")
+    say(
+        f"Tasks that both solve (held-out loss < {config.target_loss}): "
+        f"{', '.join(chosen) or 'none'}"
+    )
     circuits: dict[tuple[str, str], Circuit] = {}
     failures: dict[tuple[str, str], str] = {}
     for name in chosen:
@@ -144,21 +148,22 @@ def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
                 continue
             circuits[name, trained_model.name] = circuit
             say(
-                f"  {name}, {trained_model.name}: {circuit.n_nodes} nodes, {circuit.n_edges} edges, "
-                f"held-out loss {circuit.loss:.3f} ({time.perf_counter() - started:.0f} s)"
+                f"  {name}, {trained_model.name}: {circuit.n_nodes} nodes, {circuit.n_edges} "
+                f"edges, held-out loss {circuit.loss:.3f} ({time.perf_counter() - started:.0f} s)"
             )
     rows = measure(config, (sparse, dense), circuits, chosen)
     return DemoResult(config, corpus, (sparse, dense), circuits, failures, rows)
 
 
 def corpus_config(config: DemoConfig) -> CorpusConfig:
-    """Python's own library; for --quick a part of it."""
-    max_bytes = 6_000_000 if config.quick else None
-    return CorpusConfig(seed=config.seed, idiom_share=0.4, max_bytes=max_bytes)
+    """Python's own library and idioms; for --quick a part of it, and more idioms."""
+    if config.quick:
+        return CorpusConfig(seed=config.seed, idiom_share=0.6, max_bytes=6_000_000)
+    return CorpusConfig(seed=config.seed, idiom_share=0.4)
 
 
 def model_config(config: DemoConfig, corpus: TokenizedCorpus, name: str) -> SparseTransformerConfig:
-    """Two layers; the sparse model is twice as wide, with AbsTopK at a quarter at all eight sites."""
+    """Two layers; the sparse model is twice as wide, with AbsTopK at a quarter at all sites."""
     sparse = name == "sparse"
     return SparseTransformerConfig(
         n_layers=2,
@@ -179,10 +184,8 @@ def training_config(config: DemoConfig, name: str, match: float | None) -> Train
     recipe = TrainingConfig.recipe("cpu", seed=config.seed, sparsity=SPARSITY)
     if name == "sparse":
         return replace(recipe, steps=500 if config.quick else 1600)
-    steps = 300 if config.quick else 1000
-    return replace(
-        recipe, steps=steps, lr=0.005, sparsity=None, eval_every=20, stop_at_loss=match
-    )
+    steps = 400 if config.quick else 1000
+    return replace(recipe, steps=steps, lr=0.005, sparsity=None, eval_every=20, stop_at_loss=match)
 
 
 def trained(
@@ -213,10 +216,9 @@ def trained(
         seconds = time.perf_counter() - started
     model = from_pretrained(folder / "model")
     record = training_record(folder / "model")
-    assert record is not None and record.validation_loss is not None
-    starts = np.linspace(0, len(corpus.validation) - architecture.n_ctx, 512).astype(np.int64)
-    windows = corpus.validation[starts[:, None] + np.arange(architecture.n_ctx)].astype(np.int64)
-    windows[:, 0] = corpus.tokenizer.bos_token_id
+    assert record is not None
+    assert record.validation_loss is not None
+    text = corpus.validation_sequences(512, architecture.n_ctx)
     results = {
         task: evaluate_task(model, get(task, corpus.tokenizer, architecture.n_ctx), config.pairs,
                             seed=config.seed)
@@ -230,7 +232,7 @@ def trained(
     return TrainedModel(
         name=name,
         model=model,
-        means=activation_means(model, torch.from_numpy(windows)),
+        means=activation_means(model, text),
         validation_loss=record.validation_loss,
         seconds=seconds,
         tasks=results,
@@ -254,7 +256,7 @@ def smallest_circuit(
     task = get(name, trained_model.model.tokenizer, trained_model.model.config.n_ctx)
     pruning = PruningConfig(
         target_loss=config.target_loss,
-        steps=150 if config.quick else 300,
+        steps=120 if config.quick else 250,
         report_pairs=config.pairs,
         seed=config.seed,
     )
@@ -270,10 +272,10 @@ def measure(
     """The table: a row per task and model, with its controls beside it.
 
     ``random_edges`` is what random node sets of the circuit's size have. The rows of the
-    ``dense, magnitude-pruned`` model are the dense model with all but its largest weights zeroed, to
-    the sparse model's density: its circuit is the dense circuit under those weights.
+    ``dense, magnitude-pruned`` model are the dense model with all but its largest weights zeroed,
+    to the sparse model's density: its circuit is the dense circuit under those weights.
     """
-    sparse, dense = models
+    dense = models[1]
     rows = [row_of(task, m, circuits.get((task, m.name))) for task in chosen for m in models]
     density = SPARSITY.density
     masks = WeightMasks.top_k(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from tl_sparse.compat import ActivationCache, HookedRootModule, HookPoint
+from tl_sparse.surface.parts import ModelParts
 
 # TransformerLens 4.x tools address these under attn; HookedTransformer had them on the block.
 ALIASES = {f"attn.hook_{name}": f"hook_{name}" for name in ("q_input", "k_input", "v_input")}
@@ -23,12 +24,18 @@ SWITCHES = {
 }
 
 
-class HookSurface:
+def own_name(point: HookPoint) -> str:
+    """The name that ``setup`` gave a hook point, whatever alias it was found by."""
+    assert point.name is not None
+    return point.name
+
+
+class HookSurface(ModelParts):
     """Hooks, caches and the switches that turn optional hook points on."""
 
     def setup(self) -> None:
         """Name every module and hook point; called once the model is built."""
-        HookedRootModule.setup(self)  # type: ignore[arg-type]
+        HookedRootModule.setup(self)
         for layer in range(self.config.n_layers):
             for alias, name in ALIASES.items():
                 point = self.mod_dict[f"blocks.{layer}.{name}"]
@@ -63,10 +70,15 @@ class HookSurface:
     def check_hooks_to_add(
         self, hook_point: HookPoint, hook_point_name: str, hook: Any, *_: Any, **__: Any
     ) -> None:
+        """TransformerLens' check before it adds a hook: the hook point exists and would fire."""
         self.require_hook(hook_point_name)
 
     def add_hook(
-        self, name: str | Callable[[str], bool], hook: Callable, dir: str = "fwd", **kwargs: Any
+        self,
+        name: str | Callable[[str], bool],
+        hook: Callable,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        **kwargs: Any,
     ) -> None:
         """Add a hook by name or by a filter on names; see TransformerLens."""
         names = [name] if isinstance(name, str) else self.matching(name)
@@ -80,7 +92,7 @@ class HookSurface:
             ValueError: none does.
         """
         found = {
-            id(point): point.name
+            id(point): own_name(point)
             for name, point in self.hook_dict.items()
             if wanted(name) and (not (s := self.switch_of(name)) or getattr(self.cfg, s))
         }
@@ -109,7 +121,7 @@ class HookSurface:
         """TransformerLens' caching hooks; a names_filter that matches nothing is an error."""
         names = self.cached_names(names_filter)
         return HookedRootModule.get_caching_hooks(
-            self,  # type: ignore[arg-type]
+            self,
             names.__contains__,
             *args,
             **kwargs,
@@ -119,7 +131,7 @@ class HookSurface:
         """TransformerLens' lasting caching hooks; a names_filter without a match is an error."""
         names = self.cached_names(names_filter)
         return HookedRootModule.add_caching_hooks(
-            self,  # type: ignore[arg-type]
+            self,
             names.__contains__,
             *args,
             **kwargs,
@@ -133,7 +145,7 @@ class HookSurface:
             names_filter = [names_filter]
         if callable(names_filter):
             return set(self.matching(names_filter))
-        names = {self.require_hook(name).name for name in names_filter}
+        names = {own_name(self.require_hook(name)) for name in names_filter}
         if not names:
             raise ValueError("names_filter is empty: it would cache nothing")
         return names
@@ -150,7 +162,7 @@ class HookSurface:
         if isinstance(names_filter, str):
             names_filter = [names_filter]
         out, cache = HookedRootModule.run_with_cache(
-            self,  # type: ignore[arg-type]
+            self,
             *model_args,
             names_filter=names_filter,
             remove_batch_dim=remove_batch_dim,
@@ -159,7 +171,7 @@ class HookSurface:
         if isinstance(names_filter, list | tuple):
             # a tool finds what it asked for under the name that it asked by, alias or not
             for name in names_filter:
-                own = self.require_hook(name).name
+                own = own_name(self.require_hook(name))
                 for end in ("", "_grad"):
                     if own + end in cache:
                         cache[name + end] = cache[own + end]
@@ -190,6 +202,7 @@ class HookSurface:
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def only_one(self, wanted: bool, other: str) -> None:
+        """Refuse a switch while the one that excludes it is on."""
         if wanted and getattr(self.cfg, other):
             raise ValueError(f"call model.set_{other}(False) first: only one of the two can be on")
 

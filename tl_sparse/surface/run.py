@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.compat import KeyValueCache, runtime_dtype, tl_utils
+from tl_sparse.surface.tokens import TokenSurface
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -22,7 +23,7 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-class RunSurface:
+class RunSurface(TokenSurface):
     """``forward`` and what surrounds it."""
 
     def forward(
@@ -185,7 +186,8 @@ class RunSurface:
             seen = past_kv_cache[0].past_keys.shape[1]
             mask = torch.ones_like(tokens) if mask is None else mask.long()
             mask = torch.cat([past_kv_cache.previous_attention_mask, mask], dim=1)
-        _, positions = self.masks_and_positions(*tokens.shape, seen, mask, None)
+        batch, n = tokens.shape
+        _, positions = self.masks_and_positions(batch, n, seen, mask, None)
         return self.residual_input(tokens, positions), tokens, None, attention_mask
 
     @torch.no_grad()
@@ -211,10 +213,12 @@ class RunSurface:
                 f"{tokens.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} do not fit "
                 f"n_ctx={self.config.n_ctx}"
             )
-        if stop_at_eos and eos_token_id is None:
-            if self.tokenizer is None or self.tokenizer.eos_token_id is None:
+        if not stop_at_eos:
+            eos_token_id = None
+        elif eos_token_id is None:
+            eos_token_id = getattr(self.tokenizer, "eos_token_id", None)
+            if eos_token_id is None:
                 raise ValueError("stop_at_eos needs eos_token_id= or a tokenizer that has one")
-            eos_token_id = self.tokenizer.eos_token_id
         mask = None if self.tokenizer is None else self.padding_mask(tokens, prepend_bos)
         mask = torch.ones_like(tokens) if mask is None else mask.long()
         cache = None
@@ -231,7 +235,7 @@ class RunSurface:
                 )  # fmt: skip
             else:
                 new = logits.argmax(-1)
-            if stop_at_eos:
+            if eos_token_id is not None:
                 new = torch.where(finished, eos_token_id, new)
                 finished |= new == eos_token_id
             tokens = torch.cat([tokens, new[:, None]], dim=1)
@@ -266,20 +270,23 @@ class RunSurface:
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
         """Move or cast the model; ``cfg.device`` and ``cfg.dtype`` follow."""
-        return nn.Module.to(self, *args, **kwargs)  # type: ignore[arg-type]
+        return nn.Module.to(self, *args, **kwargs)
 
     def cuda(self, device: Any = None) -> Any:
-        return nn.Module.cuda(self, device)  # type: ignore[arg-type]
+        """Move the model to a CUDA device."""
+        return nn.Module.cuda(self, device)
 
     def cpu(self) -> Any:
-        return nn.Module.cpu(self)  # type: ignore[arg-type]
+        """Move the model to the CPU."""
+        return nn.Module.cpu(self)
 
     def mps(self) -> Any:
+        """Move the model to Apple's GPU."""
         return self.to("mps")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # every device or dtype change of a module comes through here
-        nn.Module._apply(self, fn, recurse)  # type: ignore[arg-type]
+        nn.Module._apply(self, fn, recurse)
         self.cfg.device = str(self.unembed.b_U.device)
-        self.cfg.dtype = runtime_dtype(self)  # type: ignore[arg-type]
+        self.cfg.dtype = runtime_dtype(self)
         return self

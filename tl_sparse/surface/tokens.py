@@ -9,17 +9,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparse.surface.parts import ModelParts
 
-class TokenSurface:
+
+class TokenSurface(ModelParts):
     """Tokenization; BOS and padding side follow the config unless a call says otherwise."""
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Use a Hugging Face tokenizer (None: the model takes token ids only).
 
+        Strings are padded on the tokenizer's side unless another is given.
+
         Raises:
             ValueError: it has more tokens than the model, or no BOS token although one is wanted.
         """
-        self.padding_side = "right"
+        if default_padding_side is None:
+            default_padding_side = getattr(tokenizer, "padding_side", "right")
         self.padding_side = self.side(default_padding_side)
         if tokenizer is not None:
             if len(tokenizer) > self.config.d_vocab:
@@ -43,6 +48,7 @@ class TokenSurface:
         return side
 
     def require_tokenizer(self) -> Any:
+        """The tokenizer, or one clear error."""
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer: pass tokens, or call set_tokenizer first")
         return self.tokenizer
@@ -144,5 +150,5 @@ class TokenSurface:
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, Tensor) and tokens.numel() > 1:
-            return self.W_U[:, tokens].movedim(0, -1)
-        return self.W_U[:, int(tokens)]
+            return self.unembed.W_U[:, tokens].movedim(0, -1)
+        return self.unembed.W_U[:, int(tokens)]

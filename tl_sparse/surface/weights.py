@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_sparse.compat import FactoredMatrix
+from tl_sparse.surface.parts import ModelParts
 
 
 def stacked(part: str, name: str) -> property:
@@ -38,7 +39,7 @@ PROCESSING = (
 HUB = "load with from_pretrained(folder) or from_openai(folder)"
 
 
-class WeightSurface:
+class WeightSurface(ModelParts):
     """Weights, circuits of weights, counts."""
 
     W_Q, W_K, W_V, W_O = (stacked("attn", f"W_{x}") for x in "QKVO")
@@ -52,7 +53,7 @@ class WeightSurface:
         if name in ("W_pos", "W_E_pos"):
             kind = self.config.positional_embedding_type
             raise AttributeError(f"no {name} in a model with positional_embedding_type={kind!r}")
-        return super().__getattr__(name)  # type: ignore[misc]
+        return super().__getattr__(name)
 
     @property
     def W_E(self) -> Tensor:
@@ -127,7 +128,10 @@ class WeightSurface:
         return total + self.blocks[layer].attn.b_O if mlp_input else total
 
     def all_composition_scores(self, mode: str) -> Tensor:
-        """Composition score of every pair of heads [layer, head, layer, head], earlier to later."""
+        """Composition score of every pair of heads [layer, head, layer, head], earlier to later.
+
+        0 where a head's circuit is all zero, as weight-sparse training leaves some.
+        """
         if mode not in ("Q", "K", "V"):
             raise ValueError(f"mode={mode!r} is unknown; choose from 'Q', 'K', 'V'")
         right = {"V": self.OV, "Q": self.QK, "K": self.QK.T}[mode]
@@ -137,7 +141,8 @@ class WeightSurface:
         norms = left.norm()[:, :, None, None] * right.norm()[None, None]
         layers = torch.arange(self.cfg.n_layers, device=norms.device)
         earlier = layers[:, None, None, None] < layers[None, None, :, None]
-        return torch.where(earlier, product.norm() / norms, 0.0)
+        scores = product.norm() / torch.where(norms > 0, norms, 1.0)
+        return torch.where(earlier, scores, 0.0)
 
     def n_nonzero(self) -> dict[str, int]:
         """Exact L0 of every parameter, by name."""

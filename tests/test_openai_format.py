@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from tl_sparse import checkpoints
-from tl_sparse.checkpoints import from_openai
+from tl_sparse import openai_format
 from tl_sparse.model import SparseTransformer
+from tl_sparse.openai_format import from_openai
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_state_dict(openai):
 )
 def test_a_config_that_does_not_fit_is_one_clear_error(openai, change, message, monkeypatch):
     if "activation_type" in change:  # the tests' type checker would answer before the config does
-        monkeypatch.setattr(checkpoints, "SparseTransformerConfig", checked_config)
+        monkeypatch.setattr(openai_format, "SparseTransformerConfig", checked_config)
     edit_openai(openai, config=lambda values: values.update(change))
     with pytest.raises(ValueError, match=message) as caught:
         from_openai(openai)

@@ -45,7 +45,8 @@ class PruningConfig:
     weight_decay: float = 0.0
     """AdamW's decay of τ. It pulls every τ to the gate's threshold; the paper's centre is 0.001."""
     k_coef: float = 1e-3
-    """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive`` begins."""
+    """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
+    begins."""
     penalty: Penalty = "adaptive"
     """adaptive: raise the price while the training loss is below target, lower it while it is
     above, which needs no search. fixed: the paper's constant price."""
@@ -97,9 +98,9 @@ def prune(
     """Learn which nodes a task needs, with every other node set to its mean.
 
     Works by hooks on a SparseTransformer or any TransformerLens model. A gate per node is trained
-    (task loss + price per open gate); the nodes are ranked by τ, their number is bisected inside the
-    set of open gates to the target loss on selection pairs, the answer pair's logit difference is
-    calibrated, and the result is reported on held-out templates and names.
+    (task loss + price per open gate); the nodes are ranked by τ, their number is bisected inside
+    the set of open gates to the target loss on selection pairs, the answer pair's logit difference
+    is calibrated, and the result is reported on held-out templates and names.
 
     Raises:
         ValueError: ``means`` of another model, the model itself does not reach the target, the task
@@ -180,8 +181,9 @@ def train_masks(
 ) -> list[Float[Tensor, " node"]]:
     """Train τ: task loss plus price per open gate, gradients clipped to RMS 1, τ clamped.
 
-    Returns τ at evenly spaced steps, the last one included: a circuit that works whole or not at all
-    breaks as the price rises, and once broken gives its nodes no gradient by which to come back.
+    Returns τ at evenly spaced steps, the last one included: a circuit that works whole or not at
+    all breaks as the price rises, and once broken gives its nodes no gradient by which to come
+    back.
     """
     masks = NodeMasks(
         index, values, init_bias=config.init_bias, init_scale=config.init_scale,
@@ -244,8 +246,8 @@ def choose_mask(
             return tau
     n_open = int((candidates[-1] >= 0).sum())
     raise PruningFailed(
-        f"the mask collapsed: none of its {len(candidates)} stages reaches the target loss {target} "
-        f"(at the end {n_open} gates were open); lower k_coef, or train for more steps"
+        f"the mask collapsed: none of its {len(candidates)} stages reaches the target loss "
+        f"{target} (at the end {n_open} gates were open); lower k_coef, or train for more steps"
     )
 
 
@@ -298,7 +300,7 @@ def calibrate(margins: Float[Tensor, " prompt"]) -> Calibration:
         return loss
 
     optimizer.step(closure)
-    return Calibration(float(log_scale.exp()), float(shift))
+    return Calibration(float(log_scale.detach().exp()), float(shift.detach()))
 
 
 def calibrated(
