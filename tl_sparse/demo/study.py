@@ -183,7 +183,7 @@ def training_config(config: DemoConfig, name: str, match: float | None) -> Train
     """The CPU recipe; the dense model stops as soon as it is as good as the sparse one."""
     recipe = TrainingConfig.recipe("cpu", seed=config.seed, sparsity=SPARSITY)
     if name == "sparse":
-        return replace(recipe, steps=500 if config.quick else 1600)
+        return replace(recipe, steps=600 if config.quick else 1600)
     steps = 400 if config.quick else 1000
     return replace(recipe, steps=steps, lr=0.005, sparsity=None, eval_every=20, stop_at_loss=match)
 
@@ -256,7 +256,7 @@ def smallest_circuit(
     task = get(name, trained_model.model.tokenizer, trained_model.model.config.n_ctx)
     pruning = PruningConfig(
         target_loss=config.target_loss,
-        steps=120 if config.quick else 250,
+        steps=100 if config.quick else 250,
         report_pairs=config.pairs,
         seed=config.seed,
     )
