@@ -158,6 +158,7 @@ def test_an_unknown_option_is_named(capsys):
     words = refused(capsys, "train", "--out", "o", "--training.stepz", "3")
     assert "Unrecognized" in words
     assert "--training.stepz" in words
+    assert "\n" not in words
 
 
 def test_an_unknown_choice_names_the_choices(capsys):

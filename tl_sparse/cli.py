@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -184,15 +186,36 @@ def chosen_recipe(arguments: list[str]) -> str:
     return parser.parse_known_args(arguments)[0].recipe
 
 
+def parsed(arguments: list[str]) -> DemoConfig | Train | Prune | Info:
+    """The command that the arguments describe; exits with one line if they describe none."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                commands(chosen_recipe(arguments)), prog="tl-sparse", args=arguments,
+                description="Weight-sparse transformers and their circuits.",
+                config=(tyro.conf.AvoidSubcommands,),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        sys.exit(f"tl-sparse: {one_line(told.getvalue())}")
+
+
+def one_line(message: str) -> str:
+    """tyro's framed message without its frame, title and names of its own."""
+    # the frame is drawn with plain signs where the terminal has no others
+    rows = [row.strip("│╭╮╰╯─| ") for row in message.splitlines()]
+    title, *rest = [row for row in rows if row.strip("-")]
+    text = " ".join(row for row in rest if "helptext" not in row) or title
+    return text.replace("Error parsing __tyro-dummy-inner__.", "")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``tl-sparse``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        command = tyro.cli(
-            commands(chosen_recipe(arguments)), prog="tl-sparse", args=arguments,
-            description="Weight-sparse transformers and their circuits.",
-            config=(tyro.conf.AvoidSubcommands,),
-        )  # fmt: skip
+        command = parsed(arguments)
         if isinstance(command, DemoConfig):
             run_and_report(command)
         else:
