@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -37,8 +38,10 @@ def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "sou
     if extra is not None:
         weight = torch.cat([weight, extra.detach()], dim=BLOCK_MATRICES[matrix][1])
     if matrix in ("W_Q", "W_K", "W_V"):
-        return weight.permute(1, 0, 2).flatten(1)
-    return weight.flatten(0, 1) if matrix == "W_O" else weight
+        return rearrange(weight, "head d_in d_head -> d_in (head d_head)")
+    if matrix == "W_O":
+        return rearrange(weight, "head d_head d_model -> (head d_head) d_model")
+    return weight
 
 
 def circuit_edges(model: nn.Module, index: NodeIndex, keep: Bool[Tensor, " node"]) -> pd.DataFrame:
