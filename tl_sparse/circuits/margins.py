@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.model import SparseTransformer
-from tl_sparse.tasks import TaskBatch, select_last
+from tl_sparse.tasks import TaskBatch, margins, select_last
 
 
 def answer_margins(
@@ -23,9 +23,7 @@ def answer_margins(
     The two-way task loss is ``softplus(-margin)``.
     """
     batch = trimmed(batch.to(next(model.parameters()).device))
-    last = last_logits(model, batch, hooks).float()
-    right, wrong = (last.gather(1, ids[:, None])[:, 0] for ids in (batch.answer, batch.other))
-    return right - wrong
+    return margins(last_logits(model, batch, hooks).float(), batch)
 
 
 def last_logits(

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_sparse.ablation import ActivationMeans, ablation_hooks, activation_means
+from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.checkpoints import from_pretrained, training_record
 from tl_sparse.circuits import (
     Circuit,
@@ -294,7 +294,7 @@ def measure(
             circuit = circuits.get((name, dense.name))
             if circuit is not None:
                 batch = task.batch(config.pairs, split="held_out", seed=config.seed)
-                hooks = ablation_hooks(circuit.index, circuit.kept, circuit.means.values)
+                hooks = circuit.hooks()
                 with torch.no_grad():
                     margins = answer_margins(dense.model, batch, hooks)
                 row |= {

@@ -4,6 +4,7 @@ from tl_sparse.tasks.contexts import SPLITS, Split
 from tl_sparse.tasks.evaluate import (
     TaskResult,
     evaluate_task,
+    margins,
     select_last,
     task_accuracy,
     task_losses,
@@ -20,6 +21,7 @@ __all__ = [
     "TaskSpec",
     "evaluate_task",
     "get",
+    "margins",
     "names",
     "select_last",
     "task",

@@ -70,14 +70,14 @@ def task_losses(
     The paper's loss (Gao et al. 2025, section 2.2); its released tables hold the sum over a pair.
     Differentiable.
     """
-    return softplus(-_margins(logits_at_last, batch))
+    return softplus(-margins(logits_at_last, batch))
 
 
 def task_accuracy(
     logits_at_last: Float[Tensor, "prompt d_vocab"], batch: TaskBatch
 ) -> Bool[Tensor, " prompt"]:
     """Whether each prompt's right answer has the higher logit; a tie is wrong."""
-    return _margins(logits_at_last, batch) > 0
+    return margins(logits_at_last, batch) > 0
 
 
 def select_last(
@@ -120,9 +120,10 @@ def evaluate_task(
     )
 
 
-def _margins(
+def margins(
     logits_at_last: Float[Tensor, "prompt d_vocab"], batch: TaskBatch
 ) -> Float[Tensor, " prompt"]:
+    """logit(answer) - logit(other) of each prompt; its two-way loss is ``softplus(-margin)``."""
     right = logits_at_last.gather(1, batch.answer.to(logits_at_last.device)[:, None])
     wrong = logits_at_last.gather(1, batch.other.to(logits_at_last.device)[:, None])
     return (right - wrong).squeeze(1)
