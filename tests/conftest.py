@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before any import of the Hugging Face libraries: they read these once, when imported.
@@ -187,3 +188,19 @@ def make_tokenizer() -> Callable[..., Any]:
         return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sixty_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sixty small Python files, no two of them near-duplicates."""
+    folder = tmp_path_factory.mktemp("source")
+    draw = random.Random(0)
+    for i in range(60):
+        body = "".join(
+            f"        for item{draw.randrange(50)} in range({draw.randrange(999)}):\n"
+            f"            print(item, [value, {{'k': {draw.randrange(999)}}}])\n"
+            for _ in range(6)
+        )
+        head = f"class Thing{i}:\n    def method{draw.randrange(99)}(self, value{i}):\n"
+        (folder / f"m{i}.py").write_text(head + body)
+    return folder

@@ -1,5 +1,4 @@
 import json
-import random
 
 import numpy as np
 import pytest
@@ -36,19 +35,9 @@ def refused(capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus(sixty_sources):
     """Options for a corpus of sixty small files."""
-    folder = tmp_path_factory.mktemp("source")
-    draw = random.Random(0)
-    for i in range(60):
-        body = "".join(
-            f"        for item{draw.randrange(50)} in range({draw.randrange(999)}):\n"
-            f"            print(item, [value, {{'k': {draw.randrange(999)}}}])\n"
-            for _ in range(6)
-        )
-        head = f"class Thing{i}:\n    def method{draw.randrange(99)}(self, value{i}):\n"
-        (folder / f"m{i}.py").write_text(head + body)
-    return flags({"--corpus.sources": folder, "--corpus.idiom-share": 0.3})
+    return flags({"--corpus.sources": sixty_sources, "--corpus.idiom-share": 0.3})
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A small corpus, and small models that do one task, for_while, by a chain of three nodes."""
 
-import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,21 +11,11 @@ CHAIN = ((0, "attn_in", 0), (0, "attn_v", 1), (0, "attn_out", 1))
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def corpus(sixty_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Sixty small files and idioms."""
     from tl_sparse.data import CorpusConfig, build_corpus
 
-    folder = tmp_path_factory.mktemp("source")
-    draw = random.Random(0)
-    for i in range(60):
-        body = "".join(
-            f"        for item{draw.randrange(50)} in range({draw.randrange(999)}):\n"
-            f"            print(item, [value, {{'k': {draw.randrange(999)}}}])\n"
-            for _ in range(6)
-        )
-        head = f"class Thing{i}:\n    def method{draw.randrange(99)}(self, value{i}):\n"
-        (folder / f"m{i}.py").write_text(head + body)
-    config = CorpusConfig(sources=(str(folder),), idiom_share=0.3)
+    config = CorpusConfig(sources=(str(sixty_sources),), idiom_share=0.3)
     return build_corpus(config, tmp_path_factory.mktemp("cache"), progress=False)
 
 
