@@ -1,4 +1,4 @@
-"""``tl-sparse``: train, prune, info, demo. Options are generated from the config dataclasses."""
+"""``tl-sparse``: train, prune, info, demo, pair. Options come from the config dataclasses."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tl_sparse.data import CorpusConfig, build_corpus
 from tl_sparse.demo import DemoConfig, run_demo, write_report
 from tl_sparse.demo.report import write_whole
 from tl_sparse.model import SparseTransformer
+from tl_sparse.pair import PairConfig, train_pair
 from tl_sparse.recipes import RecipeName, TrainingConfig
 from tl_sparse.tasks import evaluate_task, get, names
 from tl_sparse.training import Trainer
@@ -154,6 +155,13 @@ def run_and_report(config: DemoConfig) -> None:
     say(f"Report: {page.resolve()}")
 
 
+def train_and_say(config: PairConfig) -> None:
+    """The pairs, and where they are."""
+    pairs = train_pair(config, say)
+    folders = [Path(config.out) / m.name for pair in pairs for m in pair.members]
+    say(f"Models: {', '.join(map(str, folders))}")
+
+
 def say(line: str) -> None:
     """Tell the person at the terminal."""
     sys.stdout.write(line + "\n")
@@ -170,7 +178,8 @@ def commands(recipe: str) -> Any:
     start = Train(out="", training=training, recipe=cast(RecipeName, recipe))
     # set afterwards: it stands for a value, but is none that the field may have
     object.__setattr__(start, "out", tyro.MISSING)
-    described = {"demo": DemoConfig, "train": Train, "prune": Prune, "info": Info}
+    described = {"demo": DemoConfig, "train": Train, "prune": Prune, "info": Info,
+                 "pair": PairConfig}  # fmt: skip
     defaults = {"train": start}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
@@ -186,7 +195,7 @@ def chosen_recipe(arguments: list[str]) -> str:
     return parser.parse_known_args(arguments)[0].recipe
 
 
-def parsed(arguments: list[str]) -> DemoConfig | Train | Prune | Info:
+def parsed(arguments: list[str]) -> DemoConfig | PairConfig | Train | Prune | Info:
     """The command that the arguments describe; exits with one line if they describe none."""
     told = io.StringIO()
     try:
@@ -218,6 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
         command = parsed(arguments)
         if isinstance(command, DemoConfig):
             run_and_report(command)
+        elif isinstance(command, PairConfig):
+            train_and_say(command)
         else:
             command.run()
     except (ValueError, FileNotFoundError) as error:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,6 @@ import pandas as pd
 import torch
 
 from tl_sparse.ablation import ActivationMeans, activation_means
-from tl_sparse.checkpoints import from_pretrained, training_record
 from tl_sparse.circuits import (
     Circuit,
     PruningConfig,
@@ -29,13 +23,11 @@ from tl_sparse.circuits import (
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_cache_dir
 from tl_sparse.model import SparseTransformer
+from tl_sparse.pair import Say, evaluate_tasks, is_trained, load_trained, run_folder, train_in
 from tl_sparse.recipes import TrainingConfig
 from tl_sparse.sparsity import SparsityConfig
 from tl_sparse.tasks import TaskResult, evaluate_task, get, names
-from tl_sparse.training import Trainer
 from tl_sparse.weight_masks import WeightMasks
-
-Say = Callable[[str], None]
 
 SPARSITY = SparsityConfig(density=1 / 16, floor=4, embedding_floor=4, lr_factor="unnormalised")
 
@@ -200,40 +192,27 @@ def trained(
     """A model of the pair, from the cache if it was trained there by exactly this recipe."""
     architecture = model_config(config, corpus, name)
     training = training_config(config, name, match)
-    recipe = [architecture.to_dict(), asdict(training), corpus.fingerprint, version("tl-sparse")]
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / f"demo-{name}-{key}"
-    started = time.perf_counter()
-    if (folder / "model").is_dir() and not config.retrain:
+    folder = run_folder(cache, f"demo-{name}", architecture, training, corpus)
+    if is_trained(folder) and not config.retrain:
         say(f"{name.capitalize()} model: from the cache, {folder}")
-        seconds = 0.0
     else:
         say(f"{name.capitalize()} model: training {training.steps} steps")
-        if config.retrain:
-            shutil.rmtree(folder, ignore_errors=True)
-        model = SparseTransformer(architecture, corpus.tokenizer)
-        Trainer(model, corpus, training, folder, progress=progress).train()
-        seconds = time.perf_counter() - started
-    model = from_pretrained(folder / "model")
-    record = training_record(folder / "model")
-    assert record is not None
-    assert record.validation_loss is not None
+    seconds = train_in(
+        folder, architecture, training, corpus, progress=progress, retrain=config.retrain
+    )
+    model, record, validation_loss = load_trained(folder)
     text = corpus.validation_sequences(512, architecture.n_ctx)
-    results = {
-        task: evaluate_task(model, get(task, corpus.tokenizer, architecture.n_ctx), config.pairs,
-                            seed=config.seed)
-        for task in names()
-    }  # fmt: skip
+    results = evaluate_tasks(model, config.pairs, config.seed)
     solved = [task for task, result in results.items() if result.loss < config.target_loss]
     say(
-        f"  validation loss {record.validation_loss:.3f} nats, {sum(record.l0.values()):,} nonzero "
+        f"  validation loss {validation_loss:.3f} nats, {sum(record.l0.values()):,} nonzero "
         f"weights, solves {', '.join(solved) or 'no task'}"
     )
     return TrainedModel(
         name=name,
         model=model,
         means=activation_means(model, text),
-        validation_loss=record.validation_loss,
+        validation_loss=validation_loss,
         seconds=seconds,
         tasks=results,
         l0=dict(record.l0),
