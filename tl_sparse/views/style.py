@@ -1,5 +1,6 @@
 """Colours, labels and hover texts shared by the Plotly figure, the SVG and the page."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -94,12 +95,18 @@ def node_facts(nodes: pd.DataFrame) -> list[str]:
 
 
 def circuit_line(circuit: CircuitLike) -> str:
-    """The facts of a circuit in one line of plain text (unescaped)."""
+    """The facts of a circuit in one line of plain text (unescaped).
+
+    A circuit that came without held-out prompts has no results to show.
+    """
+    results = [
+        f"loss {number(circuit.loss)} (target {number(circuit.target_loss)})",
+        f"calibrated {number(circuit.loss_calibrated)}",
+        f"accuracy {100 * circuit.accuracy:.1f} %",
+    ]
     return " · ".join(
         [
-            f"loss {number(circuit.loss)} (target {number(circuit.target_loss)})",
-            f"calibrated {number(circuit.loss_calibrated)}",
-            f"accuracy {100 * circuit.accuracy:.1f} %",
+            *(["no held-out prompts"] if math.isnan(circuit.accuracy) else results),
             f"{circuit.n_nodes:,} nodes",
             f"{circuit.n_edges:,} edges",
             printable(circuit.model_name),
