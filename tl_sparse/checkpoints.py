@@ -1,4 +1,9 @@
-"""Models on disk, as folders. Loading never runs code from a file: JSON and safetensors."""
+"""Models on disk, as folders: config.json, model.safetensors, tokenizer files, README.md.
+
+Weights are packed (see :mod:`tl_sparse.packing`). Loading never runs code from a file: JSON and
+safetensors only. Whatever a file holds, loading it ends in a model or in a ValueError or
+FileNotFoundError, in memory and time bounded by the file's own size.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from tl_sparse.config import SparseTransformerConfig, from_plain
+from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.hub import CARD, CONFIG, WEIGHTS, find_model
 from tl_sparse.model import SparseTransformer
+from tl_sparse.packing import BITS, pack, unpack
+from tl_sparse.plain import from_plain
+from tl_sparse.tokenizer_files import read_tokenizer, write_tokenizer
 
-SCHEMA_VERSION = 1
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+SCHEMA_VERSION = 2
+KEYS = {"schema_version", "tl_sparse_version", "config", "training"}
+MAX_JSON_BYTES = 1 << 24
+MAX_LAYERS = 1024
+"""A layer costs far more memory as modules than its smallest tensors do in a file."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,16 @@ def replace_folder(target: Path, work: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a missing or broken file is one clear error."""
+    """A JSON object from a file; a missing, broken or oversized file is one clear error."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a checkpoint folder holds {CONFIG}, {WEIGHTS}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is no valid JSON: nested too deeply") from error
+    except ValueError as error:  # also undecodable text, and integers of thousands of digits
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
@@ -106,13 +121,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors from a safetensors file; a missing or truncated file is one clear error."""
+    """Tensors from a plain safetensors file; a missing or truncated file is one clear error."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors from a packed safetensors file, to the bit as they were packed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, holds other tensors than packed ones, or contradicts itself.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            streams = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    try:
+        return unpack(streams, metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -127,12 +164,25 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def save_pretrained(
-    model: SparseTransformer, folder: str | Path, training: TrainingRecord | None = None
+    model: SparseTransformer,
+    folder: str | Path,
+    training: TrainingRecord | None = None,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and training record to a folder, all or nothing.
+    """Write config, weights, tokenizer, training record and model card, all or nothing.
+
+    Args:
+        model: the model.
+        folder: where to; a model that is there already is replaced.
+        training: how the model came to be.
+        dtype: what the weights are stored in; default is their own dtype, which keeps every bit. A
+            narrower one rounds them, see :func:`rounded`.
+        card: text of the README.md; default is to keep the one that the folder has, if any.
 
     Raises:
-        ValueError: the training record's L0 is not that of the weights.
+        ValueError: the training record's L0 is not that of the weights, a weight is too large for
+            the dtype, or the folder holds files that are no part of a checkpoint.
     """
     if training is not None:
         counts = model.n_nonzero()
@@ -140,9 +190,11 @@ def save_pretrained(
             parts = [n for n in (name, f"{name}_pos") if n in counts]
             if sum(counts[n] for n in parts) != expected:
                 raise ValueError(f"{name} has not the {expected} nonzeros of its training record")
+    if card is None and (Path(folder) / CARD).is_file():
+        card = (Path(folder) / CARD).read_text(encoding="utf-8")
     with atomic_folder(folder) as work:
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, work / WEIGHTS)
+        streams, metadata = pack(rounded(model.state_dict(), dtype))
+        save_file(streams, work / WEIGHTS, metadata)
         values = {
             "schema_version": SCHEMA_VERSION,
             "tl_sparse_version": version("tl-sparse"),
@@ -150,44 +202,154 @@ def save_pretrained(
             "training": None if training is None else vars(training),
         }
         (work / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        if card is not None:
+            (work / CARD).write_text(card, encoding="utf-8")
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(work)
+            write_tokenizer(model.tokenizer, work)
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors in another dtype, each number rounded once; None leaves them as they are.
+
+    A nonzero number stays nonzero, so that L0 is kept: one that would round to zero becomes the
+    dtype's smallest number with its sign.
+
+    Raises:
+        ValueError: a finite number is too large for the dtype, or weights cannot be stored in it.
+    """
+    if dtype is None:
+        return dict(tensors)
+    check_dtype(dtype)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    out = {}
+    for name, tensor in tensors.items():
+        narrow = tensor.to(dtype)
+        if bool((narrow.isinf() & tensor.isfinite()).any()):
+            raise ValueError(
+                f"{name} has numbers up to {float(tensor.abs().max()):.3g}, too large for {dtype}; "
+                "store it in bfloat16 or float32"
+            )
+        least = torch.full_like(narrow, smallest).copysign(narrow)
+        out[name] = torch.where((narrow == 0) & (tensor != 0), least, narrow)
+    return out
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError unless weights can have this dtype."""
+    if str(dtype).removeprefix("torch.") not in BITS:
+        raise ValueError(f"weights are not stored in {dtype}; choose from {', '.join(BITS)}")
 
 
 def from_pretrained(
-    folder: str | Path, device: torch.device | str | None = None
+    name: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> SparseTransformer:
-    """Load a folder that :func:`save_pretrained` wrote; the model is in eval mode.
+    """Load a model that :func:`save_pretrained` wrote; it is in eval mode.
+
+    Args:
+        name: a folder, the name of a bundled model (see :func:`bundled_models`), or the id of a
+            model on the Hugging Face Hub, such as ``owner/name``.
+        device: where to; default the CPU.
+        dtype: of the loaded weights; default float32 for a model stored in half precision (which
+            is exact, and what CPUs are fast in), and else the stored dtype.
+        revision: a branch, tag or commit of a hub model.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: another schema version, unknown config keys, truncated weights, or tensors that
+        FileNotFoundError: there is no such model, or a file of it is missing.
+        ValueError: another schema version, unknown config keys, damaged weights, or tensors that
             are missing, unexpected or of the wrong shape.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; save a model with save_pretrained first")
+    if dtype is not None:
+        check_dtype(dtype)
+    folder = find_model(name, revision)
+    values = read_config(folder)
+    config = SparseTransformerConfig.from_dict(values["config"])
+    origin = str(folder / WEIGHTS)
+    tensors = read_weights(folder / WEIGHTS)
+    check_sizes(config, tensors, origin)
+    if dtype is None and {t.dtype for t in tensors.values()} <= {torch.float16, torch.bfloat16}:
+        dtype = torch.float32
+    tokenizer = read_tokenizer(folder, config.d_vocab)
+    model = load_tensors(SparseTransformer(config, tokenizer), tensors, origin)
+    return model.to(device=device or "cpu", dtype=dtype).eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; ValueError unless its schema and its keys are known."""
     values = read_json(folder / CONFIG)
     if values.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"{folder / CONFIG} has schema_version {values.get('schema_version')!r}; this version "
-            f"of tl_sparse reads {SCHEMA_VERSION}"
+            f"{folder / CONFIG} has schema_version {values.get('schema_version')!r:.80}; this "
+            f"version of tl_sparse reads {SCHEMA_VERSION}"
         )
     if not isinstance(values.get("config"), dict):
         raise ValueError(f"{folder / CONFIG} has no config: its keys are {', '.join(values)}")
-    config = SparseTransformerConfig.from_dict(values["config"])
-    tensors = read_tensors(folder / WEIGHTS)
-    tokenizer = None
-    if (folder / TOKENIZER).is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = SparseTransformer(config, tokenizer)
-    return load_tensors(model, tensors, str(folder / WEIGHTS)).to(device or "cpu").eval()
+    if unknown := sorted(set(values) - KEYS):
+        raise ValueError(
+            f"unknown key(s) {', '.join(unknown)} in {folder / CONFIG}; known: "
+            f"{', '.join(sorted(KEYS))}"
+        )
+    return values
 
 
-def training_record(folder: str | Path) -> TrainingRecord | None:
-    """The training record of a checkpoint folder, if it has one."""
-    values = read_json(Path(folder) / CONFIG).get("training")
-    return None if values is None else from_plain(TrainingRecord, values)
+def training_record(name: str | Path, revision: str | None = None) -> TrainingRecord | None:
+    """The training record of a model, if it has one; names are those of :func:`from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: its config.json is broken, or the record in it.
+    """
+    folder = find_model(name, revision)
+    values = read_config(folder).get("training")
+    if values is None:
+        return None
+    try:
+        record: TrainingRecord = from_plain(TrainingRecord, values)
+    except ValueError as error:
+        raise ValueError(f"the training record in {folder / CONFIG} is broken: {error}") from error
+    return record
+
+
+def check_sizes(
+    config: SparseTransformerConfig, tensors: Mapping[str, Tensor], origin: str
+) -> None:
+    """ValueError if a config has other sizes than the tensors, before a model is built from it.
+
+    It looks at one tensor for every size; :func:`load_tensors` compares all of them later.
+    """
+    if config.n_layers > min(len(tensors), MAX_LAYERS):
+        raise ValueError(
+            f"{origin} holds {len(tensors)} tensors, too few (or too many) for the config's "
+            f"{config.n_layers} layers; at most {MAX_LAYERS} are read"
+        )
+    d_model, d_vocab = config.d_model, config.d_vocab
+    expected: dict[str, tuple[int, ...]] = {
+        "embed.W_E": (d_vocab, d_model),
+        "unembed.b_U": (config.n_logits,),
+    }
+    if config.positional_embedding_type != "none":
+        expected["pos_embed.W_pos"] = (config.n_ctx, config.d_pos or d_model)
+    if config.bigram_table != "none":
+        expected["bigram.W_B"] = (d_vocab, d_vocab)
+    for layer in range(config.n_layers):
+        heads = (config.site_width("attn_q") // config.d_head, d_model, config.d_head)
+        expected[f"blocks.{layer}.attn.W_Q"] = heads
+        if not config.attn_only:
+            expected[f"blocks.{layer}.mlp.W_in"] = (d_model, config.site_width("mlp_neuron"))
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{origin} does not fit its config; missing: {name}")
+        check_shape(name, tensors[name], shape, origin)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], origin: str) -> None:
+    """ValueError unless a tensor has the shape that its config says."""
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{origin}: {name} has shape {tuple(tensor.shape)}, its config says {shape}"
+        )
 
 
 def load_tensors(
@@ -202,11 +364,7 @@ def load_tensors(
             f"unexpected: {', '.join(extra) or 'none'}"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{origin}: {name} has shape {tuple(tensor.shape)}, its config says "
-                f"{tuple(expected[name].shape)}"
-            )
+        check_shape(name, tensor, tuple(expected[name].shape), origin)
         if not tensor.is_floating_point():
             raise ValueError(f"{origin}: {name} is {tensor.dtype}, weights must be floating point")
     # the widest dtype among them: nothing is rounded

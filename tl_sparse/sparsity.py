@@ -226,7 +226,9 @@ def project(matrix: WeightMatrix, density: float, floor: int = 0) -> None:
     if n_kept(matrix, density, floor) == matrix.numel:
         return
     for part, mask in zip(matrix.parts, top_k_weights(matrix, density, floor), strict=True):
-        part.mul_(mask.to(part.dtype))  # several times faster than masked_fill_ on CPU
+        # Several times faster than masked_fill_ on CPU. Adding 0.0 turns -0.0 into 0.0: a zero that
+        # has its sign bit set would be packed as a nonzero.
+        part.mul_(mask.to(part.dtype)).add_(0.0)
 
 
 def project_all(

@@ -20,7 +20,7 @@ from tl_sparse.checkpoints import (
     atomic_folder,
     load_tensors,
     read_json,
-    read_tensors,
+    read_weights,
     save_pretrained,
 )
 from tl_sparse.model import SparseTransformer
@@ -77,7 +77,7 @@ def load_checkpoint(
             "restart=True to begin anew"
         )
     weights = newest / MODEL / "model.safetensors"
-    tensors = read_tensors(weights)
+    tensors = read_weights(weights)
     path = newest / OPTIMIZER
     device = next(model.parameters()).device
     try:

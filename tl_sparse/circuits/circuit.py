@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.checkpoints import atomic_folder, fingerprint, read_json, read_tensors
 from tl_sparse.circuits.edges import COLUMNS
+from tl_sparse.circuits.stored import check_tensors, checked_record, stored_index
 from tl_sparse.sites import MATRICES, NodeIndex
 
 SCHEMA_VERSION = 1
@@ -29,7 +30,6 @@ SCALARS = (
     "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed", "model_name",
     "model_fingerprint",
 )  # fmt: skip
-RECORDED = (*SCALARS, "config", "calibration", "index", "means")
 RESULTS = ("kept", "tau", "losses", "losses_calibrated", "correct")
 STORED = (*RESULTS, "edges", "edge_weights", "means")
 MATRIX_NAMES = tuple(matrix for matrix, _, _ in MATRICES)
@@ -77,9 +77,9 @@ class Circuit:
     target_loss: float
     """The loss that the circuit had to reach on the selection pairs."""
     n_active: int
-    """Nodes whose gate was open at the end of mask training, before bisection."""
+    """Nodes whose gate was open at the end of mask training, before bisection; -1 if unknown."""
     seed: int
-    """Seed of masks and prompts."""
+    """Seed of masks and prompts; -1 if unknown (a released circuit)."""
     config: Mapping[str, Any]
     """The pruning config."""
     model_name: str
@@ -235,8 +235,7 @@ class Circuit:
                 f"{folder} has circuit schema_version {record.get('schema_version')!r}; this "
                 f"version of tl_sparse reads {SCHEMA_VERSION}"
             )
-        if missing := sorted(set(RECORDED) - set(record)):
-            raise ValueError(f"{Path(folder) / RECORD} lacks {', '.join(missing)}")
+        record = checked_record(record, str(Path(folder) / RECORD))
         if (mine := fingerprint(model)) != record["model_fingerprint"]:
             raise ValueError(
                 f"{folder} is a circuit of a {record['model_name']} with fingerprint "
@@ -248,14 +247,8 @@ class Circuit:
             raise ValueError(
                 f"{Path(folder) / TENSORS} must hold {', '.join(STORED)}, not {', '.join(tensors)}"
             )
-        plain = record["index"]
-        index = NodeIndex(
-            n_layers=plain["n_layers"],
-            sites=tuple(plain["sites"]),
-            hooks=tuple(tuple(layer) for layer in plain["hooks"]),
-            widths=tuple(plain["widths"]),
-            d_head=plain["d_head"],
-        )
+        index = stored_index(record["index"], model, f"the index in {Path(folder) / RECORD}")
+        check_tensors(tensors, index, str(Path(folder) / TENSORS))
         layer, matrix, source_site, source, target_site, target = tensors.pop("edges").T.numpy()
         edges = pd.DataFrame(
             {
