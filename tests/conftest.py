@@ -118,6 +118,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wide_heads": {"n_heads": 3, "d_head": 8},
     "relu": {"act_fn": "relu"},
     "no_bias": {"use_bias": False},
+    "attn_only": {"attn_only": True, "d_mlp": None},
+    "no_norm": {"normalization_type": "none"},
     "together": {
         "activation_density": TOPK,
         "use_attention_sinks": True,
@@ -128,27 +130,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "d_head": 8,
     },
 }
-D_VOCAB, N_CTX = 30, 12
 
 
 def _small_model(
     option: str = "plain", *, zeros: float = 0.0, tokenizer: Any = None, **changes: Any
 ):
     """A two-layer model with every parameter drawn at random, a share of them exactly zero."""
+    from tests.conformance.models import SMALL, random_model
     from tl_sparse.config import SparseTransformerConfig
-    from tl_sparse.model import SparseTransformer
 
-    base = {"n_layers": 2, "d_model": 16, "d_head": 4, "d_mlp": 24, "n_ctx": N_CTX}
-    values = base | {"d_vocab": D_VOCAB, "seed": 1} | OPTIONS[option] | changes
-    model = SparseTransformer(SparseTransformerConfig.from_dict(values), tokenizer)
-    generator = torch.Generator().manual_seed(2)
-    tensors = [*model.parameters(), model.unembed.b_U]
-    with torch.no_grad():
-        for tensor in tensors:
-            noise = torch.randn(tensor.shape, generator=generator) * 0.4
-            noise[torch.rand(tensor.shape, generator=generator) < zeros] = 0.0
-            tensor.copy_(tensor.round() + noise)  # norm weights stay about one
-    return model.eval()
+    config = SparseTransformerConfig.from_dict(SMALL | OPTIONS[option] | changes)
+    return random_model(config, tokenizer, zeros)
 
 
 @pytest.fixture
@@ -166,28 +158,15 @@ def option(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """Token ids [2, 8] for the small models."""
-    return torch.randint(3, D_VOCAB, (2, 8), generator=torch.Generator().manual_seed(3))
+    return torch.randint(3, 30, (2, 8), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
 def make_tokenizer() -> Callable[..., Any]:
     """``make_tokenizer(pad="<pad>")``: a tokenizer over the words w3 .. w29, by number."""
+    from tests.conformance.models import make_tokenizer
 
-    def make(pad: str | None = "<pad>") -> Any:
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from tokenizers.pre_tokenizers import WhitespaceSplit
-        from transformers import PreTrainedTokenizerFast
-
-        words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, D_VOCAB))]
-        core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
-        core.pre_tokenizer = WhitespaceSplit()
-        special = {"bos_token": "<bos>", "eos_token": "<eos>"}
-        if pad is not None:
-            special["pad_token"] = pad
-        return PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-    return make
+    return make_tokenizer
 
 
 @pytest.fixture(scope="session")

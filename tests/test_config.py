@@ -104,6 +104,44 @@ def test_bad_value_is_one_clear_line(values, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"d_vocab_out": 0}, "d_vocab_out=0 must be a positive integer"),
+        ({"attn_scale": -1.0}, "attn_scale=-1.0 must be a positive number"),
+        ({"attn_only": 1}, "attn_only=1 must be True or False"),
+        ({"attn_only": True}, "attn_only=True leaves no MLP for d_mlp=512: use None"),
+        ({"act_fn": "solu"}, r"act_fn='solu' is unknown; choose from .*'gelu_new'.*'silu'"),
+        ({"normalization_type": None}, r"normalization_type=None is unknown; choose from .*'none'"),
+        ({"d_vocab_out": 7, "tie_word_embeddings": True}, "d_vocab_out=7 must be d_vocab=2048"),
+        ({"d_vocab_out": 7, "bigram_table": "frozen"}, "d_vocab_out=7 must be d_vocab=2048"),
+    ],
+)
+def test_bad_value_of_an_architecture_option_is_one_clear_line(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        validated(SparseTransformerConfig(), **values)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_sizes_follow_a_change_of_the_vocabulary():
+    config = dataclasses.replace(SparseTransformerConfig(d_vocab=20), d_vocab=30)
+    assert (config.d_vocab_out, config.n_logits) == (None, 30)
+    assert SparseTransformerConfig(d_vocab=20, d_vocab_out=5).n_logits == 5
+
+
+@pytest.mark.parametrize("site", ["mlp_in", "mlp_neuron", "mlp_out", "resid_post_mlp"])
+def test_an_attention_only_model_has_no_sites_in_mlps(site):
+    config = SparseTransformerConfig(
+        attn_only=True, activation_density=ActivationDensity(attn_v=0.5)
+    )
+    assert config.d_mlp is None
+    assert not config.has_site(site)
+    with pytest.raises(ValueError, match=f"attn_only=True has no site '{site}'"):
+        config.site_width(site)
+    with pytest.raises(ValueError, match=f"{site}=0.5 has no place in a model with attn_only=True"):
+        SparseTransformerConfig(attn_only=True, activation_density=ActivationDensity(**{site: 0.5}))
+
+
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan"), "0.5", None])
 def test_density_outside_zero_to_one_is_refused(density):
     with pytest.raises(ValueError, match=r"activation density attn_q=.*\(0, 1\]"):

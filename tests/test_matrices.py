@@ -70,6 +70,14 @@ def test_biases_only_when_asked_and_only_if_trained(small_model):
     assert not any(".b_" in name for name in names(small_model("no_bias"), biases=True))
 
 
+def test_an_attention_only_model_has_four_matrices_a_layer(small_model):
+    per_layer = ["attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O"]
+    blocks = [f"blocks.{layer}.{name}" for layer in range(2) for name in per_layer]
+    assert names(small_model("attn_only")) == [*blocks, "embed.W_E", "unembed.W_U"]
+    biases = [name for name in names(small_model("attn_only"), biases=True) if ".b_" in name]
+    assert len(biases) == 8
+
+
 def test_computed_weights_are_refused_by_name(small_model):
     model = small_model()
     original = model.blocks[1].attn

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.model import SparseTransformer
-from tl_sparse.openai_format import from_openai
+from tl_sparse.openai import from_openai
 
 # --------------------------------------------------------------------------------------------------
 # the forward pass against a plain second one
@@ -25,6 +25,8 @@ def reference(model, tokens):
         return x * keep
 
     def norm(x, name):
+        if config.normalization_type == "none":
+            return x
         if config.normalization_type == "LN":
             bias = state.get(f"{name}.b")
             return F.layer_norm(x, x.shape[-1:], state[f"{name}.w"], bias, 1e-5)
@@ -67,6 +69,8 @@ def reference(model, tokens):
                 total = total + state[f"{at}.sinks"][head].exp()
             delta = delta + scores / total @ v @ state[f"{at}.W_O"][head]
         x = add(x, topk(delta, "attn_out"), "resid_post_attn")
+        if config.attn_only:
+            continue
         ml = f"blocks.{layer}.mlp"
         pre = read(x, layer, 2, "mlp_in") @ weight(f"{ml}.W_in") + state[f"{ml}.b_in"]
         post = topk(F.relu(pre) if config.act_fn == "relu" else F.gelu(pre), "mlp_neuron")
@@ -85,6 +89,82 @@ def test_logits_are_those_of_a_second_implementation(small_model, tokens, option
             module.eps = torch.finfo(torch.float32).eps
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(model, tokens), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        (
+            "gelu_new",
+            lambda x: x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        ),
+        (
+            "gelu_fast",
+            lambda x: x / 2 * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))),
+        ),
+        ("silu", lambda x: x / (1 + torch.exp(-x))),
+    ],
+)
+def test_further_activation_functions_are_their_formulas(name, function, small_model, tokens):
+    _, cache = small_model(act_fn=name).run_with_cache(tokens)
+    pre, post = cache["blocks.1.mlp.hook_pre"], cache["blocks.1.mlp.hook_post"]
+    torch.testing.assert_close(post, function(pre), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(post, F.gelu(pre), atol=1e-5)
+
+
+def test_attention_scores_are_divided_by_attn_scale(small_model, tokens):
+    model = small_model(attn_scale=3.0)
+    _, cache = model.run_with_cache(tokens)
+    q, k = cache["blocks.0.attn.hook_q"], cache["blocks.0.attn.hook_k"]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 3.0
+    seen = torch.ones(8, 8).tril().bool()
+    torch.testing.assert_close(
+        cache["blocks.0.attn.hook_attn_scores"][..., seen], scores[..., seen], atol=1e-5, rtol=1e-5
+    )
+    assert model.cfg.attn_scale == 3.0
+    usual = small_model(attn_scale=2.0)  # the square root of d_head
+    assert torch.equal(usual(tokens), small_model()(tokens))
+
+
+def test_a_model_may_have_other_outputs_than_inputs(small_model, tokens):
+    model = small_model(d_vocab_out=20)
+    assert model(tokens).shape == (2, 8, 20)
+    assert (model.cfg.d_vocab, model.cfg.d_vocab_out) == (30, 20)
+    assert (model.W_U.shape, model.b_U.shape, model.W_E.shape) == ((16, 20), (20,), (30, 16))
+
+
+def test_an_attention_only_block_has_nothing_of_an_mlp(small_model, tokens):
+    model = small_model("attn_only")
+    names = [name for name in [*model.hook_dict, *model.state_dict()] if name.startswith("blocks.")]
+    wrong = ("mlp", "ln2", "resid_mid")
+    assert not [name for name in names if any(word in name for word in wrong)]
+    _, cache = model.run_with_cache(tokens)
+    added = cache["blocks.1.hook_resid_pre"] + cache["blocks.1.hook_attn_out"]
+    torch.testing.assert_close(cache["blocks.1.hook_resid_post"], added, atol=0, rtol=0)
+
+
+def test_a_hook_that_edits_what_is_read_leaves_an_unnormalised_stream_alone(small_model, tokens):
+    model = small_model("no_norm")
+    seen = {}
+
+    def wipe(x, hook):
+        x.zero_()
+        return x
+
+    def keep(x, hook):
+        seen["stream"] = x.clone()
+
+    _, cache = model.run_with_cache(tokens)
+    with torch.no_grad():
+        model.run_with_hooks(
+            tokens,
+            fwd_hooks=[("blocks.0.attn.hook_act_in", wipe), ("blocks.0.hook_resid_mid", keep)],
+        )
+    bias = model.blocks[0].attn.b_V  # of values that read nothing
+    delta = torch.einsum("he,hed->d", bias, model.blocks[0].attn.W_O) + model.blocks[0].attn.b_O
+    torch.testing.assert_close(
+        seen["stream"], cache["blocks.0.hook_resid_pre"] + delta, atol=1e-5, rtol=1e-5
+    )
 
 
 PUBLISHED = {

@@ -30,10 +30,29 @@ def test_hooks_hold_what_the_table_says(small_model, tokens, option):
     _, cache = model.run_with_cache(tokens)
     assert set(index.slices) <= set(cache.keys())
     for layer in range(2):
-        for name in SITE_NAMES:
+        for name in index.sites:
             value = cache[index.hook(layer, name)]
             width = index.widths[index.sites.index(name)]
             assert value.flatten(2).shape[2] == width == model.config.site_width(name)
+
+
+def test_an_attention_only_model_has_five_sites(small_model):
+    model = small_model("attn_only")
+    index = NodeIndex.of(model)
+    assert index.sites == ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out")
+    assert index.sites == tuple(name for name in SITE_NAMES if model.config.has_site(name))
+    assert index.n_nodes == 2 * 5 * 16
+    plain = PlainModel(model.cfg, [n for n in model.hook_dict if not n.endswith("act_in")])
+    assert NodeIndex.of(plain).sites == index.sites
+    with pytest.raises(ValueError, match=r"attention only, so it has no mlp_in, mlp_neuron, mlp"):
+        NodeIndex.of(model, SITE_NAMES)
+
+
+def test_a_site_belongs_to_one_part_of_the_block():
+    assert {row.name: row.part for row in SITES} == {
+        name: "attn" if name.startswith("attn") else "mlp" for name in SITE_NAMES
+    }
+    assert all(f".{row.part}" in row.hook or f"hook_{row.part}" in row.hook for row in SITES)
 
 
 def test_written_by_and_read_by_name_weights_that_do_so(small_model, tokens):

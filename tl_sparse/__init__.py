@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from tl_sparse import data as data
+from tl_sparse import openai as openai
 from tl_sparse import tasks as tasks
 from tl_sparse.ablation import ActivationMeans as ActivationMeans
 from tl_sparse.ablation import ablation_hooks as ablation_hooks
@@ -17,6 +18,7 @@ from tl_sparse.model import SparseTransformer as SparseTransformer
 from tl_sparse.recipes import TrainingConfig as TrainingConfig
 from tl_sparse.sites import NodeIndex as NodeIndex
 from tl_sparse.sparsity import SparsityConfig as SparsityConfig
+from tl_sparse.surface import SparseActivationCache as SparseActivationCache
 from tl_sparse.training import Trainer as Trainer
 from tl_sparse.training import TrainingResult as TrainingResult
 from tl_sparse.weight_masks import WeightMasks as WeightMasks
@@ -30,6 +32,7 @@ __all__ = [
     "NodeIndex",
     "PruningConfig",
     "PruningFailed",
+    "SparseActivationCache",
     "SparseTransformer",
     "SparseTransformerConfig",
     "SparsityConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "ablation_hooks",
     "activation_means",
     "data",
+    "openai",
     "prune",
     "tasks",
 ]

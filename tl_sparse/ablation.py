@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_sparse.checkpoints import fingerprint
-from tl_sparse.sites import SITE_NAMES, NodeIndex
+from tl_sparse.sites import NodeIndex
 
 FwdHook = tuple[str, Callable[..., Tensor]]
 
@@ -42,12 +42,13 @@ class ActivationMeans:
 def activation_means(
     model: nn.Module,
     tokens: Int[Tensor, "sequence pos"],
-    sites: tuple[str, ...] = SITE_NAMES,
+    sites: tuple[str, ...] | None = None,
     batch_size: int = 64,
 ) -> ActivationMeans:
     """Means of every node over ``tokens``, by hooks on the model's own forward pass.
 
-    Works on a SparseTransformer and on any TransformerLens model whose eight sites have hooks.
+    Works on a SparseTransformer and on any TransformerLens model whose sites have hooks; ``sites``
+    defaults to all that the model has.
 
     Raises:
         ValueError: unknown site, no tokens, or a site whose hook never fired.

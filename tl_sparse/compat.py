@@ -7,14 +7,19 @@ Everything else in this package imports TransformerLens names from here.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformer_lens
 from torch import nn
 from transformer_lens import ActivationCache, FactoredMatrix
 from transformer_lens.hook_points import HookPoint
+
+if TYPE_CHECKING:
+    from tl_sparse.legacy_aliases import LegacyAliases
 
 # Typed Any: which class it is depends on the installation. 4.x answers names that it dropped with a
 # directed ImportError.
@@ -29,7 +34,9 @@ try:  # 3.x and 4.x
     from transformer_lens import utilities
 
     tl_utils = utilities
-except ImportError:  # 2.x
+except ImportError:
+    tl_utils = None
+if not hasattr(tl_utils, "Slice"):  # 2.x, where utilities are something else, if there are any
     from transformer_lens import utils
 
     tl_utils = utils
@@ -57,21 +64,46 @@ except ImportError:  # 4.x
     ModelBase, ConfigBase = HookedRootModule, TransformerLensConfig
     HAS_HOOKED_TRANSFORMER = False
 
+SINKS = "use_attention_sinks"
+HAS_ATTENTION_SINKS = any(f.name == SINKS for f in dataclasses.fields(ConfigBase))
+"""Whether the models that :func:`transformer_lens_model` makes can have attention sinks."""
+
+Bridge: Any
+BridgeConfig: Any
+
+try:  # 3.x and 4.x
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    Bridge, BridgeConfig = TransformerBridge, TransformerBridgeConfig
+except ImportError:  # 2.x
+    Bridge = BridgeConfig = ()  # the class of which nothing is an instance
+
 __all__ = [
+    "HAS_ATTENTION_SINKS",
     "HAS_HOOKED_TRANSFORMER",
     "ActivationCache",
+    "Bridge",
+    "BridgeConfig",
     "ConfigBase",
     "FactoredMatrix",
     "HookPoint",
     "HookedRootModule",
     "KeyValueCache",
     "ModelBase",
+    "ReadingHook",
     "RuntimeConfig",
     "editable",
     "has_hooks",
+    "install_legacy_aliases",
+    "is_transformer_lens_model",
+    "logit_lens_tool",
+    "only_read",
     "runtime_dtype",
     "tl_utils",
+    "transformer_lens_model",
     "transformer_lens_version",
+    "transformer_lens_weights",
 ]
 
 
@@ -85,9 +117,10 @@ def transformer_lens_version() -> str:
 def has_hooks(point: nn.Module) -> bool:
     """Whether anything could see or change the value passing through ``point``.
 
-    A module that other tools put in a HookPoint's place (SAELens, auto-circuit) counts as hooked.
+    A module that other tools put in a HookPoint's place (SAELens, auto-circuit) counts as hooked,
+    and so does one that was given a forward of its own (nnsight).
     """
-    if type(point) is not HookPoint:
+    if type(point) is not HookPoint or "forward" in vars(point):
         return True
     return bool(
         point._forward_hooks
@@ -95,6 +128,21 @@ def has_hooks(point: nn.Module) -> bool:
         or point._backward_hooks
         or point._backward_pre_hooks
     )
+
+
+class ReadingHook(partial):
+    """A hook function with arguments bound that never changes the value it sees.
+
+    It neither edits it in place nor returns one; see :func:`only_read`.
+    """
+
+
+def only_read(point: Any) -> bool:
+    """Whether a value passes ``point`` as it is: every forward hook there is a ReadingHook."""
+    if type(point) is not HookPoint or "forward" in vars(point) or point._forward_pre_hooks:
+        return False
+    readers = [h for h in point.fwd_hooks if isinstance(getattr(h, "user_hook", None), ReadingHook)]
+    return len(readers) == len(point._forward_hooks)
 
 
 def editable(x: torch.Tensor, point: nn.Module) -> torch.Tensor:
@@ -151,3 +199,124 @@ class RuntimeConfig(ConfigBase):
 def runtime_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a module's floating point parameters."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def is_transformer_lens_model(model: Any) -> bool:
+    """Whether it is a HookedTransformer or a TransformerBridge."""
+    kinds = [Bridge] if Bridge else []
+    kinds += [ModelBase] if HAS_HOOKED_TRANSFORMER else []
+    return isinstance(model, tuple(kinds))
+
+
+def transformer_lens_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters of a HookedTransformer or TransformerBridge by HookedTransformer's names.
+
+    Most share their storage with the model's own.
+    """
+    if Bridge is None or not isinstance(model, Bridge):
+        return dict(model.named_parameters())
+    # it makes up zeros for MLPs that a block does not have
+    absent = tuple(
+        f"blocks.{layer}.mlp." for layer, block in enumerate(model.blocks) if not has_mlp(block)
+    )
+    weights = model.tl_parameters()
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(absent)}
+
+
+def has_mlp(block: nn.Module) -> bool:
+    """Whether a block of a TransformerLens model has an MLP."""
+    return "mlp" in block._modules
+
+
+def transformer_lens_model(
+    fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tokenizer: Any
+) -> Any:
+    """TransformerLens' own model with a config's fields and copies of weights, in eval mode.
+
+    It is a HookedTransformer where there is one, else a native TransformerBridge.
+
+    Raises:
+        ValueError: TransformerLens refuses one of the fields.
+    """
+    if HAS_HOOKED_TRANSFORMER:
+        if not HAS_ATTENTION_SINKS:
+            fields = {name: value for name, value in fields.items() if name != SINKS}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # that the class will go in 4.0
+            model = ModelBase(ConfigBase(**fields))
+        expected, state = model.state_dict(), dict(weights)
+        # what it keeps in its state dict besides parameters: the causal mask and minus infinity
+        state |= {name: expected[name] for name in expected if is_attention_buffer(name)}
+        model.load_state_dict(state, strict=True)
+    else:
+        from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
+
+        fields = {name: value for name, value in fields.items() if name != SINKS}
+        if fields["act_fn"] in ("gelu_fast", "gelu_pytorch_tanh"):
+            fields["act_fn"] = "gelu_new"  # the same function; the native model knows it so
+        config = BridgeConfig(**fields, architecture="TransformerLensNative")
+        model = Bridge.boot_native(config, device=fields["device"], dtype=fields["dtype"])
+        model.load_state_dict(convert_tl_checkpoint(dict(weights), config), strict=True)
+    if tokenizer is not None:
+        # not set_tokenizer, which would reload it by its name, if it has one
+        model.tokenizer = tokenizer
+        model.cfg.tokenizer_prepends_bos = False
+        model.cfg.default_prepend_bos = fields["default_prepend_bos"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def is_attention_buffer(name: str) -> bool:
+    """Whether a HookedTransformer's state dict has under this name something that is no weight."""
+    return name.endswith((".attn.mask", ".attn.IGNORE"))
+
+
+def logit_lens_tool() -> Any:
+    """TransformerLens' ``tools.analysis.logit_lens``.
+
+    Raises:
+        NotImplementedError: this TransformerLens has none.
+    """
+    try:
+        from transformer_lens.tools.analysis.logit_lens import logit_lens
+    except ImportError:
+        raise NotImplementedError(
+            f"TransformerLens {transformer_lens_version()} has no logit lens (4 has); "
+            "cache.accumulated_resid(apply_ln=True) @ model.W_U + model.b_U are its logits, bigram "
+            "table aside"
+        ) from None
+    return logit_lens
+
+
+def install_legacy_aliases() -> LegacyAliases:
+    """Let code written for HookedTransformer import on TransformerLens 4, on sparse models.
+
+    TransformerLens 4 removed ``HookedTransformer``, its config, components and the modules that
+    they were in, and tools that import them fail. After this call ``transformer_lens.
+    HookedTransformer`` is :class:`~tl_sparse.SparseTransformer` under every path that it had, so
+    that ``isinstance(model, HookedTransformer)`` holds; ``HookedTransformerConfig`` is a class that
+    counts ``model.cfg`` as its instance; and ``transformer_lens.utils``, ``.components``,
+    ``.hook_points`` and ``.past_key_value_caching`` hold what stands for their contents. See
+    ``tl_sparse.legacy_aliases`` for all names.
+
+    This changes TransformerLens for the whole process. tl_sparse never calls it: call it yourself,
+    before the tool is imported. A second call changes nothing. On TransformerLens below 4 there is
+    nothing to do, and nothing is done.
+
+    ::
+
+        compat.install_legacy_aliases()            # for good, or until .remove() of what it returns
+        with compat.install_legacy_aliases():      # for a while
+            import tool
+
+    Returns:
+        A :class:`~tl_sparse.legacy_aliases.LegacyAliases`, whose ``remove()`` undoes this call.
+
+    Raises:
+        RuntimeError: other code has put something else under one of the names.
+    """
+    # it aliases the model, which imports this module
+    from tl_sparse.legacy_aliases import LegacyAliases, install
+
+    return LegacyAliases([], []) if HAS_HOOKED_TRANSFORMER else install()

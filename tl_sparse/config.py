@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Normalization = Literal["RMS", "LN"]
-Activation = Literal["gelu", "relu"]
+from tl_sparse.plain import from_plain
+
+Normalization = Literal["RMS", "LN", "none"]
+Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]
 Positions = Literal["none", "standard", "concat", "sinusoidal_concat"]
 Bigram = Literal["none", "frozen", "learned"]
 ResidualActivation = Literal["identity", "relu"]
@@ -75,16 +77,23 @@ class SparseTransformerConfig:
     """Longest sequence, in tokens."""
     d_vocab: int = 2048
     """Tokens in the vocabulary."""
+    d_vocab_out: int | None = None
+    """Logits per position; default d_vocab. Other sizes serve algorithmic tasks."""
     d_head: int = 16
     """Channels per head (the paper's 16: small heads are more monosemantic)."""
     n_heads: int | None = None
     """Heads per layer; default d_model // d_head. n_heads * d_head need not be d_model."""
+    attn_scale: float | None = None
+    """Attention scores are divided by it; default sqrt(d_head)."""
+    attn_only: bool = False
+    """Blocks of attention alone, without MLPs."""
     d_mlp: int | None = None
-    """MLP neurons per layer; default 4 * d_model."""
+    """MLP neurons per layer; default 4 * d_model, and None where attn_only."""
     act_fn: Activation = "gelu"
-    """The MLP's activation function."""
+    """The MLP's activation function, by TransformerLens' name. gelu_new, gelu_fast and
+    gelu_pytorch_tanh are one function, GELU's approximation by tanh."""
     normalization_type: Normalization = "RMS"
-    """RMSNorm (zero stays zero) or LayerNorm."""
+    """RMSNorm (zero stays zero), LayerNorm, or none (TransformerLens' None, for toy models)."""
     eps: float | None = None
     """Epsilon of the norms; default as the released code: finfo(dtype).eps for RMS, 1e-5 for LN."""
     use_bias: bool = True
@@ -114,27 +123,26 @@ class SparseTransformerConfig:
     """Whether strings are tokenized with a BOS token in front."""
 
     def __post_init__(self) -> None:
+        self.check_sizes("n_layers", "d_model", "n_ctx", "d_vocab", "d_head")
         if self.n_heads is None:
             object.__setattr__(self, "n_heads", max(1, self.d_model // self.d_head))
-        if self.d_mlp is None:
+        if self.d_mlp is None and self.attn_only is not True:
             object.__setattr__(self, "d_mlp", 4 * self.d_model)
-        for name in ("n_layers", "d_model", "n_ctx", "d_vocab", "d_head", "n_heads", "d_mlp"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+        optional = [name for name in ("d_mlp", "d_vocab_out") if getattr(self, name) is not None]
+        self.check_sizes("n_heads", *optional)
         for name in (f.name for f in dataclasses.fields(self) if isinstance(f.default, bool)):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("d_pos", "seed"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 0")
-        for name in ("eps", "initializer_range"):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 0, below 2**63")
+        for name in ("eps", "attn_scale", "initializer_range"):
             value = getattr(self, name)
-            if (name, value) != ("eps", None) and not (
-                isinstance(value, int | float) and value > 0
-            ):
-                raise ValueError(f"{name}={value!r} must be a positive number")
+            if value is None and name != "initializer_range":
+                continue  # the default follows from the other fields
+            if not (isinstance(value, int | float) and 0 < value < 1e30):
+                raise ValueError(f"{name}={value!r} must be a positive number, below 1e30")
         if not isinstance(self.activation_density, ActivationDensity):
             raise ValueError(
                 f"activation_density={self.activation_density!r} must be an ActivationDensity, "
@@ -160,25 +168,65 @@ class SparseTransformerConfig:
             )
         if self.positional_embedding_type == "sinusoidal_concat" and self.d_pos % 2:
             raise ValueError(f"d_pos={self.d_pos} must be even for sinusoids (sine and cosine)")
+        self._check_combinations()
         for site, density in dataclasses.asdict(self.activation_density).items():
+            if not self.has_site(site):
+                if density == 1:
+                    continue
+                raise ValueError(
+                    f"activation density {site}={density} has no place in a model with "
+                    "attn_only=True: leave it at 1"
+                )
             if int(density * self.site_width(site)) < 1:
                 raise ValueError(
                     f"activation density {site}={density} keeps no channel of "
                     f"{self.site_width(site)}; use at least {1 / self.site_width(site):.4g}"
                 )
 
+    def check_sizes(self, *names: str) -> None:
+        """ValueError unless these fields are integers that a tensor's size can be."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ValueError(f"{name}={value!r} must be a positive integer below 2**31")
+
+    def _check_combinations(self) -> None:
+        if self.attn_only and self.d_mlp is not None:
+            raise ValueError(f"attn_only=True leaves no MLP for d_mlp={self.d_mlp}: use None")
+        tied_to_vocab = self.tie_word_embeddings or self.bigram_table != "none"
+        if tied_to_vocab and self.n_logits != self.d_vocab:
+            raise ValueError(
+                f"d_vocab_out={self.d_vocab_out} must be d_vocab={self.d_vocab} in a model with "
+                "tie_word_embeddings or a bigram_table"
+            )
+
+    @property
+    def n_logits(self) -> int:
+        """Logits per position: ``d_vocab_out``, or by default ``d_vocab``."""
+        return self.d_vocab if self.d_vocab_out is None else self.d_vocab_out
+
     @property
     def concat_positions(self) -> bool:
         """Whether positions are extra channels that attention and MLP read beside the stream."""
         return self.positional_embedding_type in ("concat", "sinusoidal_concat")
 
+    def has_site(self, site: str) -> bool:
+        """Whether a model has this one of the ten activation sites: not those of absent MLPs."""
+        return not (self.attn_only and "mlp" in site)
+
     def site_width(self, site: str) -> int:
-        """Channels at one of the ten activation sites."""
-        assert self.n_heads is not None  # __post_init__ filled in both
-        assert self.d_mlp is not None
+        """Channels at one of the ten activation sites.
+
+        Raises:
+            ValueError: the model has no such site.
+        """
+        if not self.has_site(site):
+            raise ValueError(f"a model with attn_only=True has no site {site!r}")
+        assert self.n_heads is not None  # __post_init__ filled it in
         if site in ("attn_q", "attn_k", "attn_v"):
             return self.n_heads * self.d_head
         if site == "mlp_neuron":
+            assert self.d_mlp is not None  # as well, where there are MLPs
             return self.d_mlp
         if site in ("attn_in", "mlp_in"):
             return self.d_model + self.d_pos
@@ -193,24 +241,8 @@ class SparseTransformerConfig:
         """Build from :meth:`to_dict`'s output.
 
         Raises:
-            ValueError: a key that is not a field; the message lists the fields.
+            ValueError: a key that is not a field (the message lists the fields), or a value of
+                another type than its field's.
         """
-        return from_plain(cls, values)
-
-
-def from_plain(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """A config dataclass from plain JSON values; unknown keys raise, naming the fields."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(
-            f"unknown {cls.__name__} key(s) {', '.join(unknown)}; known: "
-            f"{', '.join(sorted(fields))}"
-        )
-    plain = {}
-    for name, value in values.items():
-        default = fields[name].default_factory
-        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            value = from_plain(default, value)
-        plain[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**plain)
+        config: SparseTransformerConfig = from_plain(cls, values)
+        return config

@@ -96,6 +96,25 @@ def sinusoids(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def default_eps(config: SparseTransformerConfig, dtype: torch.dtype) -> float:
+    """Epsilon of norms whose config gives none, for activations of a dtype."""
+    # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1).
+    return torch.finfo(dtype).eps if config.normalization_type == "RMS" else 1e-5
+
+
+def make_norm(config: SparseTransformerConfig, width: int) -> nn.Module:
+    """The config's norm over ``width`` channels."""
+    return NoNorm() if config.normalization_type == "none" else Norm(config, width)
+
+
+class NoNorm(nn.Module):
+    """What stands in a norm's place where there is none."""
+
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        """``x``, copied: a hook may edit in place what is read, and that is not the stream."""
+        return x.clone()
+
+
 class Norm(Layer):
     """RMSNorm or LayerNorm, with TransformerLens' two hook points before the weight is applied."""
 
@@ -115,8 +134,7 @@ class Norm(Layer):
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """``x`` divided by its scale (and centred before, as LayerNorm), times the weight."""
-        # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1).
-        eps = self.eps or (1e-5 if self.centred else torch.finfo(x.dtype).eps)
+        eps = self.eps or default_eps(self.config, x.dtype)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
@@ -135,9 +153,10 @@ class Unembed(Layer):
         # in a tuple, so that the embedding is not registered (and saved) twice
         self.tied_to: tuple[Embed, ...] = (embed,) if config.tie_word_embeddings else ()
         if not self.tied_to:
-            self.W_U = nn.Parameter(torch.empty(config.d_model, config.d_vocab))
-        # The released models' final_logits_bias: present, zero, never trained.
-        self.register_buffer("b_U", torch.zeros(config.d_vocab))
+            self.W_U = nn.Parameter(torch.empty(config.d_model, config.n_logits))
+        # The released models' final_logits_bias: present, zero, never trained. A model converted
+        # from TransformerLens keeps its own there.
+        self.register_buffer("b_U", torch.zeros(config.n_logits))
 
     def __getattr__(self, name: str) -> Any:
         if name == "W_U" and self.__dict__.get("tied_to"):

@@ -114,7 +114,7 @@ def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMa
         for layer, block in enumerate(blocks):
             for part, names in BIASES.items():
                 for bias in names:
-                    tensor = getattr(getattr(block, part), bias, None)
+                    tensor = getattr(getattr(block, part, None), bias, None)
                     if isinstance(tensor, nn.Parameter):
                         name = f"blocks.{layer}.{part}.{bias}"
                         found.append(_matrix(name, "bias", [tensor], owners, 0))

@@ -7,7 +7,7 @@ pass.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +18,19 @@ from torch import Tensor, nn
 from tl_sparse.abstopk import AbsTopK, top_k_mask
 from tl_sparse.attention import attention, canonical_unless_changed
 from tl_sparse.compat import HookPoint, ModelBase, editable, has_hooks
-from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.layers import Bigram, Embed, Layer, Logits, Norm, PosEmbed, Resid, Unembed
-from tl_sparse.surface import HookSurface, RunSurface, TokenSurface, WeightSurface, runtime_config
+from tl_sparse.config import Activation, SparseTransformerConfig
+from tl_sparse.layers import Bigram, Embed, Layer, Logits, PosEmbed, Resid, Unembed, make_norm
+from tl_sparse.surface import (
+    FileSurface,
+    GenerationSurface,
+    HookSurface,
+    StreamOnly,
+    TokenSurface,
+    WeightSurface,
+    frozen_config,
+    runtime_config,
+)
+from tl_sparse.surface.additivity import residual_contribution_scale
 
 
 class Attention(Layer):
@@ -40,6 +50,7 @@ class Attention(Layer):
         self.cfg = cfg
         self.layer_id = layer
         self.attn_type = "global"
+        self.scale = config.d_head**-0.5 if config.attn_scale is None else 1 / config.attn_scale
         heads, d_model, d_head = cfg.n_heads, config.d_model, config.d_head
         for name in "QKV":
             setattr(self, f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
@@ -50,8 +61,6 @@ class Attention(Layer):
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
         self.add_bias("b_O", d_model)
         self.sinks = nn.Parameter(torch.zeros(heads)) if config.use_attention_sinks else None
-        causal = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
-        self.register_buffer("mask", causal, persistent=False)
 
         self.topk_in, self.topk_q = self.topk_at("attn_in"), self.topk_at("attn_q")
         self.topk_k, self.topk_v = self.topk_at("attn_k"), self.topk_at("attn_v")
@@ -78,7 +87,7 @@ class Attention(Layer):
             k, v = past_kv_cache_entry.append(k, v)
         z = attention(
             q, k, v,
-            scale=self.cfg.d_head**-0.5,
+            scale=self.scale,
             sinks=self.sinks,
             mask=attention_mask,
             hooked=has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern),
@@ -136,6 +145,12 @@ class Attention(Layer):
         return canonical_unless_changed(out.detach(), parts, changed)
 
     @property
+    def mask(self) -> Bool[Tensor, "n_ctx n_ctx"]:
+        """TransformerLens' causal mask, for tools that ask for it; made anew at each call."""
+        n_ctx = self.config.n_ctx
+        return torch.ones(n_ctx, n_ctx, dtype=torch.bool, device=self.W_Q.device).tril()
+
+    @property
     def OV(self) -> Any:
         """FactoredMatrix W_V W_O, [head, d_model, d_model]."""
         return WeightSurface.factored(self.W_V, self.W_O)
@@ -146,6 +161,21 @@ class Attention(Layer):
         return WeightSurface.factored(self.W_Q, self.W_K.transpose(-2, -1))
 
 
+def tanh_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """GELU's approximation by tanh, GPT-2's activation function."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
 class MLP(Layer):
     """Two-layer MLP: reads the normalised stream, writes one delta to it."""
 
@@ -154,7 +184,7 @@ class MLP(Layer):
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__(config)
-        self.act = F.gelu if config.act_fn == "gelu" else F.relu
+        self.act = ACTIVATIONS[config.act_fn]
         d_model, d_pos, d_mlp = config.d_model, config.d_pos, config.site_width("mlp_neuron")
         self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
         self.W_in_pos = nn.Parameter(torch.empty(d_pos, d_mlp)) if d_pos else None
@@ -178,18 +208,26 @@ class MLP(Layer):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each reading the normalised stream and adding to the stream."""
+    """Attention, then MLP, each reading the normalised stream and adding to the stream.
+
+    With ``attn_only`` there is no MLP, nor anything that belongs to it.
+    """
 
     hook_out_is_single_residual_stream = True
 
     def __init__(self, config: SparseTransformerConfig, cfg: Any, layer: int) -> None:
         super().__init__()
+        self.config = config
         self.cfg = cfg
-        self.ln1, self.ln2 = Norm(config, config.d_model), Norm(config, config.d_model)
-        if config.d_pos:
-            self.ln1_pos, self.ln2_pos = Norm(config, config.d_pos), Norm(config, config.d_pos)
+        self.attn_only = config.attn_only
+        reads = ("ln1",) if self.attn_only else ("ln1", "ln2")
+        for norm in reads:
+            self.add_module(norm, make_norm(config, config.d_model))
+        for norm in reads if config.d_pos else ():
+            self.add_module(f"{norm}_pos", make_norm(config, config.d_pos))
         self.attn = Attention(config, cfg, layer)
-        self.mlp = MLP(config)
+        if not self.attn_only:
+            self.mlp = MLP(config)
         self.residual_relu = config.residual_act == "relu"
         density = config.activation_density
         self.topk_resid_mid = AbsTopK(density.resid_post_attn, config.d_model)
@@ -197,8 +235,10 @@ class Block(nn.Module):
         self.hook_resid_pre, self.hook_attn_in = HookPoint(), HookPoint()
         self.hook_q_input, self.hook_k_input = HookPoint(), HookPoint()
         self.hook_v_input, self.hook_attn_out = HookPoint(), HookPoint()
-        self.hook_resid_mid, self.hook_mlp_in = HookPoint(), HookPoint()
-        self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint()
+        if not self.attn_only:
+            self.hook_resid_mid, self.hook_mlp_in = HookPoint(), HookPoint()
+            self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
 
     def forward(
         self,
@@ -214,11 +254,11 @@ class Block(nn.Module):
         query, key, value = reads if len(reads) == 3 else reads * 3
         delta = self.attn(query, key, value, past_kv_cache_entry, attention_mask)
         resid = self.accumulate(resid, self.hook_attn_out(delta), self.topk_resid_mid)
-        resid = self.hook_resid_mid(editable(resid, self.hook_resid_mid))
-
-        x = self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
-        delta = self.mlp(self.read(self.ln2, getattr(self, "ln2_pos", None), x, positions))
-        resid = self.accumulate(resid, self.hook_mlp_out(delta), self.topk_resid_post)
+        if not self.attn_only:
+            resid = self.hook_resid_mid(editable(resid, self.hook_resid_mid))
+            x = self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
+            delta = self.mlp(self.read(self.ln2, getattr(self, "ln2_pos", None), x, positions))
+            resid = self.accumulate(resid, self.hook_mlp_out(delta), self.topk_resid_post)
         return self.hook_resid_post(editable(resid, self.hook_resid_post))
 
     def attention_inputs(self, resid: Resid) -> list[Tensor]:
@@ -232,7 +272,7 @@ class Block(nn.Module):
         return [hook(per_head.clone()) for hook in hooks]
 
     @staticmethod
-    def read(norm: Norm, norm_pos: Norm | None, x: Tensor, positions: Tensor | None) -> Tensor:
+    def read(norm: Any, norm_pos: Any, x: Tensor, positions: Tensor | None) -> Tensor:
         """What a sublayer reads: the normalised stream, and normalised positions beside it."""
         x = norm(x)
         if norm_pos is None or positions is None:
@@ -247,8 +287,21 @@ class Block(nn.Module):
         resid = resid + delta
         return topk(resid.relu() if self.residual_relu else resid)
 
+    @property
+    def submodules(self) -> dict[str, nn.Module]:
+        """The block's parts by name; TransformerLens' edge tools look for "attn" before they ask
+        for the scale below."""
+        return dict(self.named_children())
 
-class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, ModelBase):
+    @property
+    def residual_contribution_scale(self) -> float:
+        """What TransformerLens multiplies a write by to get its part of the stream; see there."""
+        return residual_contribution_scale(self.config)
+
+
+class SparseTransformer(
+    HookSurface, GenerationSurface, TokenSurface, WeightSurface, FileSurface, ModelBase
+):
     """A weight-sparse (or dense) transformer that TransformerLens' tools run on unchanged.
 
     On TransformerLens below 4 it is a ``HookedTransformer``; on 4.x it satisfies TransformerLens'
@@ -260,14 +313,33 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
 
     def __init__(
         self,
-        config: SparseTransformerConfig,
+        cfg: Any,
         tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        """Make a model with the initial weights of the config's seed.
+
+        Args:
+            cfg: The architecture, a SparseTransformerConfig or a dict of its fields.
+            tokenizer: A Hugging Face tokenizer; None: the model takes token ids only.
+            move_to_device: False leaves the model on the CPU.
+            default_padding_side: Where strings are padded; None: the tokenizer's own side.
+            device: Where the model is put, by default the CPU.
+
+        Raises:
+            TypeError: ``cfg`` is neither.
+            ValueError: a field is unknown or does not fit, or the tokenizer does not.
+        """
+        if device is not None and not move_to_device:
+            raise ValueError(f"move_to_device=False contradicts device={device!r}")
+        config = frozen_config(cfg)
         nn.Module.__init__(self)
         self.is_caching, self.context_level = False, 0  # what HookedRootModule's hooks() expects
         self.config = config
         self.cfg = runtime_config(config)
+        self.hook_tokens = HookPoint()
         self.embed = Embed(config)
         self.hook_embed = HookPoint()
         if config.positional_embedding_type != "none":
@@ -277,12 +349,13 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
             setattr(self, name, HookPoint())
         blocks = (Block(config, self.cfg, layer) for layer in range(config.n_layers))
         self.blocks = nn.ModuleList(blocks)
-        self.ln_final = Norm(config, config.d_model)
+        self.ln_final = make_norm(config, config.d_model)
         self.unembed = Unembed(config, self.embed)
         if config.bigram_table != "none":
             self.bigram = Bigram(config)
             self.hook_bigram = HookPoint()
-        self.set_tokenizer(tokenizer)
+            self.adapter = StreamOnly()
+        self.set_tokenizer(tokenizer, default_padding_side)
         self.setup()
         self.init_weights()
         self.to(device or "cpu")
@@ -294,34 +367,17 @@ class SparseTransformer(HookSurface, RunSurface, TokenSurface, WeightSurface, Mo
             if isinstance(module, Layer):
                 module.reset_parameters(generator)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, device: Any = None) -> SparseTransformer:
-        """Load a folder written by :meth:`save_pretrained`; see ``tl_sparse.checkpoints``."""
-        from tl_sparse.checkpoints import from_pretrained
-
-        return from_pretrained(folder, device)
-
-    @classmethod
-    def from_openai(cls, folder: str | Path, device: Any = None) -> SparseTransformer:
-        """Load a folder in openai/circuit_sparsity's format; see ``tl_sparse.openai_format``."""
-        from tl_sparse.openai_format import from_openai
-
-        return from_openai(folder, device)
-
-    def save_pretrained(self, folder: str | Path, training: Any = None) -> None:
-        """Write config, weights and tokenizer to a folder; see ``tl_sparse.checkpoints``."""
-        from tl_sparse.checkpoints import save_pretrained
-
-        save_pretrained(self, folder, training)
-
     def residual_input(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch_or_1 pos"]
     ) -> Resid:
         """The stream that block 0 reads."""
-        resid = self.hook_embed(self.embed(tokens))
-        if self.config.positional_embedding_type == "standard":
-            resid = resid + self.hook_pos_embed(self.pos_embed(positions, len(tokens)))
-        return resid
+        return self.add_positions(self.hook_embed(self.embed(tokens)), positions)
+
+    def add_positions(self, embed: Resid, positions: Int[Tensor, "batch_or_1 pos"]) -> Resid:
+        """Token embeddings with the positions that are added to the stream, if there are any."""
+        if self.config.positional_embedding_type != "standard":
+            return embed
+        return embed + self.hook_pos_embed(self.pos_embed(positions, len(embed)))
 
     def run_blocks(
         self,

@@ -45,8 +45,9 @@ def model_card(
         *([HOW_CHOSEN] if follows_default(config) else []),
         "Trained again by",
         f"```sh\n{command_line(config)}\n```",
-        "which trains every pair above. Everything is seeded: where the versions, the interpreter's "
-        "library, the processor and the number of threads are the same, so should be the result.",
+        "which trains every pair above. Everything is seeded: where the versions, the "
+        "interpreter's library, the processor and the number of threads are the same, so should "
+        "be the result.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

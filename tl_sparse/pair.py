@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 
-from tl_sparse.checkpoints import TrainingRecord, from_pretrained, save_pretrained, training_record
+from tl_sparse.checkpoints import (
+    SCHEMA_VERSION,
+    TrainingRecord,
+    from_pretrained,
+    save_pretrained,
+    training_record,
+)
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import TokenizedCorpus, build_corpus, default_cache_dir
 from tl_sparse.model import SparseTransformer
@@ -120,7 +126,8 @@ def run_folder(
     corpus: TokenizedCorpus,
 ) -> Path:
     """Where a run is kept: the same place for the same recipe, text and version only."""
-    recipe = [architecture.to_dict(), asdict(training), corpus.fingerprint, version("tl-sparse")]
+    made_by = [version("tl-sparse"), SCHEMA_VERSION]
+    recipe = [architecture.to_dict(), asdict(training), corpus.fingerprint, *made_by]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     return cache / f"{prefix}-{key}"
 

@@ -36,6 +36,11 @@ class Site:
     read_by: tuple[str, ...]
     """Weight matrices that read it."""
 
+    @property
+    def part(self) -> str:
+        """The part of the block that it belongs to: attn or mlp."""
+        return self.name.partition("_")[0]
+
 
 SITES: tuple[Site, ...] = (
     Site(
@@ -115,16 +120,26 @@ class NodeIndex:
     """Channels per head, for naming q, k and v channels."""
 
     @classmethod
-    def of(cls, model: nn.Module, sites: tuple[str, ...] = SITE_NAMES) -> NodeIndex:
+    def of(cls, model: nn.Module, sites: tuple[str, ...] | None = None) -> NodeIndex:
         """The node index of a model: a SparseTransformer or any TransformerLens model.
+
+        ``sites`` defaults to all that the model has: attention-only models have none in MLPs.
 
         Raises:
             ValueError: unknown site, a model that lacks one of the hooks (the hook is named), or
                 keys and values that several heads share.
         """
-        chosen = [row for row in SITES if row.name in {site(name).name for name in sites}]
         cfg: Any = model.cfg
         hook_dict: Any = model.hook_dict
+        attn_only = getattr(cfg, "attn_only", False)
+        here = tuple(row.name for row in SITES if not (attn_only and row.part == "mlp"))
+        sites = here if sites is None else sites
+        chosen = [row for row in SITES if row.name in {site(name).name for name in sites}]
+        if absent := [row.name for row in chosen if row.name not in here]:
+            raise ValueError(
+                f"this model has attention only, so it has no {', '.join(absent)}; its sites are "
+                f"{', '.join(here)}"
+            )
         d_pos = getattr(cfg, "d_pos", 0) or 0
         widths = {
             "residual": cfg.d_model,

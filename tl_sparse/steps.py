@@ -57,6 +57,11 @@ def check_run(
             f"the corpus' tokenizer has {len(corpus.tokenizer)} tokens, more than the model's "
             f"d_vocab={model.config.d_vocab}"
         )
+    if len(corpus.tokenizer) > model.config.n_logits:
+        raise ValueError(
+            f"the corpus' tokenizer has {len(corpus.tokenizer)} tokens, and the model predicts "
+            f"d_vocab_out={model.config.d_vocab_out} of them only"
+        )
     if model.tokenizer is not None and model.tokenizer.get_vocab() != corpus.tokenizer.get_vocab():
         raise ValueError(
             "the model's tokenizer is not the corpus': make the model with corpus.tokenizer"

@@ -95,17 +95,22 @@ def plant(model: Any, gain: float, layer_of_mlp: int | None) -> set[tuple[int, s
 
 @pytest.fixture
 def planted(words: Any) -> Callable[..., tuple[Any, set[tuple[int, str, int]]]]:
-    """``planted(**config)``: a SparseTransformer and the six nodes that the task needs in it."""
+    """``planted(**config)``: a SparseTransformer and the six nodes that the task needs in it.
+
+    With ``attn_only`` they are the three of attention.
+    """
 
     def build(**changes: Any) -> tuple[Any, set[tuple[int, str, int]]]:
         from tl_sparse.config import SparseTransformerConfig
         from tl_sparse.model import SparseTransformer
 
         values = {"n_layers": 2, "d_model": 8, "d_head": 4, "n_heads": 2, "d_mlp": 12, "n_ctx": 12}
+        if changes.get("attn_only"):
+            del values["d_mlp"]
         config = SparseTransformerConfig(**(values | {"d_vocab": 30} | changes))
         model = SparseTransformer(config, words).eval()
         # margins of about 4: where losses are next to nothing, there is nothing to learn from
-        return model, plant(model, gain=25.0, layer_of_mlp=1)
+        return model, plant(model, gain=25.0, layer_of_mlp=None if config.attn_only else 1)
 
     return build
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.circuits import (
+    Circuit,
     PruningConfig,
     PruningFailed,
     answer_margins,
@@ -50,6 +51,23 @@ def test_the_circuit_is_the_planted_chain(found):
     assert circuit.edges.equals(circuit_edges(model, circuit.index, circuit.kept))
     assert circuit.n_edges >= 4
     assert circuit.n_nodes <= circuit.n_active
+
+
+def test_an_attention_only_model_is_pruned_drawn_and_stored(
+    planted, marks, random_tokens, tmp_path
+):
+    model, chain = planted(attn_only=True)
+    means = activation_means(model, random_tokens)
+    circuit = prune(model, marks, SEARCH, means=means, progress=False)
+    assert chain <= named(circuit)
+    assert len(named(circuit) - chain) <= 2
+    assert set(circuit.edges["matrix"]) >= {"W_V", "W_O"}
+    assert circuit._repr_html_().count("<svg") == 1
+    circuit.save(tmp_path / "circuit")
+    again = Circuit.load(tmp_path / "circuit", model)
+    assert named(again) == named(circuit)
+    batch = marks.batch(8, split="held_out", seed=0)
+    assert loss_of(model, batch, again.hooks()) == loss_of(model, batch, circuit.hooks())
 
 
 def test_every_planted_node_is_needed(found, marks):

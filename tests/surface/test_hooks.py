@@ -88,7 +88,7 @@ EXPECTED = {
 
 def test_hook_names_are_those_of_transformer_lens_and_ours(small_model):
     names = set(small_model().hook_dict)
-    outer = {"hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"}
+    outer = {"hook_tokens", "hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"}
     assert names == outer | {f"blocks.{layer}.{name}" for layer in range(2) for name in EXPECTED}
     assert "hook_pos_embed" in small_model("standard").hook_dict
     assert "hook_bigram" in small_model("bigram_frozen").hook_dict

@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,12 +310,27 @@ def test_generation_returns_what_it_was_given(small_model, make_tokenizer, token
         small_model().generate(tokens[:, :3], return_type="str", **options)
 
 
-def test_generate_stream_grows_by_one_token(small_model, tokens):
-    steps = list(
-        small_model().generate_stream(tokens[:, :3], 4, do_sample=False, stop_at_eos=False)
-    )
-    assert [step.shape[1] for step in steps] == [4, 5, 6, 7]
-    assert all(torch.equal(b[:, :-1], a) for a, b in pairwise(steps))
+@pytest.mark.parametrize(("per_yield", "lengths"), [(1, [4, 1, 1, 1]), (3, [4, 3]), (25, [7])])
+def test_generate_stream_yields_what_generate_returns_in_pieces(
+    small_model, make_tokenizer, tokens, per_yield, lengths
+):
+    model = small_model(tokenizer=make_tokenizer())
+    options = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False}
+    pieces = list(model.generate_stream(tokens[:, :3], max_tokens_per_yield=per_yield, **options))
+    assert [piece.shape[1] for piece in pieces] == lengths
+    assert torch.equal(torch.cat(pieces, 1), model.generate(tokens[:, :3], **options))
+    pieces = list(model.generate_stream("w3 w4", max_tokens_per_yield=per_yield, **options))
+    assert "".join(pieces) == model.generate("w3 w4", **options)
+
+
+def test_generation_stops_at_any_of_several_tokens(small_model, tokens):
+    model = small_model()
+    options = {"max_new_tokens": 9, "do_sample": False}
+    free = model.generate(tokens[:1, :2], stop_at_eos=False, **options)
+    ends = [int(free[0, 5]), int(free[0, 3])]
+    out = model.generate(tokens[:1, :2], eos_token_id=ends, **options)
+    first = min(i for i in range(2, 11) if int(free[0, i]) in ends)
+    assert torch.equal(out, free[:, : first + 1])
 
 
 def test_sampling_is_seeded_by_torch(small_model, tokens):

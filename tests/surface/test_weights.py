@@ -23,7 +23,8 @@ def test_cfg_has_every_field_that_transformer_lens_reads(small_model, option):
     assert model.cfg.attn_scale == pytest.approx(model.cfg.d_head**0.5)
     for name in ("d_model", "d_head", "n_heads", "n_layers", "d_mlp", "act_fn", "n_ctx", "d_vocab"):
         assert getattr(model.cfg, name) == getattr(model.config, name)
-    hidden = [model.W_Q, model.W_K, model.W_V, model.W_O, model.W_in, model.W_out]
+    hidden = [model.W_Q, model.W_K, model.W_V, model.W_O]
+    hidden += [] if model.config.attn_only else [model.W_in, model.W_out]
     assert model.cfg.n_params == sum(weight.numel() for weight in hidden)
 
 
@@ -161,10 +162,24 @@ def test_blocks_with_a_part(small_model):
     [
         "fold_layer_norm", "fold_value_biases", "center_writing_weights", "center_unembed",
         "refactor_factored_attn_matrices", "process_weights_", "load_and_process_state_dict",
-        "from_pretrained_no_processing", "get_residual", "sample_datapoint",
-        "move_model_modules_to_device", "load_sample_training_dataset", "fill_missing_keys",
+        "sample_datapoint", "move_model_modules_to_device", "load_sample_training_dataset",
+        "fill_missing_keys",
     ],
 )  # fmt: skip
 def test_processing_that_would_be_wrong_is_refused_by_name(small_model, name):
     with pytest.raises(TypeError, match=f"{name} does not apply to a SparseTransformer: "):
         getattr(small_model(), name)("anything", at="all")
+
+
+@pytest.mark.parametrize("name", ["W_in", "W_out", "b_in", "b_out"])
+def test_weights_of_absent_mlps_raise_and_say_why(name, small_model):
+    with pytest.raises(AttributeError, match=f"no {name} in a model with attn_only=True"):
+        getattr(small_model("attn_only"), name)
+
+
+def test_accumulated_bias_without_mlps_is_that_of_attention(small_model):
+    model = small_model("attn_only")
+    torch.testing.assert_close(model.accumulated_bias(2), model.b_O.sum(0))
+    torch.testing.assert_close(model.accumulated_bias(1, mlp_input=True), model.b_O.sum(0))
+    assert model.blocks_with("mlp") == []
+    assert [layer for layer, _ in model.blocks_with("attn")] == [0, 1]

@@ -26,6 +26,10 @@ class ModelParts(nn.Module):
     hook_dict: dict[str, HookPoint]
     mod_dict: dict[str, Any]
     context_level: int
+    hooks: Callable[..., Any]
+    from_pretrained: Any
+    hook_tokens: HookPoint
+    add_positions: Callable[..., Tensor]
     residual_input: Callable[..., Tensor]
     run_blocks: Callable[..., Tensor]
     output_logits: Callable[..., Tensor]

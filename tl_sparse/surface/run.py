@@ -1,8 +1,7 @@
-"""Running a model: inputs, losses, starting and stopping at a layer, generation, devices."""
+"""Running a model: inputs, losses, starting and stopping at a layer, devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.compat import KeyValueCache, runtime_dtype, tl_utils
+from tl_sparse.compat import runtime_dtype
+from tl_sparse.layers import default_eps
 from tl_sparse.surface.tokens import TokenSurface
 
 RETURN_TYPES = ("logits", "loss", "both", None)
@@ -21,6 +21,12 @@ class Output(NamedTuple):
 
     logits: Tensor
     loss: Tensor
+
+
+@torch.compiler.disable
+def run_eagerly(model: Any, *args: Any) -> Any:
+    """A forward pass that torch.compile leaves alone, so that every hook is called."""
+    return model.forward(*args)
 
 
 class RunSurface(TokenSurface):
@@ -35,7 +41,7 @@ class RunSurface(TokenSurface):
         padding_side: str | None = None,
         start_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
-        shortformer_pos_embed: None = None,
+        shortformer_pos_embed: Any = None,
         attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
@@ -46,25 +52,38 @@ class RunSurface(TokenSurface):
         with a residual stream where the model needs them: for the loss and for the bigram table.
 
         Raises:
-            ValueError: unknown return_type, too long an input, or missing tokens.
+            ValueError: unknown return_type, too long an input, missing tokens or tokens of another
+                shape, or no such layer.
         """
+        if torch.compiler.is_compiling() and self.any_hooks():
+            return run_eagerly(
+                self, input, return_type, loss_per_token, prepend_bos, padding_side, start_at_layer,
+                tokens, shortformer_pos_embed, attention_mask, stop_at_layer, past_kv_cache,
+            )  # fmt: skip
         if return_type not in RETURN_TYPES:
             raise ValueError(f"return_type={return_type!r} is unknown; choose from {RETURN_TYPES}")
+        if shortformer_pos_embed is not None:
+            raise ValueError("shortformer_pos_embed: this model has no shortformer positions")
+        first, last = self.layers_to_run(start_at_layer, stop_at_layer)
         if start_at_layer is None:
             tokens = self.input_tokens(input, prepend_bos, padding_side)
-            batch, n = tokens.shape
+        elif tokens is not None and tokens.shape != input.shape[:2]:
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} do not belong to a residual stream of "
+                f"shape {tuple(input.shape)}"
+            )
+        batch, n = input.shape[:2] if tokens is None else tokens.shape
+        if tokens is not None:
             attention_mask = self.attention_mask_of(
                 tokens, attention_mask, prepend_bos, padding_side
             )
-        else:
-            batch, n = input.shape[:2]
         seen = 0 if past_kv_cache is None else past_kv_cache[0].past_keys.shape[1]
         if seen + n > self.config.n_ctx:
             raise ValueError(f"{seen + n} tokens do not fit n_ctx={self.config.n_ctx}")
         mask, positions = self.masks_and_positions(batch, n, seen, attention_mask, past_kv_cache)
-        first, last, _ = slice(start_at_layer, stop_at_layer).indices(self.config.n_layers)
         if start_at_layer is None:
             assert tokens is not None
+            tokens = self.tokens_to_embed(tokens)
             resid = self.residual_input(tokens, positions)
         else:
             resid = input
@@ -88,6 +107,28 @@ class RunSurface(TokenSurface):
             raise ValueError("the loss of a residual stream needs tokens=")
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
+
+    def any_hooks(self) -> bool:
+        """Whether any hook point has a hook, in a form that torch.compile watches."""
+        # it watches lists, but not PyTorch's own registers of hooks
+        return any(point.fwd_hooks or point.bwd_hooks for point in self.hook_dict.values())
+
+    def layers_to_run(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        """First layer to run and the layer before which to stop, from the end if negative.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        n_layers = self.config.n_layers
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -n_layers <= layer <= n_layers:
+                raise ValueError(f"{name}={layer} is not in {-n_layers}..{n_layers}")
+        first, last, _ = slice(start, stop).indices(n_layers)
+        return first, last
+
+    def tokens_to_embed(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+        """The tokens, through their hook point where it is switched on."""
+        return self.hook_tokens(tokens.clone()) if self.cfg.use_hook_tokens else tokens
 
     def input_tokens(
         self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
@@ -188,85 +229,44 @@ class RunSurface(TokenSurface):
             mask = torch.cat([past_kv_cache.previous_attention_mask, mask], dim=1)
         batch, n = tokens.shape
         _, positions = self.masks_and_positions(batch, n, seen, mask, None)
+        tokens = self.tokens_to_embed(tokens)
         return self.residual_input(tokens, positions), tokens, None, attention_mask
 
-    @torch.no_grad()
-    def generate_stream(
-        self,
-        input: Any = "",
-        max_new_tokens: int = 10,
-        stop_at_eos: bool = True,
-        eos_token_id: int | None = None,
-        do_sample: bool = True,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        freq_penalty: float = 0.0,
-        use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-    ) -> Iterator[Int[Tensor, "batch pos"]]:
-        """Yield the tokens so far, prompt included, after each new token."""
-        tokens = self.input_tokens(input, prepend_bos, padding_side or "left")
-        if tokens.shape[1] + max_new_tokens > self.config.n_ctx:
-            raise ValueError(
-                f"{tokens.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} do not fit "
-                f"n_ctx={self.config.n_ctx}"
-            )
-        if not stop_at_eos:
-            eos_token_id = None
-        elif eos_token_id is None:
-            eos_token_id = getattr(self.tokenizer, "eos_token_id", None)
-            if eos_token_id is None:
-                raise ValueError("stop_at_eos needs eos_token_id= or a tokenizer that has one")
-        mask = None if self.tokenizer is None else self.padding_mask(tokens, prepend_bos)
-        mask = torch.ones_like(tokens) if mask is None else mask.long()
-        cache = None
-        if use_past_kv_cache:
-            cache = KeyValueCache.init_cache(self.cfg, self.cfg.device, len(tokens))
-        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        step, step_mask = tokens, mask
-        for _ in range(max_new_tokens):
-            logits = self.forward(step, attention_mask=step_mask, past_kv_cache=cache)[:, -1]
-            if do_sample:
-                new = tl_utils.sample_logits(
-                    logits, top_k=top_k, top_p=top_p, temperature=temperature,
-                    freq_penalty=freq_penalty, tokens=tokens,
-                )  # fmt: skip
-            else:
-                new = logits.argmax(-1)
-            if eos_token_id is not None:
-                new = torch.where(finished, eos_token_id, new)
-                finished |= new == eos_token_id
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-            mask = F.pad(mask, (0, 1), value=1)
-            step, step_mask = (tokens, mask) if cache is None else (new[:, None], mask[:, -1:])
-            yield tokens
-            if stop_at_eos and bool(finished.all()):
-                return
+    def get_pos_offset(self, past_kv_cache: Any, batch_size: int) -> int:
+        """Tokens that a key-value cache has seen; 0 without one.
 
-    def generate(
-        self, input: Any = "", max_new_tokens: int = 10, return_type: str = "input", **kwargs: Any
-    ) -> Any:
-        """Continue a prompt; strings give strings and tokens give tokens, see TransformerLens.
-
-        Sampling draws from torch's global generator: seed it for reproducible text. With
-        ``use_past_kv_cache`` the last bits of the logits, hence now and then a token, differ from a
-        run without it.
+        Raises:
+            ValueError: it is of another batch size, or of another model.
         """
-        kwargs.pop("verbose", None)  # TransformerLens' progress bar
-        if return_type not in ("input", "str", "tokens"):
-            raise ValueError(f"return_type={return_type!r}; choose from 'input', 'str', 'tokens'")
-        if return_type == "str":
-            self.require_tokenizer()
-        tokens = self.input_tokens(input, kwargs.get("prepend_bos"), "left")
-        for longer in self.generate_stream(input, max_new_tokens, **kwargs):
-            tokens = longer
-        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
-            return tokens
-        skip = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
-        texts = [self.to_string([t for t in row if t not in skip]) for row in tokens.tolist()]
-        return texts[0] if isinstance(input, str) else texts
+        if past_kv_cache is None:
+            return 0
+        batch, seen, *rest = past_kv_cache[0].past_keys.shape
+        expected = [batch_size, self.cfg.n_heads, self.config.d_head]
+        if [batch, *rest] != expected:
+            raise ValueError(
+                f"the cache holds keys of batch, heads, d_head = {[batch, *rest]}, not {expected}"
+            )
+        return seen
+
+    def get_residual(
+        self,
+        embed: Float[Tensor, "batch pos d_model"],
+        pos_offset: int,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: Any = None,
+    ) -> Any:
+        """The stream before block 0, from token embeddings: added positions, if there are any.
+
+        ``attention_mask`` covers the tokens that a cache has seen, too. Returns (stream, None), or
+        the stream alone without ``return_shortformer_pos_embed``.
+        """
+        batch, n = embed.shape[:2]
+        _, positions = self.masks_and_positions(batch, n, pos_offset, attention_mask, None)
+        resid = self.add_positions(embed, positions)
+        return (resid, None) if return_shortformer_pos_embed else resid
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
         """Move or cast the model; ``cfg.device`` and ``cfg.dtype`` follow."""
@@ -289,4 +289,5 @@ class RunSurface(TokenSurface):
         nn.Module._apply(self, fn, recurse)
         self.cfg.device = str(self.unembed.b_U.device)
         self.cfg.dtype = runtime_dtype(self)
+        self.cfg.eps = self.config.eps or default_eps(self.config, self.cfg.dtype)
         return self

@@ -32,11 +32,11 @@ def refused(name: str, why: str) -> Callable[..., Any]:
     return refuse
 
 
+MLP_WEIGHTS = ("W_in", "W_out", "b_in", "b_out")
 PROCESSING = (
     "it would fill in zero weights, and with AbsTopK or an attention sink change what the model "
     "computes"
 )
-HUB = "load with from_pretrained(folder) or from_openai(folder)"
 
 
 class WeightSurface(ModelParts):
@@ -44,12 +44,13 @@ class WeightSurface(ModelParts):
 
     W_Q, W_K, W_V, W_O = (stacked("attn", f"W_{x}") for x in "QKVO")
     b_Q, b_K, b_V, b_O = (stacked("attn", f"b_{x}") for x in "QKVO")
-    W_in, W_out = stacked("mlp", "W_in"), stacked("mlp", "W_out")
-    b_in, b_out = stacked("mlp", "b_in"), stacked("mlp", "b_out")
+    W_in, W_out, b_in, b_out = (stacked("mlp", name) for name in MLP_WEIGHTS)
     W_gate = None
 
     def __getattr__(self, name: str) -> Any:
         # torch comes here too when a property raises AttributeError, and would drop its message
+        if name in MLP_WEIGHTS and self.config.attn_only:
+            raise AttributeError(f"no {name} in a model with attn_only=True: it has no MLPs")
         if name in ("W_pos", "W_E_pos"):
             kind = self.config.positional_embedding_type
             raise AttributeError(f"no {name} in a model with positional_embedding_type={kind!r}")
@@ -123,7 +124,7 @@ class WeightSurface(ModelParts):
         total = torch.zeros(self.cfg.d_model, device=self.W_E.device, dtype=self.W_E.dtype)
         for block in self.blocks[:layer]:
             total = total + block.attn.b_O
-            if include_mlp_biases:
+            if include_mlp_biases and not self.config.attn_only:
                 total = total + block.mlp.b_out
         return total + self.blocks[layer].attn.b_O if mlp_input else total
 
@@ -156,10 +157,14 @@ class WeightSurface(ModelParts):
     process_weights_ = refused("process_weights_", PROCESSING)
     process_weights = refused("process_weights", PROCESSING)
     load_and_process_state_dict = refused("load_and_process_state_dict", PROCESSING)
-    from_pretrained_no_processing = refused("from_pretrained_no_processing", HUB)
+
+    @classmethod
+    def from_pretrained_no_processing(cls, *args: Any, **kwargs: Any) -> Any:
+        """``from_pretrained``, which processes no weights in the first place."""
+        load: Callable[..., Any] = cls.from_pretrained
+        return load(*args, **kwargs)
+
     fill_missing_keys = refused("fill_missing_keys", "a checkpoint must be complete")
-    get_residual = refused("get_residual", "use input_to_embed")
-    get_pos_offset = refused("get_pos_offset", "positions come from the attention mask")
     move_model_modules_to_device = refused("move_model_modules_to_device", "use to(device)")
     load_sample_training_dataset = refused(
         "load_sample_training_dataset", "its data is a corpus: see tl_sparse.data"
