@@ -153,7 +153,7 @@ def test_editing_takes_effect_at_every_hook_point(small_model, tokens, option, l
     # all of them but those that another switch would turn on
     off = {name.rpartition(".")[2] for name in model.hook_dict if name not in names}
     assert off <= {"hook_result", "hook_mlp_in", "hook_attn_in", "hook_q_input", "hook_k_input",
-                   "hook_v_input"}  # fmt: skip
+                   "hook_v_input", "hook_tokens"}  # fmt: skip
     for name in names:
         results = []
         for edit in (by_return, in_place, by_data):

@@ -1,191 +1,197 @@
-"""TransformerLens' own tools, called as their documentation says, on models of ours."""
+"""Every function of transformer_lens.patching, on every model option."""
 
-import inspect
+import functools
+from itertools import product
 
 import pytest
 import torch
 from transformer_lens import patching
 
+from tests.conformance.models import OPTIONS, build, every_option, expressible, reference
 from tl_sparse import compat
-from tl_sparse.model import SparseTransformer
 
-KINDS = ["plain", "abstopk", "sinks", "together", "standard"]
-SWEEPS = [
-    "get_act_patch_resid_pre", "get_act_patch_resid_mid", "get_act_patch_attn_out",
-    "get_act_patch_mlp_out", "get_act_patch_attn_head_out_all_pos",
-    "get_act_patch_attn_head_q_all_pos", "get_act_patch_attn_head_k_all_pos",
-    "get_act_patch_attn_head_v_all_pos", "get_act_patch_attn_head_pattern_all_pos",
-    "get_act_patch_attn_head_out_by_pos", "get_act_patch_attn_head_q_by_pos",
-    "get_act_patch_attn_head_k_by_pos", "get_act_patch_attn_head_v_by_pos",
-    "get_act_patch_attn_head_pattern_by_pos",
-]  # fmt: skip
+# sweep → (activation, how an index after the layer addresses it [batch, ...])
+BLOCK, HEAD, HEAD_BY_POS = "pos", "head", "pos head"
+PATTERN, PATTERN_BY_POS, PATTERN_CELL = "pattern", "pattern pos", "pattern dest src"
+SWEEPS = {
+    "get_act_patch_resid_pre": ("resid_pre", BLOCK),
+    "get_act_patch_resid_mid": ("resid_mid", BLOCK),
+    "get_act_patch_attn_out": ("attn_out", BLOCK),
+    "get_act_patch_mlp_out": ("mlp_out", BLOCK),
+    "get_act_patch_attn_head_pattern_all_pos": ("pattern", PATTERN),
+    "get_act_patch_attn_head_pattern_by_pos": ("pattern", PATTERN_BY_POS),
+    "get_act_patch_attn_head_pattern_dest_src_pos": ("pattern", PATTERN_CELL),
+    **{f"get_act_patch_attn_head_{x}_all_pos": (x, HEAD) for x in "qkv"},
+    **{f"get_act_patch_attn_head_{x}_by_pos": (x, HEAD_BY_POS) for x in "qkv"},
+    "get_act_patch_attn_head_out_all_pos": ("z", HEAD),
+    "get_act_patch_attn_head_out_by_pos": ("z", HEAD_BY_POS),
+}
+TOGETHER = {
+    "get_act_patch_block_every": ("resid_pre", "attn_out", "mlp_out"),
+    "get_act_patch_attn_head_all_pos_every": tuple(
+        f"attn_head_{x}_all_pos" for x in ("out", "q", "k", "v", "pattern")
+    ),
+    "get_act_patch_attn_head_by_pos_every": tuple(
+        f"attn_head_{x}_by_pos" for x in ("out", "q", "k", "v", "pattern")
+    ),
+}
+# tested with tools.analysis, which they were a part of below 4
+DIRECT_PATH = {"get_act_patch_direct_path", "get_act_patch_direct_path_all_sources"}
+# They see tensors and indices, never a model.
+MODEL_FREE = {
+    "make_df_from_ranges", "layer_pos_patch_setter", "layer_pos_head_vector_patch_setter",
+    "layer_head_vector_patch_setter", "layer_head_pattern_patch_setter",
+    "layer_head_pos_pattern_patch_setter", "layer_head_dest_src_pos_pattern_patch_setter",
+}  # fmt: skip
+OTHER = {"generic_activation_patch", "PatchingResult"}
+
+CLEAN = torch.tensor([[1, 5, 12]])
+CORRUPTED = torch.tensor([[1, 9, 12]])
 
 
 def metric(logits):
     return (logits[0, -1, 4] - logits[0, -1, 7]).double().detach()
 
 
+def test_every_function_of_the_module_is_classified():
+    """A new one fails here until a test says what it gives on our models."""
+    functions = {
+        name
+        for name, value in vars(patching).items()
+        if not name.startswith("_")
+        if isinstance(value, functools.partial)
+        or getattr(value, "__module__", "") == patching.__name__
+    }
+    assert functions <= SWEEPS.keys() | TOGETHER.keys() | DIRECT_PATH | MODEL_FREE | OTHER
+    assert functions >= SWEEPS.keys() | TOGETHER.keys() | MODEL_FREE
+
+
+def by_hand(model, corrupted, cache, activation, addressing):
+    """The sweep, written out: every cell of every layer set to its clean value, one at a time."""
+    n, heads = corrupted.shape[1], model.cfg.n_heads
+    sizes = {
+        BLOCK: (n,), HEAD: (heads,), HEAD_BY_POS: (n, heads), PATTERN: (heads,),
+        PATTERN_BY_POS: (heads, n), PATTERN_CELL: (heads, n, n),
+    }[addressing]  # fmt: skip
+    batch = (slice(None), slice(None)) if addressing == HEAD else (slice(None),)
+    result = torch.zeros(model.cfg.n_layers, *sizes)
+    for layer, *index in product(range(model.cfg.n_layers), *map(range, sizes)):
+        name = compat.tl_utils.get_act_name(activation, layer)
+
+        def patch(x, hook, where=(*batch, *index), name=name):
+            x = x.clone()
+            x[where] = cache[name][where]
+            return x
+
+        logits = model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)])
+        result[(layer, *index)] = metric(logits)
+    return result
+
+
+@every_option
 @pytest.mark.parametrize("sweep", SWEEPS)
-@pytest.mark.parametrize("option", ["plain", "abstopk", "together"])
-def test_patching_clean_into_clean_changes_no_bit(small_model, tokens, option, sweep):
+def test_sweeps_equal_patching_by_hand_and_transformer_lens_own_model(claim, option, sweep):
     """With gradients on, as in a notebook where nobody turned them off."""
-    model = small_model(option)
-    clean = tokens[:1, :4]
-    logits, cache = model.run_with_cache(clean)
-    result = getattr(patching, sweep)(model, clean, cache, metric)
-    assert result.shape[0] == 2
-    assert (result == metric(logits).to(result.dtype)).all()
-
-
-@pytest.mark.parametrize("option", KINDS)
-def test_patching_the_differing_position_restores_the_clean_run(small_model, tokens, option):
-    model = small_model(option)
-    clean = tokens[:1, :5]
-    corrupted = clean.clone()
-    corrupted[0, 2] = (corrupted[0, 2] + 5) % 30
-    logits, cache = model.run_with_cache(clean)
-    result = patching.get_act_patch_resid_pre(model, corrupted, cache, metric)
-    assert result.shape == (2, 5)
-    assert result[0, 2] == metric(logits).to(result.dtype)
-    unpatched = metric(model(corrupted)).to(result.dtype)
-    assert unpatched != result[0, 2]
-    assert (result[0, [0, 1, 3, 4]] == unpatched).all()
-
-
-@pytest.mark.parametrize("option", ["plain", "abstopk", "sinks", "standard"])
-def test_patching_all_of_resid_pre_restores_all_clean_logits(small_model, tokens, option):
-    model = small_model(option)
-    clean, corrupted = tokens[:1], tokens[1:]
-    logits, cache = model.run_with_cache(clean)
-    patch = ("blocks.0.hook_resid_pre", lambda x, hook: cache[hook.name])
-    assert torch.equal(model.run_with_hooks(corrupted, fwd_hooks=[patch]), logits)
-
-
-@pytest.mark.parametrize("sweep", ["q", "k", "v", "pattern", "out"])
-def test_head_sweeps_equal_patching_by_hand(small_model, tokens, sweep):
-    model = small_model("together")
-    clean, corrupted = tokens[:1], tokens[1:]
+    claim(f"patching.{sweep}", option, "unchanged")
+    model, function = build(option), getattr(patching, sweep)
+    n = 3 if sweep.endswith("all_pos") else 2
+    clean, corrupted = CLEAN[:, -n:], CORRUPTED[:, -n:]
     _, cache = model.run_with_cache(clean)
-    function = getattr(patching, f"get_act_patch_attn_head_{sweep}_all_pos")
     result = function(model, corrupted, cache, metric)
-    point = {"out": "hook_z"}.get(sweep, f"hook_{sweep}")
-    for layer in range(2):
-        for head in range(3):
-            name = f"blocks.{layer}.attn.{point}"
-
-            def patch(x, hook, head=head, name=name):
-                which = (
-                    (slice(None), head) if sweep == "pattern" else (slice(None), slice(None), head)
-                )
-                x = x.clone()
-                x[which] = cache[name][which]
-                return x
-
-            by_hand = metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)]))
-            assert result[layer, head] == by_hand.to(result.dtype)
-
-
-# --------------------------------------------------------------------------------------------------
-# what the installed TransformerLens takes a model to be
+    expected = by_hand(model, corrupted, cache, *SWEEPS[sweep])
+    assert torch.equal(result, expected)
+    assert (expected != metric(model(corrupted))).any(), "patching nothing would pass"
+    if expressible(option):
+        model = reference(option)
+        _, cache = model.run_with_cache(clean)
+        if sweep.endswith("resid_mid") and not compat.HAS_HOOKED_TRANSFORMER:
+            # A TransformerBridge's resid_mid is only what ln2 reads: the stream itself goes past.
+            ours = build(option)
+            ours.set_use_hook_mlp_in(True)
+            _, cache_in = ours.run_with_cache(clean)
+            result = by_hand(ours, corrupted, cache_in, "mlp_in", BLOCK)
+        value = function(model, corrupted, cache, metric)
+        torch.testing.assert_close(result, value, atol=1e-5, rtol=1e-5)
 
 
-def test_the_model_passes_the_checks_of_the_installed_transformer_lens(small_model):
-    model = small_model()
-    assert isinstance(model, compat.HookedRootModule)
-    if compat.HAS_HOOKED_TRANSFORMER:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
+@every_option
+@pytest.mark.parametrize("sweep", TOGETHER)
+def test_sweeps_taken_together_are_the_single_ones_stacked(claim, option, sweep):
+    claim(f"patching.{sweep}", option, "unchanged")
+    model, function = build(option, n_layers=1), getattr(patching, sweep)
+    n = 1 if "by_pos" in sweep else 2
+    clean, corrupted = CLEAN[:, 1 : n + 1], CORRUPTED[:, 1 : n + 1]
+    logits, cache = model.run_with_cache(clean)
+    result = function(model, corrupted, cache, metric)
+    parts = [
+        getattr(patching, f"get_act_patch_{name}")(model, corrupted, cache, metric)
+        for name in TOGETHER[sweep]
+    ]
+    if "by_pos" in sweep:  # patterns come as [layer, head, pos], the others as [layer, pos, head]
+        parts[-1] = parts[-1].transpose(1, 2)
+    assert torch.equal(result, torch.stack(parts))
+    into_itself = function(model, clean, cache, metric)
+    assert (into_itself == metric(logits).to(result.dtype)).all(), "a bit of the logits changed"
 
-        assert isinstance(model, HookedTransformer)
-        assert isinstance(model.cfg, HookedTransformerConfig)
+
+@every_option
+def test_generic_patch_takes_cells_from_a_data_frame(claim, option):
+    claim("patching.generic_activation_patch", option, "unchanged")
+    model = build(option)
+    _, cache = model.run_with_cache(CLEAN)
+    cells = patching.make_df_from_ranges([2, 3], ["layer", "pos"]).iloc[[4, 1]]
+    result, index = patching.generic_activation_patch(
+        model, CORRUPTED, cache, metric, patching.layer_pos_patch_setter, "resid_mid",
+        index_df=cells, return_index_df=True,
+    )  # fmt: skip
+    whole = by_hand(model, CORRUPTED, cache, "resid_mid", BLOCK)
+    assert torch.equal(result, torch.stack([whole[1, 1], whole[0, 1]]))
+    assert index is cells
+
+
+@every_option
+def test_patching_every_resid_pre_restores_all_clean_logits(claim, option):
+    names = ["blocks.0.hook_resid_pre"]
+    if OPTIONS[option].get("bigram_table"):
+        why = "the bigram table reads the tokens, not the stream: patch hook_bigram as well"
+        claim("patching all of resid_pre", option, "right", why)
+        names.append("hook_bigram")
     else:
-        from transformer_lens import model_protocol
-        from transformer_lens.config import TransformerLensConfig
-
-        for name in ("TransformerLensModel", "TrainableTransformerLensModel",
-                     "TransformerLensModelWithWeights"):  # fmt: skip
-            assert isinstance(model, getattr(model_protocol, name)), name
-        assert isinstance(model.cfg, TransformerLensConfig)
-    assert all(block.hook_out_is_single_residual_stream for block in model.blocks)
-
-
-# Methods of HookedRootModule that only touch hook_dict, mod_dict and what we override.
-INHERITED = {
-    "add_perma_hook", "cache_all", "cache_some", "check_and_add_hook", "clear_contexts", "hooks",
-    "list_hooks", "remove_all_hook_fns", "reset_hooks", "run_with_hooks",
-}  # fmt: skip
+        claim("patching all of resid_pre", option, "unchanged")
+    model = build(option)
+    corrupted = CORRUPTED.clone()
+    corrupted[0, -1] = 20  # the token whose row of a bigram table is added at the end
+    logits, cache = model.run_with_cache(CLEAN)
+    patches = [(name, lambda x, hook: cache[hook.name]) for name in names]
+    assert torch.equal(model.run_with_hooks(corrupted, fwd_hooks=patches), logits)
+    if len(patches) == 2:
+        assert not torch.equal(model.run_with_hooks(corrupted, fwd_hooks=patches[:1]), logits)
 
 
-def test_every_public_method_of_the_base_is_ours_or_known_to_be_right():
-    """A new TransformerLens method must not act on our weights or tokens unnoticed."""
-    unknown = {}
-    for name in dir(compat.ModelBase):
-        if name.startswith("_") or name in dir(torch.nn.Module):
-            continue
-        owner = next(cls for cls in SparseTransformer.__mro__ if name in vars(cls))
-        if not owner.__module__.startswith("tl_sparse") and name not in INHERITED:
-            unknown[name] = owner.__name__
-    assert unknown == {}
+@every_option
+def test_per_example_results_are_the_sweeps_of_each_example(claim, option):
+    claim("patching.PatchingResult", option, "unchanged")
+    if compat.HAS_HOOKED_TRANSFORMER:
+        pytest.skip("TransformerLens has it from 4 on")
+    model = build(option)
+    clean = torch.tensor([[1, 5, 12], [1, 6, 20]])
+    corrupted = torch.tensor([[1, 9, 12], [1, 17, 20]])
 
+    def each(logits):
+        return logits[:, -1, 4] - logits[:, -1, 7]
 
-def test_overridden_module_methods_are_ours():
-    """Methods of nn.Module that TransformerLens changes must not run on our models."""
-    for name in ("forward", "to", "cuda", "cpu", "__init__", "_apply"):
-        owner = next(cls for cls in SparseTransformer.__mro__ if name in vars(cls))
-        assert owner.__module__.startswith("tl_sparse"), (name, owner)
-    parameters = inspect.signature(SparseTransformer.forward).parameters
-    for name in ("input", "return_type", "loss_per_token", "prepend_bos", "padding_side",
-                 "start_at_layer", "tokens", "shortformer_pos_embed", "attention_mask",
-                 "stop_at_layer", "past_kv_cache"):  # fmt: skip
-        assert name in parameters
-
-
-# --------------------------------------------------------------------------------------------------
-# ActivationCache
-
-ADDITIVE = ["plain", "sinks", "standard", "concat", "wide_heads", "no_bias"]
-
-
-@pytest.mark.parametrize("option", ADDITIVE)
-def test_components_add_up_to_the_residual_stream(small_model, tokens, option):
-    model = small_model(option)
-    _, cache = model.run_with_cache(tokens)
-    final = cache["resid_post", 1]
-    parts, labels = cache.decompose_resid(return_labels=True)
-    torch.testing.assert_close(parts.sum(0), final, atol=1e-5, rtol=1e-5)
-    # positions are a component only where they are written to the stream
-    assert ("pos_embed" in labels) == (option == "standard")
-    accumulated = cache.accumulated_resid()
-    torch.testing.assert_close(accumulated[-1], final, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(accumulated[0], cache["resid_pre", 0], atol=0, rtol=0)
-    scaled = cache.apply_ln_to_stack(final[None], layer=-1)[0]
-    torch.testing.assert_close(scaled, cache["ln_final.hook_normalized"], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("option", ADDITIVE)
-@pytest.mark.parametrize("results_cached", [False, True])
-def test_heads_neurons_and_biases_add_up_to_the_residual_stream(
-    small_model, tokens, option, results_cached
-):
-    model = small_model(option)
-    model.set_use_attn_result(results_cached)
-    _, cache = model.run_with_cache(tokens)
-    heads = cache.stack_head_results(layer=-1).sum(0)
-    embed = cache["hook_embed"]
-    if option == "standard":
-        embed = embed + cache["hook_pos_embed"]
-    mlps = cache["mlp_out", 0] + cache["mlp_out", 1]
-    total = heads + model.b_O.sum(0) + embed + mlps
-    torch.testing.assert_close(total, cache["resid_post", 1], atol=1e-5, rtol=1e-5)
-    neurons = cache.stack_neuron_results(layer=-1).sum(0) + model.b_out.sum(0)
-    torch.testing.assert_close(neurons, mlps, atol=1e-5, rtol=1e-5)
-    whole = cache.get_full_resid_decomposition(expand_neurons=False).sum(0)
-    torch.testing.assert_close(whole, cache["resid_post", 1], atol=1e-5, rtol=1e-5)
-
-
-def test_logit_attributions_add_up_to_the_logit(small_model, tokens):
-    model = small_model()
-    logits, cache = model.run_with_cache(tokens)
-    parts = cache.decompose_resid(layer=-1)
-    scaled = cache.apply_ln_to_stack(parts, layer=-1) * model.ln_final.w
-    direct = torch.einsum("cbpd,d->bp", scaled, model.tokens_to_residual_directions(4))
-    torch.testing.assert_close(direct + model.b_U[4], logits[..., 4], atol=1e-4, rtol=1e-4)
+    _, cache = model.run_with_cache(clean)
+    sweep = patching.get_act_patch_attn_out
+    result = sweep(model, corrupted, cache, each, reduce="none", baseline=True)
+    unpatched = each(model(corrupted))
+    assert torch.equal(result.baseline, unpatched)
+    torch.testing.assert_close(result.mean(), sweep(model, corrupted, cache, each, reduce="mean"))
+    for i in range(2):
+        _, one = model.run_with_cache(clean[i : i + 1])
+        alone = sweep(model, corrupted[i : i + 1], one, lambda logits: each(logits)[0])
+        torch.testing.assert_close(result.values[..., i], alone, atol=1e-5, rtol=1e-5)
+        effect = alone - unpatched[i]
+        torch.testing.assert_close(result.effect()[..., i], effect, atol=1e-5, rtol=1e-5)
+    whole = result.normalized(each(model(clean)))
+    assert whole.shape == (2, 3, 2)
+    assert len(result.to_dataframe()) == 12
