@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.compat import only_read
+
 Hook = Callable[[Tensor], Tensor]
 Queries = Float[Tensor, "batch dest head d_head"]
 Keys = Float[Tensor, "batch src head d_head"]
+Pattern = Float[Tensor, "batch head dest src"]
 SINK_PAD = 8  # head channels added for the sink's logit; fused kernels want multiples of eight
 
 
@@ -57,41 +60,39 @@ def fused_attention(
     return z.transpose(1, 2)
 
 
-def explicit_attention(
+def explicit_pattern(
     q: Queries,
     k: Keys,
-    v: Keys,
     *,
     scale: float,
     sinks: Float[Tensor, " head"] | None,
     mask: Bool[Tensor, "batch dest src"] | None,
     hook_scores: Hook,
     hook_pattern: Hook,
-) -> tuple[Queries, Bool[Tensor, "batch dest head"]]:
-    """The same attention with scores and pattern laid open to hooks.
+) -> tuple[Pattern, Bool[Tensor, "batch dest head"] | None]:
+    """The same attention's pattern, with it and the scores laid open to hooks.
 
     Returns:
-        z, and which of its rows a hook changed. Pattern rows sum to less than 1 where there is a
-        sink: the rest of the mass is on it.
+        The pattern, and which of its rows a hook changed; None if none did. Rows sum to less than 1
+        where there is a sink: the rest of the mass is on it.
     """
     if mask is None:
         n = q.shape[1]
         mask = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    before = scores.detach()
-    scores = hook_scores(scores.clone())  # a copy, which a hook may edit in place
-    changed = _rows_changed(before, scores)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
+    scores = scores.masked_fill_(~mask[:, None], -torch.inf)
+    scores, changed = _pass(scores, hook_scores)
     if sinks is None:
         pattern = scores.softmax(-1)
     else:
         column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
-        pattern = torch.cat([column, scores], -1).softmax(-1)[..., 1:]
-    before = pattern.detach()
-    pattern = hook_pattern(pattern.clone())
-    changed |= _rows_changed(before, pattern)
-    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-    return z, changed.transpose(1, 2)
+        pattern = torch.cat([column, scores], -1).softmax(-1)[..., 1:].contiguous()
+    pattern, also = _pass(pattern, hook_pattern)
+    if changed is None or also is None:
+        changed = also if changed is None else changed
+    else:
+        changed = changed | also
+    return pattern, None if changed is None else changed.transpose(1, 2)
 
 
 def attention(
@@ -109,19 +110,22 @@ def attention(
     """``z``: the fused value, or the explicit one in rows that a hook changed."""
     if not hooked:
         return fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
-    z, changed = explicit_attention(
-        q, k, v, scale=scale, sinks=sinks, mask=mask, hook_scores=hook_scores,
+    pattern, changed = explicit_pattern(
+        q, k, scale=scale, sinks=sinks, mask=mask, hook_scores=hook_scores,
         hook_pattern=hook_pattern,
     )  # fmt: skip
     with torch.no_grad():
         canonical = fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
-    return canonical_unless_changed(canonical, z, changed[..., None])
+    if changed is None and not (pattern.requires_grad or v.requires_grad):
+        return canonical  # nothing to change it, and no gradient to pass to the hooks
+    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+    return canonical_unless_changed(canonical, z, None if changed is None else changed[..., None])
 
 
 class _CanonicalUnlessChanged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, canonical: Tensor, other: Tensor, changed: Tensor) -> Tensor:
-        return torch.where(changed, other, canonical)
+    def forward(ctx: Any, canonical: Tensor, other: Tensor, changed: Tensor | None) -> Tensor:
+        return canonical.clone() if changed is None else torch.where(changed, other, canonical)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
@@ -129,17 +133,31 @@ class _CanonicalUnlessChanged(torch.autograd.Function):
 
 
 def canonical_unless_changed(
-    canonical: Float[Tensor, "..."], other: Float[Tensor, "..."], changed: Bool[Tensor, "..."]
+    canonical: Float[Tensor, "..."],
+    other: Float[Tensor, "..."],
+    changed: Bool[Tensor, "..."] | None,
 ) -> Float[Tensor, "..."]:
     """Two routes to one value: bits of ``canonical`` where nothing was ``changed``, else ``other``.
 
     The gradient always follows ``other``, the route on which the hooks are, so that it reaches
-    whatever they hold.
+    whatever they hold. None for ``changed`` is a change nowhere.
     """
     return _CanonicalUnlessChanged.apply(canonical, other, changed)
 
 
-def _rows_changed(before: Tensor, after: Tensor) -> Tensor:
+def _pass(x: Pattern, hook: Hook) -> tuple[Pattern, Bool[Tensor, "batch head dest"] | None]:
+    """What a hook makes of ``x``, and the rows that it changed; None if there are none."""
+    if only_read(hook):  # a cache: saves two copies and a comparison of all entries
+        return hook(x), None
+    before = x.detach()
+    x = hook(x.clone())  # a copy, which a hook may edit in place
+    return x, _rows_changed(before, x)
+
+
+def _rows_changed(before: Tensor, after: Tensor) -> Tensor | None:
+    if torch.equal(before, after):  # most hooks only look; row by row costs several times as much
+        return None
     # NaN != NaN would report a change in rows that no hook touched
     same = (before == after) | (before.isnan() & after.isnan())
-    return (~same).any(-1)
+    changed = (~same).any(-1)
+    return changed if bool(changed.any()) else None
