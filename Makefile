@@ -3,7 +3,7 @@
 #   PYTHON      the Python (3.11 or newer) the environments are made from
 #   TORCH_ARGS  more options for pip when it installs torch, such as an index of CPU-only builds
 #   WORKERS     test processes
-#   ARGS        more options for pytest (test, test-tl3) or for `tl-sparse demo` (demo)
+#   ARGS        more options for pytest (test and its kin) or for `tl-sparse demo` (demo)
 #   DEMO_OUT    the folder the demo writes
 PYTHON ?= python3
 TORCH_ARGS ?=
@@ -13,21 +13,24 @@ DEMO_OUT ?= demo-report
 
 VENV := .venv
 VENV_TL3 := .venv-tl3
+VENV_TL2 := .venv-tl2
+VENV_SAE := .venv-sae
 
 # One thread a process: the test models are so small that threads only get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled
+comma := ,
 # loadfile: fixtures that train a model are made once a file, not once a process.
 PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 lint format types notebooks clean
+.PHONY: help demo test test-tl3 test-tl2 test-sae conformance lint format types notebooks clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# $(call set-up,environment,constraints file): torch comes first and by its pin, so that a CPU build
-# that is already at hand, or named by TORCH_ARGS, is kept by the second call.
+# $(call set-up,environment,constraints file,extras): torch comes first and by its pin, so that a CPU
+# build that is already at hand, or named by TORCH_ARGS, is kept by the second call.
 define set-up
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "tl_sparse needs Python 3.11 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
@@ -35,15 +38,21 @@ define set-up
 @echo "Setting up $(1) from $(2) (once; a few minutes)"
 @test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 @$(1)/bin/pip install --quiet $(TORCH_ARGS) "$$(grep '^torch==' $(2))"
-@$(1)/bin/pip install --quiet --constraint $(2) --editable '.[dev]'
+@$(1)/bin/pip install --quiet --constraint $(2) --editable '.[$(3)]'
 @touch $(1)/.set-up
 endef
 
 $(VENV)/.set-up: pyproject.toml constraints.txt
-	$(call set-up,$(VENV),constraints.txt)
+	$(call set-up,$(VENV),constraints.txt,dev$(comma)external)
 
 $(VENV_TL3)/.set-up: pyproject.toml constraints-tl3.txt
-	$(call set-up,$(VENV_TL3),constraints-tl3.txt)
+	$(call set-up,$(VENV_TL3),constraints-tl3.txt,dev$(comma)external)
+
+$(VENV_TL2)/.set-up: pyproject.toml constraints-tl2.txt
+	$(call set-up,$(VENV_TL2),constraints-tl2.txt,dev$(comma)tl2)
+
+$(VENV_SAE)/.set-up: pyproject.toml constraints-sae.txt
+	$(call set-up,$(VENV_SAE),constraints-sae.txt,dev$(comma)sae)
 
 demo: $(VENV)/.set-up ## Train a small sparse model, find a circuit and write a report
 	$(VENV)/bin/tl-sparse demo --out $(DEMO_OUT) $(ARGS)
@@ -53,6 +62,27 @@ test: $(VENV)/.set-up ## Run the tests with the current TransformerLens
 
 test-tl3: $(VENV_TL3)/.set-up ## Run the same tests with TransformerLens 3
 	$(ONE_THREAD) $(VENV_TL3)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+
+# The environments of other targets join in where they are set up. The table is written even if a test
+# fails: it then says WRONG, and the target fails.
+conformance: $(VENV)/.set-up $(VENV_TL3)/.set-up ## Write docs/conformance.md from what the tests find
+	@rm -rf build/conformance && mkdir -p build/conformance docs
+	@failed=0; for env in $(VENV_TL3) $(VENV) $(VENV_SAE) $(VENV_TL2); do \
+		[ -e $$env/.set-up ] || continue; \
+		[ $$env != $(VENV_TL2) ] || without="-p tests.transformer_lens_2"; \
+		$(ONE_THREAD) $$env/bin/python -m pytest $$without $(PYTEST_OPTIONS) $(ARGS) tests/conformance \
+			--ignore tests/conformance/test_table.py \
+			--conformance-json build/conformance/$$env.json || failed=1; \
+	done; \
+	$(VENV)/bin/python -m tests.conformance.table build/conformance/.venv*.json \
+		> build/conformance/table.md && cp build/conformance/table.md docs/conformance.md || failed=1; \
+	exit $$failed
+
+test-tl2: $(VENV_TL2)/.set-up ## Run them with TransformerLens 2, auto-circuit and circuit-tracer
+	$(ONE_THREAD) $(VENV_TL2)/bin/python -m pytest -p tests.transformer_lens_2 $(PYTEST_OPTIONS) $(ARGS)
+
+test-sae: $(VENV_SAE)/.set-up ## Train and splice dictionaries with SAELens
+	$(ONE_THREAD) $(VENV_SAE)/bin/python -m pytest tests/conformance/test_external_sae.py $(ARGS)
 
 lint: $(VENV)/.set-up ## Check style and formatting
 	$(VENV)/bin/ruff check .
@@ -73,5 +103,5 @@ notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
 	fi
 
 clean: ## Remove the environments, caches and built files
-	rm -rf $(VENV) $(VENV_TL3) demo-report build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL3) $(VENV_TL2) $(VENV_SAE) demo-report build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
