@@ -21,8 +21,8 @@ from tl_sparse import compat
 
 ADDITIVE = [name for name, fields in OPTIONS.items() if "residual_act" not in fields]
 WHY_NOT = (
-    "the stream is not the sum of the writes: block.residual_contribution_scale raises, and so do "
-    "TransformerLens' own edge tools; a tool that asks no block is not stopped"
+    "the stream is not the sum of the writes: block.residual_contribution_scale raises, and so "
+    "does a run with all the switches of edge tools on"
 )
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 CLEAN, CORRUPT = "w5 w6 w7 w9", "w5 w8 w4 w9"  # the same last token
@@ -235,12 +235,17 @@ def test_scores_are_the_slope_of_the_metric_along_each_edge(claim, option):
 
 
 @pytest.mark.parametrize("option", ["residual_relu"])
-def test_where_the_stream_is_no_sum_a_block_says_so_when_asked(claim, option):
+def test_where_the_stream_is_no_sum_edge_tools_are_refused_asked_or_not(claim, option):
     claim("EAP-style edge circuits", option, "refused", WHY_NOT)
     model = exact(option)
     for block in model.blocks:
         with pytest.raises(ValueError, match="not the sum of what heads and MLPs write"):
             _ = block.residual_contribution_scale
-    # what such a tool would get otherwise
-    empty = run_circuit(model, Graph.from_model(model), CLEAN, CORRUPT, set())
-    assert (metric(empty) - metric(run(model, CORRUPT, []))).abs() > 1e-2
+    # such a tool asks nothing: it turns its switches on and runs
+    with pytest.raises(ValueError, match="not the sum of what heads and MLPs write"):
+        run_circuit(model, Graph.from_model(model), CLEAN, CORRUPT, set())
+    # each place can still be looked at
+    for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
+        for other in ("attn_result", "split_qkv_input", "hook_mlp_in"):
+            getattr(model, f"set_use_{other}")(other == switch)
+        assert torch.isfinite(model(CLEAN)).all()

@@ -48,6 +48,20 @@ def residual_contribution_scale(config: SparseTransformerConfig) -> float:
     return 1.0
 
 
+def check_edge_switches(config: SparseTransformerConfig, cfg: Any) -> None:
+    """Refuse a run with every switch of edge tools on, if the stream is not a sum of writes.
+
+    Edge tools from elsewhere (EAP-IG, auto-circuit) ask a model nothing: they turn these switches
+    on, often in ``cfg`` itself, and add the writes up themselves.
+
+    Raises:
+        ValueError: it is such a run; see :func:`residual_contribution_scale`.
+    """
+    edges = cfg.use_attn_result and cfg.use_split_qkv_input
+    if edges and (cfg.use_hook_mlp_in or config.attn_only):
+        residual_contribution_scale(config)
+
+
 def check_direct_path_hook(model: Any, name: str, hook: Callable) -> None:
     """Refuse a direct path patching hook at ``name`` that would measure something else.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tl_sparse.compat import runtime_dtype
 from tl_sparse.layers import default_eps
+from tl_sparse.surface.additivity import check_edge_switches
 from tl_sparse.surface.tokens import TokenSurface
 
 RETURN_TYPES = ("logits", "loss", "both", None)
@@ -53,7 +54,7 @@ class RunSurface(TokenSurface):
 
         Raises:
             ValueError: unknown return_type, too long an input, missing tokens or tokens of another
-                shape, or no such layer.
+                shape, no such layer, or edge tools' switches on a stream that is no sum of writes.
         """
         if torch.compiler.is_compiling() and self.any_hooks():
             return run_eagerly(
@@ -64,6 +65,7 @@ class RunSurface(TokenSurface):
             raise ValueError(f"return_type={return_type!r} is unknown; choose from {RETURN_TYPES}")
         if shortformer_pos_embed is not None:
             raise ValueError("shortformer_pos_embed: this model has no shortformer positions")
+        check_edge_switches(self.config, self.cfg)
         first, last = self.layers_to_run(start_at_layer, stop_at_layer)
         if start_at_layer is None:
             tokens = self.input_tokens(input, prepend_bos, padding_side)
