@@ -287,6 +287,25 @@ def test_a_model_card_is_written_and_kept(saved):
     assert same_bits(from_pretrained(folder), model.state_dict())
 
 
+def test_saving_to_a_link_writes_the_folder_that_it_leads_to(saved, small_model, tmp_path):
+    _, folder = saved
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    other = small_model("plain", zeros=0.9)
+    other.save_pretrained(link)
+    assert link.is_symlink()
+    assert fingerprint(from_pretrained(folder)) == fingerprint(other)
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "link"}
+
+
+@pytest.mark.parametrize("name", [".", ""])
+def test_the_working_directory_is_not_replaced(small_model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is the working directory, .* choose a folder in it"):
+        small_model().save_pretrained(name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saving_never_deletes_what_it_did_not_write(saved, small_model):
     model, folder = saved
     (folder / "notes.md").write_text("do not lose me")

@@ -52,6 +52,7 @@ def test_every_field_has_a_line_of_documentation():
     [
         ({"n_layer": 2}, ["n_layer", "n_layers", "known"]),
         ({"activation_density": {"attn": 0.5}}, ["attn", "attn_in", "mlp_neuron"]),
+        ({"activation_density": {3: 0.5, "attn": 0.5}}, ["3, attn", "attn_in", "mlp_neuron"]),
     ],
 )
 def test_unknown_key_names_the_known_ones(values, words):

@@ -1,4 +1,5 @@
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -402,6 +403,49 @@ def test_files_that_are_no_state_dict_are_refused_and_run_nothing(tmp_path):
     torch.save([torch.zeros(2)], bomb)
     with pytest.raises(ValueError, match="must hold a state dict of tensors, not a list"):
         load(bomb, SIZES)
+    torch.save({0: torch.zeros(2)}, bomb)
+    with pytest.raises(ValueError, match="a state dict of tensors by name, not 0: Tensor"):
+        load(bomb, SIZES)
+
+
+def test_a_compressed_file_that_unpacks_to_more_is_refused(tmp_path):
+    state, theirs = state_and_model()
+    torch.save(state | {"surplus": torch.zeros(1 << 20)}, tmp_path / "model.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "model.pth") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(ValueError, match="its parts are compressed, or overlap"):
+        SparseTransformer.from_transformer_lens_state_dict(tmp_path / "small.pth", theirs.cfg)
+
+
+STRANGE = {
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "complex": lambda t: t.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tensors_that_are_no_plain_weights_are_refused(tmp_path, kind):
+    state, theirs = state_and_model()
+    state["embed.W_E"] = STRANGE[kind](state["embed.W_E"])
+    torch.save(state, tmp_path / "model.pth")
+    for source in (state, tmp_path / "model.pth"):
+        with pytest.raises(ValueError, match=r"embed\.W_E.* must be"):
+            SparseTransformer.from_transformer_lens_state_dict(source, theirs.cfg)
+
+
+def test_what_is_no_config_is_one_clear_error():
+    state, _ = state_and_model()
+    load = SparseTransformer.from_transformer_lens_state_dict
+    with pytest.raises(ValueError, match="lacks n_layers, d_model"):
+        load(state, {"normalization_type": "LNPre"})
+    with pytest.raises(TypeError, match="a dict of its fields, not a str"):
+        load(state, "gpt2")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -517,10 +561,12 @@ def test_sparsify_takes_floors_densities_and_biases(small_model):
 
 def test_sparsify_may_switch_abstopk_on(small_model, make_tokenizer, tokens):
     dense = small_model(tokenizer=make_tokenizer())
+    dense.padding_side = "left"
     sparse = dense.sparsify(0.5, activation_density=ActivationDensity.paper(0.5))
     _, cache = sparse.run_with_cache(tokens)
     assert ((cache["blocks.1.mlp.hook_post"] != 0).sum(-1) <= 12).all()
     assert sparse.tokenizer is dense.tokenizer
+    assert sparse.padding_side == "left"
     assert dense.config.activation_density == ActivationDensity()
 
 

@@ -141,6 +141,8 @@ def test_what_is_uploaded_is_what_is_saved(small_model, make_tokenizer, tmp_path
     assert fake_hub.calls["create_repo"]["private"] is True
     assert fake_hub.calls["upload_folder"]["commit_message"] == "first"
     assert fake_hub.calls["upload_folder"]["repo_id"] == "owner/name"
+    stale = {"tokenizer.json", "tokenizer_config.json"}  # where they are not uploaded anew
+    assert set(fake_hub.calls["upload_folder"]["delete_patterns"]) == stale
 
 
 def test_unknown_upload_options_are_refused(small_model, fake_hub):

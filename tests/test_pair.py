@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,14 @@ def trained(small, corpus):
         ({"dense_training": RUN}, "and dense_training none"),
         ({"dense_training": replace(DENSE_RUN, stop_at_loss=3.0)}, "leave it unset"),
         ({"dense": replace(DENSE, n_ctx=32)}, "sparse.n_ctx=48 and dense.n_ctx=32 differ"),
+        (
+            {"dense_training": replace(DENSE_RUN, eval_sequences=7)},
+            r"sparse_training.eval_sequences=\d+ and dense_training.eval_sequences=7 differ",
+        ),
+        (
+            {"dense_training": replace(DENSE_RUN, context=24)},
+            "sparse_training.context=None and dense_training.context=24 differ",
+        ),
     ],
 )
 def test_what_makes_no_pair_is_refused(small, changes, words):
@@ -191,6 +200,15 @@ def test_the_validation_loss_is_the_trainers(corpus, small_model):
     trainer = Trainer(model, corpus, RUN, progress=False)
     expected = trainer.validation_loss()
     assert pair.validation_loss(model.eval(), corpus, 8) == pytest.approx(expected, rel=1e-6)
+    short = Trainer(model, corpus, replace(RUN, context=16), progress=False).validation_loss()
+    assert short != pytest.approx(expected, rel=1e-6)
+    assert pair.validation_loss(model.eval(), corpus, 8, 16) == pytest.approx(short, rel=1e-6)
+
+
+def test_a_run_whose_process_was_killed_before_it_noted_its_time_has_none(tmp_path):
+    hours, machine = pair.training_time(tmp_path, 4)
+    assert math.isnan(hours)
+    assert machine == "a machine that was not recorded"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -61,13 +61,18 @@ class TrainingRecord:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Write a folder beside its place and move it there when complete; on error leave nothing.
 
+    A link to a folder stays a link: the folder that it leads to is written.
+
     Raises:
-        ValueError: the place is taken by a file, or by a folder with entries that the new one
-            lacks, which would be lost.
+        ValueError: the place is taken by a file, by the working directory, or by a folder with
+            entries that the new one lacks, which would be lost.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a folder")
+    if target == Path.cwd():
+        raise ValueError(f"{target} is the working directory, which cannot be replaced: choose a "
+                         "folder in it")  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -106,7 +111,7 @@ def replace_folder(target: Path, work: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a missing, broken or oversized file is one clear error."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a checkpoint folder holds {CONFIG}, {WEIGHTS}")
+        raise FileNotFoundError(f"{path} is missing")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
     try:
@@ -278,6 +283,10 @@ def from_pretrained(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; ValueError unless its schema and its keys are known."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder / CONFIG} is missing; a model's folder holds {CONFIG} and {WEIGHTS}"
+        )
     values = read_json(folder / CONFIG)
     if values.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
@@ -365,8 +374,13 @@ def load_tensors(
         )
     for name, tensor in tensors.items():
         check_shape(name, tensor, tuple(expected[name].shape), origin)
-        if not tensor.is_floating_point():
-            raise ValueError(f"{origin}: {name} is {tensor.dtype}, weights must be floating point")
+        if str(tensor.dtype).removeprefix("torch.") not in BITS:
+            raise ValueError(
+                f"{origin}: {name} is {tensor.dtype}, weights must be floating point: "
+                f"{', '.join(BITS)}"
+            )
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(f"{origin}: {name} must be a strided tensor with data")
     # the widest dtype among them: nothing is rounded
     model.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())))
     model.load_state_dict(dict(tensors), strict=True)

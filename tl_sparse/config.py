@@ -95,7 +95,8 @@ class SparseTransformerConfig:
     normalization_type: Normalization = "RMS"
     """RMSNorm (zero stays zero), LayerNorm, or none (TransformerLens' None, for toy models)."""
     eps: float | None = None
-    """Epsilon of the norms; default as the released code: finfo(dtype).eps for RMS, 1e-5 for LN."""
+    """Epsilon of the norms. Default as the released code: for RMS finfo(dtype).eps, in half
+    precision that of float32; for LN 1e-5."""
     use_bias: bool = True
     """Biases in attention and MLP."""
     use_ln_bias: bool = True

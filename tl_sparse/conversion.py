@@ -17,6 +17,7 @@ from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.layers import default_eps
 from tl_sparse.matrices import BIASES, weight_matrices
 from tl_sparse.model import SparseTransformer
+from tl_sparse.pt_files import check_plain, read_pt
 from tl_sparse.sparsity import SparsityConfig, project_all
 from tl_sparse.transformer_lens_config import (
     SUPPORTED,
@@ -81,14 +82,16 @@ def from_transformer_lens_state_dict(
         ValueError: it is no weights-only checkpoint, tensors are missing, unexpected or of the
             wrong shape, or the architecture is none that a SparseTransformer can have.
     """
-    origin = "the state dict"
     if isinstance(state_dict, str | Path):
         origin = str(state_dict)
-        state_dict = _read_state_dict(Path(state_dict))
-    weights = {k: v for k, v in state_dict.items() if not compat.is_attention_buffer(k)}
+        weights = _weights(read_pt(Path(state_dict)), origin)
+        weights = {name: check_plain(f"{name} in {origin}", t) for name, t in weights.items()}
+    else:
+        origin = "the state dict"
+        weights = _weights(state_dict, origin)
     if not isinstance(config, SparseTransformerConfig):
-        weights = _with_unit_norms(weights, config)
-        config = config_from_transformer_lens(config)
+        cfg, config = config, config_from_transformer_lens(config)
+        weights = _with_unit_norms(weights, cfg)
     if "unembed.W_U" in weights:
         zeros = torch.zeros(config.n_logits).to(weights["unembed.W_U"])
         weights.setdefault("unembed.b_U", zeros)
@@ -110,16 +113,19 @@ def _share_storage(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the broken archive provokes
-        raise ValueError(f"{path} is truncated or no weights-only checkpoint: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path} must hold a state dict of tensors, not a {type(state).__name__}")
-    return dict(state)
+def _weights(state: Any, origin: str) -> dict[str, Tensor]:
+    """The weights in a state dict; ValueError if it is none."""
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{origin} must hold a state dict of tensors, not a {type(state).__name__}"
+        )
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{origin} must hold a state dict of tensors by name, not {name!r:.80}: "
+                f"{type(value).__name__}"
+            )
+    return {name: t for name, t in state.items() if not compat.is_attention_buffer(name)}
 
 
 def _load(
@@ -255,7 +261,7 @@ def sparsify(
     config = model.config
     if activation_density is not None:
         config = dataclasses.replace(config, activation_density=activation_density)
-    copy = SparseTransformer(config, model.tokenizer)
+    copy = SparseTransformer(config, model.tokenizer, default_padding_side=model.padding_side)
     load_tensors(copy, model.state_dict(), "the model").to(model.cfg.device)
     with torch.no_grad():
         project_all(weight_matrices(copy, biases=sparse_biases), rule, 0, 1)

@@ -101,7 +101,9 @@ def upload(
 ) -> str:
     """Upload the folder that ``save`` writes, in one commit; returns the commit's address.
 
-    The options are those of ``PyTorchModelHubMixin.push_to_hub``.
+    Tokenizer files that are on the hub already and that ``save`` does not write are deleted there:
+    they belong to a model that is replaced, and would be loaded with this one. The options are
+    those of ``PyTorchModelHubMixin.push_to_hub``.
     """
     return Upload(save).push_to_hub(
         repo_id,
@@ -110,4 +112,5 @@ def upload(
         branch=branch,
         create_pr=create_pr,
         commit_message=commit_message,
+        delete_patterns=list(TOKENIZER_FILES),
     )

@@ -98,8 +98,11 @@ def sinusoids(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
 
 def default_eps(config: SparseTransformerConfig, dtype: torch.dtype) -> float:
     """Epsilon of norms whose config gives none, for activations of a dtype."""
-    # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1).
-    return torch.finfo(dtype).eps if config.normalization_type == "RMS" else 1e-5
+    # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1). nn.RMSNorm
+    # computes in single precision at least: with half precision's eps (1e-3, 8e-3) a cast model
+    # would be another function wherever the stream is small.
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.finfo(wide).eps if config.normalization_type == "RMS" else 1e-5
 
 
 def make_norm(config: SparseTransformerConfig, width: int) -> nn.Module:
@@ -137,7 +140,8 @@ class Norm(Layer):
         eps = self.eps or default_eps(self.config, x.dtype)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16
+        scale = (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
         scale = self.hook_scale(editable(scale, self.hook_scale))
         x = self.hook_normalized(x / scale) * self.w
         return x if self.b is None else x + self.b

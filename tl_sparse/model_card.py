@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 from collections import defaultdict
@@ -146,7 +147,7 @@ def weights(config: PairConfig, member: PairMember) -> str:
     every = sum(parameter.numel() for parameter in member.model.parameters())
     return "\n".join(
         [
-            f"L0 {total:,}, over both layers; beside these matrices there are "
+            f"L0 {total:,}, over all layers; beside these matrices there are "
             f"{every - sum(entries.values()):,} numbers in biases, norms, sinks and the bigram "
             f"table, dense in both models. Stored in {config.dtype}.",
             "",
@@ -182,8 +183,9 @@ def training(config: PairConfig, member: PairMember) -> str:
         else f" It was stopped at the sparse model's loss, after {member.record.steps:,} of "
         f"{run.steps:,} steps."
     )
+    time = "for an unknown time" if math.isnan(member.hours) else f"{member.hours:.2f} hours"
     return (
-        f"Seed {seed}, {member.hours:.2f} hours on {member.machine}. {recipe(run)}{stop} With "
+        f"Seed {seed}, {time} on {member.machine}. {recipe(run)}{stop} With "
         f"{', '.join(f'{name} {version_of(name)}' for name in VERSIONED)}."
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 import time
@@ -93,7 +94,7 @@ def train_member(
         kind=kind,
         model=model,
         record=record,
-        stored_loss=validation_loss(model, corpus, training.eval_sequences),
+        stored_loss=validation_loss(model, corpus, training.eval_sequences, training.context),
         tasks=evaluate_tasks(model, config.pairs),
         hours=hours,
         machine=where,
@@ -184,9 +185,13 @@ def machine() -> str:
 def training_time(folder: Path, steps: int) -> tuple[float, str]:
     """Hours that a run of so many steps took, and on what.
 
-    Steps whose time is unknown, because the process was killed, count as long as the others.
+    Steps whose time is unknown, because the process was killed, count as long as the others; where
+    no time is known the hours are NaN.
     """
-    lines = (folder / SESSIONS).read_text(encoding="utf-8").splitlines()
+    path = folder / SESSIONS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        return math.nan, "a machine that was not recorded"
     sessions = [json.loads(line) for line in lines]
     rate = sum(s["seconds"] for s in sessions) / sum(s["steps"] for s in sessions)
     return rate * steps / 3600, "; ".join(dict.fromkeys(s["machine"] for s in sessions))
@@ -201,9 +206,11 @@ def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float
 
 
 @torch.no_grad()
-def validation_loss(model: SparseTransformer, corpus: TokenizedCorpus, sequences: int) -> float:
+def validation_loss(
+    model: SparseTransformer, corpus: TokenizedCorpus, sequences: int, context: int | None = None
+) -> float:
     """Mean next-token loss (nats) on the validation text that training measures its loss on."""
-    text = corpus.validation_sequences(sequences, model.config.n_ctx)
+    text = corpus.validation_sequences(sequences, context or model.config.n_ctx)
     losses = [model(part, return_type="loss", loss_per_token=True) for part in text.split(64)]
     return float(torch.cat(losses).mean())
 

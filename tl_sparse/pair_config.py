@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -124,10 +124,18 @@ class PairConfig:
             raise ValueError(
                 "dense_training.stop_at_loss is the sparse model's loss: leave it unset"
             )
-        if self.sparse.n_ctx != self.dense.n_ctx:
+        self._check_same_text("n_ctx", self.sparse, self.dense)
+        for name in ("context", "eval_sequences"):
+            self._check_same_text(name, self.sparse_training, self.dense_training, "_training")
+
+    @staticmethod
+    def _check_same_text(name: str, sparse: Any, dense: Any, suffix: str = "") -> None:
+        """ValueError if the two models' losses are not measured on the same text."""
+        one, other = getattr(sparse, name), getattr(dense, name)
+        if one != other:
             raise ValueError(
-                f"sparse.n_ctx={self.sparse.n_ctx} and dense.n_ctx={self.dense.n_ctx} differ, so "
-                "the two losses could not be compared"
+                f"sparse{suffix}.{name}={one} and dense{suffix}.{name}={other} differ, so the two "
+                "losses could not be compared"
             )
 
     def model(self, kind: Kind, seed: int, d_vocab: int) -> SparseTransformerConfig:
@@ -163,7 +171,7 @@ class PairMember:
     tasks: dict[str, TaskResult]
     """Held-out results of the stored weights on every task."""
     hours: float
-    """Time that its training took."""
+    """Time that its training took; NaN where that is not known."""
     machine: str
     """What it was trained on, in words."""
 

@@ -21,7 +21,7 @@ def from_plain(cls: type[Any], values: Any) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"a {cls.__name__} is a JSON object, not {values!r:.80}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
+    if unknown := sorted(map(str, set(values) - set(fields))):
         raise ValueError(
             f"unknown {cls.__name__} key(s) {', '.join(unknown)}; known: "
             f"{', '.join(sorted(fields))}"

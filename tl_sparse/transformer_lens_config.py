@@ -104,8 +104,14 @@ def config_from_transformer_lens(cfg: Mapping[str, Any] | Any) -> SparseTransfor
 
 
 def config_values(cfg: Mapping[str, Any] | Any) -> dict[str, Any]:
-    """The fields of a TransformerLens config, or of a dict of it."""
-    return dict(cfg) if isinstance(cfg, Mapping) else dict(vars(cfg))
+    """The fields of a TransformerLens config, or of a dict of it; TypeError for anything else."""
+    if isinstance(cfg, Mapping):
+        return dict(cfg)
+    if not hasattr(cfg, "__dict__"):
+        raise TypeError(
+            f"a config is TransformerLens' own or a dict of its fields, not a {type(cfg).__name__}"
+        )
+    return dict(vars(cfg))
 
 
 def _unsupported(cfg: Mapping[str, Any] | Any) -> list[str]:

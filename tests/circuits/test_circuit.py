@@ -111,7 +111,7 @@ def test_another_model_is_refused(circuit, model, tmp_path):
 
 
 def test_a_missing_folder_or_file_is_named(circuit, model, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"circuit.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"circuit.json is missing$"):
         Circuit.load(tmp_path / "nowhere", model)
     circuit.save(tmp_path / "c")
     (tmp_path / "c" / "circuit.safetensors").unlink()

@@ -283,7 +283,11 @@ def set_at(*keys):
         (set_at("importances", "loss", "low"), "loss must be a number, not 'low'"),
         (set_at("importances", "loss", torch.zeros(3)), "loss must be a number"),
         (set_at("importances", "loss", 10**400), "loss must be a number"),
-        (set_at("importances", "task_samples", (torch.zeros(3),)), r"must be \[prompt, pos\]"),
+        (set_at("importances", "task_samples", (torch.zeros(3),)), r"must be tokens \[prompt, pos"),
+        (
+            set_at("importances", "task_samples", (torch.rand(2, 3),)),
+            r"must be tokens \[prompt, pos\], not torch.float32",
+        ),
         (set_at("importances", []), "importances must be a dict, not a list"),
         (set_at("all_loss", [1.0]), "all_loss must hold pairs"),
         (set_at("all_loss", [(math.nan, 1.0)]), "cannot convert float NaN"),

@@ -3,11 +3,13 @@
 import functools
 import http.server
 import shutil
+import socket
 import threading
 
 import pytest
 import torch
 
+from tl_sparse.model import SparseTransformer
 from tl_sparse.openai import from_openai, read_payload
 
 
@@ -64,7 +66,7 @@ def test_a_model_is_fetched_once(served, tmp_path, capsys):
 
 
 def test_without_progress_nothing_is_shown(served, capsys):
-    from_openai(served[0], progress=False)
+    SparseTransformer.from_openai(served[0], progress=False)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
@@ -93,6 +95,35 @@ def test_a_server_that_does_not_answer(served, tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
         from_openai("http://127.0.0.1:9/model", progress=False)
     assert cached(tmp_path) == []
+
+
+def test_a_server_that_speaks_no_http(tmp_path, monkeypatch):
+    monkeypatch.setenv("TL_SPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    answers = [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nab"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for answer in answers:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        for _ in answers:
+            with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+                from_openai(f"http://127.0.0.1:{server.getsockname()[1]}/m", progress=False)
+        thread.join()
+    assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a b", "http://127.0.0.1:port/m"])
+def test_an_address_that_is_none(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("TL_SPARSE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+        from_openai(address, progress=False)
 
 
 @pytest.mark.parametrize("address", ["file:///etc/m", "ftp://host/m", "az://oaipublic/m"])

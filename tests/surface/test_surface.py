@@ -154,6 +154,9 @@ def test_the_offset_of_a_cache_is_what_it_has_seen(small_model, tokens):
     assert model.get_pos_offset(cache, 2) == 5
     with pytest.raises(ValueError, match=r"\[2, 4, 4\], not \[3, 4, 4\]"):
         model.get_pos_offset(cache, 3)
+    for run in (model, model.input_to_embed):
+        with pytest.raises(ValueError, match="the cache holds keys of batch, heads, d_head"):
+            run(torch.zeros(3, 1, dtype=torch.long), past_kv_cache=cache)
 
 
 @pytest.mark.parametrize("option", ["plain", "standard", "bigram_learned", "together"])
@@ -229,11 +232,20 @@ def test_a_model_is_a_module_that_nests(small_model, tokens):
     assert torch.equal(Twice(model)(tokens), 2 * model(tokens))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_cfg_eps_is_what_the_norms_use_after_a_cast(small_model, dtype):
-    """RMSNorm without an eps of its own takes its dtype's; a fixed eps stays."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_norms_eps_after_a_cast_is_that_of_torchs_own_norm(small_model, dtype):
+    """Half precision's own eps would drown a small stream: nn.RMSNorm takes single precision's."""
     model = small_model("plain").to(dtype)
-    assert model.cfg.eps == torch.finfo(dtype).eps
-    x = torch.full((1, 1, model.cfg.d_model), 1e-3, dtype=dtype)
-    scale = (x.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
-    torch.testing.assert_close(model.ln_final(x), x / scale * model.ln_final.w)
+    assert model.cfg.eps == torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    x = torch.randn(2, 3, model.cfg.d_model, dtype=dtype) * 1e-2
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    weight = model.ln_final.w.to(wide.dtype)
+    expected = torch.nn.functional.rms_norm(wide, wide.shape[-1:], weight).to(dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(model.ln_final(x), expected, rtol=tolerance, atol=0)
+
+
+def test_half_precision_norms_do_not_overflow(small_model):
+    model = small_model("plain").to(torch.float16)
+    x = torch.full((1, 1, model.cfg.d_model), 1000.0, dtype=torch.float16)
+    torch.testing.assert_close(model.ln_final(x)[0, 0], model.ln_final.w)

@@ -134,6 +134,12 @@ def test_accumulated_bias_is_what_the_biases_write(small_model):
         torch.testing.assert_close(model.accumulated_bias(layer, mlp_input, mlp), value)
 
 
+@pytest.mark.parametrize(("layer", "mlp_input"), [(-1, False), (3, False), (2, True)])
+def test_accumulated_bias_of_no_layer_is_refused(small_model, layer, mlp_input):
+    with pytest.raises(ValueError, match=f"layer={layer} with mlp_input={mlp_input} is not in 0"):
+        small_model().accumulated_bias(layer, mlp_input)
+
+
 def test_parameters_by_transformer_lens_name(small_model, option):
     model = small_model(option)
     named = model.tl_parameters()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tl_sparse.ablation import Ablate, ActivationMeans, FwdHook
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.circuits import Calibration, Circuit, circuit_edges
-from tl_sparse.openai.files import check_plain, local_folder, read_pt
+from tl_sparse.openai.files import local_folder
+from tl_sparse.pt_files import check_plain, read_pt
 from tl_sparse.sites import NodeIndex
 
 PAYLOAD = "viz_data.pt"
@@ -160,10 +161,7 @@ def channel_numbers(value: Any, name: str) -> Int[Tensor, " _"]:
     if isinstance(value, list) and not value:
         value = torch.zeros(0, dtype=torch.int64)
     tensor = check_plain(name, value)
-    whole = (
-        not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-    )
-    if tensor.ndim != 1 or not (whole or not len(tensor)):
+    if tensor.ndim != 1 or not (holds_integers(tensor) or not len(tensor)):
         raise ValueError(f"{name} must be a list of channels, not {tensor.dtype} {tensor.shape}")
     tensor = tensor.long()
     if bool((tensor < 0).any()) or len(tensor.unique()) != len(tensor):
@@ -171,12 +169,19 @@ def channel_numbers(value: Any, name: str) -> Int[Tensor, " _"]:
     return tensor
 
 
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether a tensor's entries are integers, and no bools."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def prompts(samples: Any) -> Int[Tensor, "prompt pos"]:
     """The tokens in ``task_samples``, whose second part is activations."""
     tokens = samples[0] if isinstance(samples, list | tuple) and samples else samples
     tensor = check_plain("task_samples", tokens)
-    if tensor.ndim != 2:
-        raise ValueError(f"task_samples must be [prompt, pos], not {tuple(tensor.shape)}")
+    if tensor.ndim != 2 or not holds_integers(tensor):
+        raise ValueError(
+            f"task_samples must be tokens [prompt, pos], not {tensor.dtype} {tuple(tensor.shape)}"
+        )
     return tensor.long()
 
 

@@ -1,22 +1,14 @@
-"""Getting the format's files: from a folder or a web address, and without running what is in them.
-
-A ``.pt`` file is a zip archive around a pickle. It is read with torch's weights-only unpickler, and
-only if its parts together are no larger than the file, so that they cannot unpack to more.
-"""
+"""Getting the format's files: from a folder or a web address."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import zipfile
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from tl_sparse.checkpoints import atomic_folder
@@ -25,7 +17,6 @@ from tl_sparse.data.corpus import default_cache_dir
 CHUNK = 1 << 20
 TIMEOUT = 60
 """Seconds without a byte after which a download is given up."""
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def local_folder(
@@ -90,60 +81,5 @@ def download(address: str, path: Path, required: bool, progress: bool) -> None:
     except HTTPError as error:
         if required or error.code != 404:
             raise FileNotFoundError(f"{address} cannot be fetched: {error}") from error
-    except (OSError, ValueError) as error:  # URLError is an OSError
+    except (OSError, ValueError, HTTPException) as error:  # URLError is an OSError
         raise FileNotFoundError(f"{address} cannot be fetched: {error}") from error
-
-
-def read_pt(path: Path) -> Any:
-    """What a ``.pt`` file holds: tensors and plain values; nothing in it is run.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, unpacks to more than its size, or holds anything else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-        if sum(part.file_size for part in parts) > os.path.getsize(path):
-            raise ValueError("its parts are compressed, or overlap")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the broken archive provokes
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is truncated or no weights-only checkpoint: {reason:.300}"
-        ) from error
-
-
-def check_plain(name: str, tensor: Any) -> Tensor:
-    """A tensor that is what it seems: strided, on the CPU, and no larger than its storage.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    if type(tensor) not in (Tensor, nn.Parameter):
-        raise ValueError(f"{name} must be a tensor, not a {type(tensor).__name__}")
-    plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.is_quantized:
-        raise ValueError(f"{name} must be a strided tensor with data")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name} repeats its storage to get {tuple(tensor.shape)}")
-    return tensor.detach()
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict of plain floating point tensors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    state = read_pt(path)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} must hold a state dict of tensors, not a {type(state).__name__}")
-    tensors = {name: check_plain(f"{name} in {path}", tensor) for name, tensor in state.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} in {path} is {tensor.dtype}, weights are floating point")
-    return tensors

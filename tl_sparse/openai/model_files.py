@@ -11,13 +11,14 @@ import torch
 from tl_sparse.checkpoints import atomic_folder, load_tensors, read_json
 from tl_sparse.model import SparseTransformer
 from tl_sparse.openai.config import OPENAI_CONFIG, config_from_openai, openai_from_config
-from tl_sparse.openai.files import local_folder, read_state
+from tl_sparse.openai.files import local_folder
 from tl_sparse.openai.tokenizer import (
     TOKENIZER_FILES,
     tokenizer_from_openai,
     tokenizer_to_openai,
 )
 from tl_sparse.openai.weights import OPENAI_WEIGHTS, tensors_from_openai, tensors_to_openai
+from tl_sparse.pt_files import read_state
 
 
 def from_openai(

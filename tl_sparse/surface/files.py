@@ -45,15 +45,16 @@ class FileSurface(ModelParts):
         device: torch.device | str | None = None,
         strict: bool = True,
         tokenizer: Any = None,
+        progress: bool = True,
     ) -> SparseTransformer:
         """Load a folder, or a web address, in openai/circuit_sparsity's format, in eval mode.
 
-        ``tokenizer`` is one, or a folder or address with vocab.bpe and encoder.json. See
-        ``tl_sparse.openai.from_openai``.
+        ``tokenizer`` is one, or a folder or address with vocab.bpe and encoder.json; ``progress``
+        is whether a download shows a bar. See ``tl_sparse.openai.from_openai``.
         """
         from tl_sparse.openai import from_openai
 
-        return from_openai(directory_or_url, device, strict, tokenizer)
+        return from_openai(directory_or_url, device, strict, tokenizer, progress)
 
     def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
         """Write the model in openai/circuit_sparsity's format, all or nothing.

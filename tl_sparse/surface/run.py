@@ -54,7 +54,8 @@ class RunSurface(TokenSurface):
 
         Raises:
             ValueError: unknown return_type, too long an input, missing tokens or tokens of another
-                shape, no such layer, or edge tools' switches on a stream that is no sum of writes.
+                shape, no such layer, a key-value cache of another batch size, or edge
+                tools' switches on a stream that is no sum of writes.
         """
         if torch.compiler.is_compiling() and self.any_hooks():
             return run_eagerly(
@@ -79,7 +80,7 @@ class RunSurface(TokenSurface):
             attention_mask = self.attention_mask_of(
                 tokens, attention_mask, prepend_bos, padding_side
             )
-        seen = 0 if past_kv_cache is None else past_kv_cache[0].past_keys.shape[1]
+        seen = self.get_pos_offset(past_kv_cache, batch)
         if seen + n > self.config.n_ctx:
             raise ValueError(f"{seen + n} tokens do not fit n_ctx={self.config.n_ctx}")
         mask, positions = self.masks_and_positions(batch, n, seen, attention_mask, past_kv_cache)
@@ -224,12 +225,11 @@ class RunSurface(TokenSurface):
         """(residual stream before block 0, tokens, None, attention mask), as TransformerLens."""
         tokens = self.input_tokens(input, prepend_bos, padding_side)
         attention_mask = self.attention_mask_of(tokens, attention_mask, prepend_bos, padding_side)
-        seen, mask = 0, attention_mask
+        batch, n = tokens.shape
+        seen, mask = self.get_pos_offset(past_kv_cache, batch), attention_mask
         if past_kv_cache is not None:
-            seen = past_kv_cache[0].past_keys.shape[1]
             mask = torch.ones_like(tokens) if mask is None else mask.long()
             mask = torch.cat([past_kv_cache.previous_attention_mask, mask], dim=1)
-        batch, n = tokens.shape
         _, positions = self.masks_and_positions(batch, n, seen, mask, None)
         tokens = self.tokens_to_embed(tokens)
         return self.residual_input(tokens, positions), tokens, None, attention_mask

@@ -120,7 +120,14 @@ class WeightSurface(ModelParts):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Tensor:
-        """Sum of the biases written to the stream before a layer (or before its MLP) [d_model]."""
+        """Sum of the biases written to the stream before a layer (or before its MLP) [d_model].
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        last = self.config.n_layers - mlp_input
+        if not 0 <= layer <= last:
+            raise ValueError(f"layer={layer} with mlp_input={mlp_input} is not in 0..{last}")
         total = torch.zeros(self.cfg.d_model, device=self.W_E.device, dtype=self.W_E.dtype)
         for block in self.blocks[:layer]:
             total = total + block.attn.b_O
