@@ -2,6 +2,7 @@
 
 from tl_sparse.circuits.circuit import Calibration as Calibration
 from tl_sparse.circuits.circuit import Circuit as Circuit
+from tl_sparse.circuits.compiled import CompiledCircuit as CompiledCircuit
 from tl_sparse.circuits.edges import circuit_edges as circuit_edges
 from tl_sparse.circuits.edges import count_edges as count_edges
 from tl_sparse.circuits.edges import random_edges as random_edges

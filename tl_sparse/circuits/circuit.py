@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import pandas as pd
@@ -23,6 +23,10 @@ from tl_sparse.checkpoints import atomic_folder, fingerprint, read_json, read_te
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.circuits.stored import check_tensors, checked_record, stored_index
 from tl_sparse.sites import MATRICES, NodeIndex
+
+if TYPE_CHECKING:
+    from tl_sparse.circuits.compiled import CompiledCircuit
+    from tl_sparse.tasks import TaskBatch
 
 SCHEMA_VERSION = 1
 TENSORS, RECORD = "circuit.safetensors", "circuit.json"
@@ -124,6 +128,26 @@ class Circuit:
     def hooks(self) -> list[FwdHook]:
         """``(hook name, function)`` pairs that mean-ablate every node outside the circuit."""
         return ablation_hooks(self.index, self.kept, self.means.values)
+
+    def compile(
+        self,
+        model: nn.Module,
+        batch: TaskBatch,
+        *,
+        token_ids: Sequence[int] | None = None,
+        exact_topk: bool = True,
+        tolerance: float = 1e-5,
+    ) -> CompiledCircuit:
+        """The circuit as a small hooked model of its own with the same logits, checked on
+        ``batch``.
+
+        See :func:`~tl_sparse.circuits.compiled.compile_circuit` for arguments and errors.
+        """
+        from tl_sparse.circuits.compiled import compile_circuit
+
+        return compile_circuit(
+            self, model, batch, token_ids=token_ids, exact_topk=exact_topk, tolerance=tolerance
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per held-out prompt: loss, loss_calibrated, correct."""
