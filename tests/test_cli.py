@@ -288,6 +288,25 @@ def test_info_tells_the_config_the_training_and_every_task(capsys, trained):
     )
 
 
+def test_tasks_tells_a_table_with_own_files_and_keeps_every_prompt(capsys, trained, tmp_path):
+    folder = str(trained / "model")
+    row = {"prompts": ["x = [[1]", "x = [1]"], "answers": ["]", "\n"], "split": "held_out"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "prompts.csv"
+    options = flags({"--pairs": 2, "--files": tmp_path / "mine.jsonl", "--csv": out})
+    cli.main(["tasks", folder, *options])
+    model = from_pretrained(folder)
+    own = tasks.from_jsonl(tmp_path / "mine.jsonl", model.tokenizer, max_tokens=48)
+    expected = tasks.table(model, 2, [*tasks.names(), own])
+    assert capsys.readouterr().out == f"{expected!r}\n"
+    lines = out.read_text().splitlines()
+    assert lines[0] == "task,split,pair,member,prompt,answer,loss,correct"
+    assert sum(line.startswith("mine,held_out,") for line in lines) == 4
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    words = refused(capsys, "tasks", folder, "--files", str(tmp_path / "mine.jsonl"))
+    assert "mine.jsonl, line 1: no key 'prompts'" in words
+
+
 def test_info_of_a_model_without_tokenizer_or_record(capsys, trained, tmp_path):
     model = from_pretrained(trained / "model")
     model.set_tokenizer(None)

@@ -1,4 +1,4 @@
-"""``tl-sparse``: train, prune, info, demo, pair. Options come from the config dataclasses."""
+"""``tl-sparse``: train, prune, info, tasks, demo, pair. Options come from dataclasses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tl_sparse.demo.report import write_whole
 from tl_sparse.model import SparseTransformer
 from tl_sparse.pair import PairConfig, train_pair
 from tl_sparse.recipes import RecipeName, TrainingConfig
-from tl_sparse.tasks import evaluate_task, get, names
+from tl_sparse.tasks import evaluate_task, from_jsonl, get, names, table
 from tl_sparse.training import Trainer
 
 
@@ -82,7 +82,7 @@ class Prune:
     """Find the circuit of a task in a trained model."""
 
     model: str
-    """Folder of a saved model."""
+    """Folder of a saved model, or the name of a bundled one."""
     task: str
     """Name of the task; tl-sparse info lists them."""
     out: str
@@ -120,7 +120,7 @@ class Info:
     """Describe a saved model and how well it does each task; without a model, list the tasks."""
 
     model: str | None = None
-    """Folder of a saved model."""
+    """Folder of a saved model, or the name of a bundled one."""
     pairs: int = 64
     """Held-out prompt pairs per task."""
 
@@ -147,6 +147,32 @@ class Info:
                 model, get(name, model.tokenizer, model.config.n_ctx), self.pairs
             )
             say(f"{name:32s} held-out loss {result.loss:.3f}  accuracy {result.accuracy:.2f}")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Accuracy and loss (nats; chance is 0.693) of a saved model on the held-out pairs of tasks."""
+
+    model: tyro.conf.Positional[str]
+    """Folder of a saved model, or the name of a bundled one."""
+    pairs: int = 128
+    """Prompt pairs per task."""
+    files: tuple[str, ...] = ()
+    """Task files (JSON lines) to add."""
+    csv: str | None = None
+    """File for the results on every prompt."""
+
+    def run(self) -> None:
+        """Say the table, write the prompts' results."""
+        model = from_pretrained(self.model)
+        if model.tokenizer is None:
+            raise ValueError(f"{self.model} has no tokenizer: there are no prompts for it")
+        length = model.config.n_ctx
+        own = [from_jsonl(file, model.tokenizer, max_tokens=length) for file in self.files]
+        found = table(model, self.pairs, [*names(), *own])
+        say(repr(found))
+        if self.csv is not None:
+            write_whole(Path(self.csv), found.examples().to_csv(index=False))
 
 
 def run_and_report(config: DemoConfig) -> None:
@@ -179,7 +205,7 @@ def commands(recipe: str) -> Any:
     # set afterwards: it stands for a value, but is none that the field may have
     object.__setattr__(start, "out", tyro.MISSING)
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "info": Info,
-                 "pair": PairConfig}  # fmt: skip
+                 "tasks": Tasks, "pair": PairConfig}  # fmt: skip
     defaults = {"train": start}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
@@ -195,7 +221,7 @@ def chosen_recipe(arguments: list[str]) -> str:
     return parser.parse_known_args(arguments)[0].recipe
 
 
-def parsed(arguments: list[str]) -> DemoConfig | PairConfig | Train | Prune | Info:
+def parsed(arguments: list[str]) -> DemoConfig | PairConfig | Train | Prune | Info | Tasks:
     """The command that the arguments describe; exits with one line if they describe none."""
     told = io.StringIO()
     try:

@@ -11,7 +11,13 @@ from tl_sparse.ablation import ablation_hooks
 from tl_sparse.checkpoints import from_pretrained, save_pretrained, training_record
 from tl_sparse.circuits import PruningConfig, answer_margins, count_edges, random_edges
 from tl_sparse.demo import DemoConfig, run_demo
-from tl_sparse.demo.study import common_tasks, measure, model_config, training_config
+from tl_sparse.demo.study import (
+    common_tasks,
+    last_token_decides,
+    measure,
+    model_config,
+    training_config,
+)
 from tl_sparse.matrices import weight_matrices
 from tl_sparse.recipes import TrainingConfig
 from tl_sparse.sparsity import l0
@@ -73,6 +79,7 @@ def test_common_tasks_are_those_that_both_solve_best_first(solvers):
     assert common_tasks(DemoConfig(max_tasks=2), sparse, dense) == ["d", "a"]
     assert common_tasks(DemoConfig(target_loss=0.13), sparse, dense) == ["d", "a", "b"]
     assert common_tasks(DemoConfig(quick=True), sparse, dense) == ["d", "a"]
+    assert common_tasks(DemoConfig(max_tasks=2), sparse, dense, {"d"}) == ["a", "b"]
     named = DemoConfig(tasks=("var_if", "for_while", "var_if"))
     assert common_tasks(named, sparse, dense) == ["var_if", "for_while"]
 
@@ -209,3 +216,10 @@ def test_the_command_writes_the_report_and_says_where(small, planted_in, tmp_pat
     assert sorted(p.name for p in (out / "circuits").iterdir()) == [
         "for_while-dense", "for_while-sparse",
     ]  # fmt: skip
+
+
+def test_tasks_that_the_last_token_decides_are_left_to_the_bigram_table():
+    """Their circuits are empty. The paper's other tasks must look further back."""
+    tokenizer = from_pretrained("python-sparse").tokenizer
+    found = {n for n in names() if last_token_decides(get(n, tokenizer, 64), DemoConfig())}
+    assert found == {"else_elif"}

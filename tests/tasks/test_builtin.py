@@ -1,13 +1,20 @@
 import ast
+import hashlib
 import re
 from functools import cache
 
 import pytest
 
 from tl_sparse import tasks
-from tl_sparse.data import HELD_OUT_WORDS, REQUIRED_WORDS, TRAIN_WORDS, idiom_documents
-from tl_sparse.tasks import SPLITS
-from tl_sparse.tasks.contexts import shape, snippets
+from tl_sparse.data import (
+    HELD_OUT_WORDS,
+    REQUIRED_WORDS,
+    TRAIN_WORDS,
+    build_tokenizer,
+    idiom_documents,
+)
+from tl_sparse.tasks import SPLITS, builtin, phrases
+from tl_sparse.tasks.contexts import Snippets, shape, snippets
 
 NAMES = tasks.names()
 LONG = 400  # no prompt is cut at this length
@@ -28,6 +35,31 @@ ENDINGS = {
     "with_as": (" f:\n    pass", ""),
     "if_ternary": ("\n    pass", " 2"),
     "final_kwarg": ("None):\n    pass", ":\n    pass"),
+    "class_init": ("", ""),
+    "var_swap": ("", ""),
+    "with_open": ("')", "')"),
+    "else_elif": ("\n        pass", "(x):\n        pass"),
+    "fstring_brace": ('x}")', ")"),
+    "indent_for": ("pass", "pass"),
+}
+OPENED = {"with_open": "'", "fstring_brace": '"'}  # ends a string that the answer leaves open
+
+# Hashes of the prompts of the first release, with the quoted code held fixed.
+PUBLISHED = {
+    "bracket_brace": "8a89b2924beec8bd",
+    "bracket_counting": "794955bd31a0c6dc",
+    "enumerate_range": "12f816034e5038f1",
+    "final_kwarg": "514b4ba639a33b28",
+    "for_while": "f0e1ec7e3bc955a4",
+    "if_equals": "06a1309598d6aead",
+    "if_ternary": "c1e5dccd9386d134",
+    "lambda_func": "f06abd7f8a4c68a8",
+    "set_or_string": "640275be1cf7c1a3",
+    "set_or_string_fixedvarname": "9e861034a79634fa",
+    "single_double_quote": "08b2b7ad30edb5eb",
+    "var_if": "1f5a0990f6e8ebe7",
+    "while_return_true": "2ebb2ab80d5dec56",
+    "with_as": "a2bc42c11753f73c",
 }
 
 
@@ -43,48 +75,57 @@ def idiom_shapes():
     return "\n" + "\n".join(shape(line.strip()) for line in lines) + "\n"
 
 
+@pytest.fixture(scope="module")
+def bare():
+    """A tokenizer of bytes and the required words."""
+    return build_tokenizer(["x"], 512)
+
+
+def batch(tokenizer, name, split, n_pairs=50, max_tokens=LONG):
+    return tasks.get(name, tokenizer, max_tokens).batch(n_pairs, split=split, seed=3)
+
+
 def prompts(tokenizer, name, split, n_pairs=50):
-    return tasks.get(name, tokenizer, LONG).batch(n_pairs, split=split, seed=3).prompts
+    return batch(tokenizer, name, split, n_pairs).prompts
 
 
 def own_part(prompt, split):
-    """The prompt without the lines quoted from real code."""
-    return "\n".join(line for line in prompt.split("\n") if line not in quoted_lines(split))
+    """The prompt without the lines quoted from real code, as they are or further indented."""
+    known = quoted_lines(split)
+    return "\n".join(x for x in prompt.split("\n") if x not in known and x.strip() not in known)
 
 
-def test_the_papers_main_tasks_are_there():
-    assert {
-        "single_double_quote",
-        "bracket_counting",
-        "set_or_string_fixedvarname",
-        "while_return_true",
-        "bracket_brace",
-    } <= set(NAMES)
+def test_the_papers_twenty_tasks_are_there(tokenizer):
+    assert len(NAMES) == 20
     assert set(ENDINGS) == set(NAMES)
+    sources = [tasks.get(name, tokenizer).source for name in NAMES]
+    assert sources == [f"Gao et al. 2025 (arXiv 2511.13653), Table 1: {name}" for name in NAMES]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_are_single_tokens_kept_by_every_trained_tokenizer(tokenizer, name):
-    for answer in tasks.get(name, tokenizer).answers:
-        assert len(answer) == 1 or answer in REQUIRED_WORDS
+def test_answers_are_single_tokens_kept_by_every_trained_tokenizer(bare, name):
+    for split in SPLITS:
+        for answer in set(batch(bare, name, split, 20, max_tokens=1000).answers):
+            assert len(answer) == 1 or answer in REQUIRED_WORDS
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_legal_next_text(tokenizer, name, split):
-    task = tasks.get(name, tokenizer)
-    for i, prompt in enumerate(prompts(tokenizer, name, split)):
-        ast.parse(prompt + task.answers[i % 2] + ENDINGS[name][i % 2] + "\n")
+    drawn = batch(tokenizer, name, split)
+    for i, (prompt, answer) in enumerate(zip(drawn.prompts, drawn.answers, strict=True)):
+        ast.parse(prompt + answer + ENDINGS[name][i % 2] + "\n")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answer_is_the_next_token_of_the_text(tokenizer, name):
-    task = tasks.get(name, tokenizer)
     for split in SPLITS:
-        for i, prompt in enumerate(prompts(tokenizer, name, split, 30)):
-            ids = tokenizer.encode(prompt + task.answers[i % 2] + ENDINGS[name][i % 2])
-            start = len(tokenizer.encode(prompt))
-            assert ids[start] == task.answer_ids[i % 2]
+        drawn = batch(tokenizer, name, split, 30)
+        for i, (prompt, answer) in enumerate(zip(drawn.prompts, drawn.answers, strict=True)):
+            ids = tokenizer.encode(prompt + answer + ENDINGS[name][i % 2])
+            assert ids[len(tokenizer.encode(prompt))] == drawn.answer[i]
+            assert tokenizer.decode([drawn.answer[i]]) == answer
+            assert drawn.other[i] == drawn.answer[i ^ 1] != drawn.answer[i]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,9 +154,9 @@ def template(text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out_templates_are_absent_from_the_idioms(tokenizer, name):
-    answers = tasks.get(name, tokenizer).answers
-    for i, prompt in enumerate(prompts(tokenizer, name, "held_out")):
-        assert template(prompt + answers[i % 2]) not in idiom_shapes()
+    drawn = batch(tokenizer, name, "held_out")
+    for prompt, answer in zip(drawn.prompts, drawn.answers, strict=True):
+        assert template(prompt + answer + OPENED.get(name, "")) not in idiom_shapes()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +186,45 @@ def test_members_of_a_pair_share_everything_before_and_after_the_probe(tokenizer
         words = [set(re.findall(r"\w+", text)) for text in (a, b)]
         # one name more in a member, at most, beside the words that make the probe
         assert len(words[0] ^ words[1]) <= 4
+
+
+@pytest.mark.parametrize("name", ["class_init", "var_swap"])
+def test_the_copied_names_differ_between_the_splits_and_vary(name):
+    words = [f" {word}" for word in (*TRAIN_WORDS, *HELD_OUT_WORDS)]
+    tokenizer = build_tokenizer(["x"], 2000, (*REQUIRED_WORDS, *words))
+    train, held_out = (set(batch(tokenizer, name, split, 100).answers) for split in SPLITS)
+    assert not train & held_out
+    assert len(train) >= 20
+    assert len(held_out) >= 5
+
+
+@pytest.mark.parametrize("name", ["else_elif", "indent_for", "while_return_true"])
+def test_contexts_are_real_functions(tokenizer, name):
+    for split in SPLITS:
+        for prompt in prompts(tokenizer, name, split):
+            assert prompt.startswith(snippets(split).functions)
+
+
+def test_the_first_fourteen_tasks_prompts_stay_what_published_numbers_were_measured_on(
+    tokenizer, monkeypatch
+):
+    # what is quoted depends on the interpreter, so something fixed is quoted here
+    fixed = {
+        split: Snippets(
+            (split,),
+            tuple(f"def {split}_{i}(a):\n    b = {i}" for i in range(9)),
+            tuple(f"{split}_{i} = {i}" for i in range(9)),
+            tuple(f"{split[:4]} {'so ' * i}on" for i in range(9)),
+        )
+        for split in SPLITS
+    }
+    monkeypatch.setattr(builtin, "snippets", fixed.get)
+    monkeypatch.setattr(phrases, "snippets", fixed.get)
+    found = {}
+    for name in PUBLISHED:
+        text = [p for split in SPLITS for p in prompts(tokenizer, name, split, 64)]
+        found[name] = hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
+    assert found == PUBLISHED
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_sparse import tasks
 from tl_sparse.data import build_tokenizer
-from tl_sparse.tasks import SPLITS, Task, task
+from tl_sparse.tasks import SPLITS, Pair, Task, task
 
 NAMES = tasks.names()
 
@@ -38,9 +38,11 @@ def test_batches_keep_the_contract(tokenizer, name, split):
         last = int(batch.last[i])
         assert batch.tokens[i, 1 : last + 1].tolist() == tokenizer.encode(prompt)
         assert (batch.tokens[i, last + 1 :] == tokenizer.pad_token_id).all()
-        assert (int(batch.answer[i]), int(batch.other[i])) == (
-            bound.answer_ids if i % 2 == 0 else bound.answer_ids[::-1]
-        )
+        assert tokenizer.encode(batch.answers[i]) == [int(batch.answer[i])]
+        assert int(batch.other[i]) == int(batch.answer[i ^ 1])
+        if bound.answers is not None:
+            assert batch.answers[i] == bound.answers[i % 2]
+            assert int(batch.answer[i]) == bound.answer_ids[i % 2]
     assert batch.last.max() == batch.tokens.shape[1] - 1
 
 
@@ -81,6 +83,42 @@ def test_long_prompts_lose_the_same_whole_lines_in_both_members(tokenizer):
     assert cut > 10
 
 
+def test_pairs_may_have_their_own_answers_and_those_split_are_left_out(tokenizer):
+    @task(source="test")
+    def ends(rng, split):
+        """The answer is the mark before."""
+        a, b = rng.sample([":", "?", "qqqzz", "!"], 2)
+        number = rng.randint(0, 9)
+        return Pair((f"{number}{a}{a}\n", f"{number}{b}{b}\n"), (a, b))
+
+    bound = tasks.get(ends, tokenizer)
+    assert bound.answers is None is bound.answer_ids
+    batch = bound.batch(20, split="train", seed=0)
+    assert set(batch.answers) == {":", "?", "!"}
+    assert all(p[1] == a for p, a in zip(batch.prompts, batch.answers, strict=True))
+    assert batch.answer.tolist() == [tokenizer.encode(a)[0] for a in batch.answers]
+
+
+def test_a_task_all_of_whose_own_answers_are_split_is_refused(tokenizer):
+    @task(source="test")
+    def ends(rng, split):
+        """The answer is no word."""
+        return Pair((f"{rng.random()}", "x"), ("qqqzz", "zzqqq"))
+
+    with pytest.raises(ValueError, match="'ends' needs the answer 'qqqzz' as one token"):
+        tasks.get(ends, tokenizer)
+
+
+def test_a_task_without_answers_must_draw_pairs(tokenizer):
+    @task(source="test")
+    def none(rng, split):
+        """No answer at all."""
+        return "a", "b"
+
+    with pytest.raises(ValueError, match="'none' has no answers: its function returns a Pair"):
+        tasks.get(none, tokenizer)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_short_context_still_has_prompts(tokenizer, name):
     batch = tasks.get(name, tokenizer, max_tokens=32).batch(8, split="train", seed=0)
@@ -99,6 +137,7 @@ def test_pairs_slices_by_pair_and_keeps_the_padding(tokenizer):
     assert torch.equal(part.tokens, batch.tokens[4:10])
     assert torch.equal(part.last, batch.last[4:10])
     assert torch.equal(part.answer, batch.answer[4:10])
+    assert part.answers == batch.answers[4:10]
     assert torch.equal(part.other, batch.other[4:10])
     assert len(batch.pairs(6, 100)) == 4
 

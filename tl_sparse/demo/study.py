@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tl_sparse.model import SparseTransformer
 from tl_sparse.pair import Say, evaluate_tasks, is_trained, load_trained, run_folder, train_in
 from tl_sparse.recipes import TrainingConfig
 from tl_sparse.sparsity import SparsityConfig
-from tl_sparse.tasks import TaskResult, evaluate_task, get, names
+from tl_sparse.tasks import Task, TaskResult, evaluate_task, get, names
 from tl_sparse.weight_masks import WeightMasks
 
 SPARSITY = SparsityConfig(density=1 / 16, floor=4, embedding_floor=4, lr_factor="unnormalised")
@@ -122,7 +123,11 @@ def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
     )
     sparse = trained(config, corpus, cache, "sparse", say, progress)
     dense = trained(config, corpus, cache, "dense", say, progress, match=sparse.validation_loss)
-    chosen = common_tasks(config, sparse, dense)
+    length = sparse.model.config.n_ctx
+    trivial = {
+        name for name in names() if last_token_decides(get(name, corpus.tokenizer, length), config)
+    }
+    chosen = common_tasks(config, sparse, dense, trivial)
     say(
         f"Tasks that both solve (held-out loss < {config.target_loss}): "
         f"{', '.join(chosen) or 'none'}"
@@ -219,13 +224,30 @@ def trained(
     )
 
 
-def common_tasks(config: DemoConfig, sparse: TrainedModel, dense: TrainedModel) -> list[str]:
-    """The tasks named, or those that both solve, best first."""
+def common_tasks(
+    config: DemoConfig,
+    sparse: TrainedModel,
+    dense: TrainedModel,
+    trivial: Collection[str] = (),
+) -> list[str]:
+    """The tasks named, or those that both solve and that are not trivial, best first."""
     if config.tasks:
         return list(dict.fromkeys(config.tasks))
     worst = {name: max(m.tasks[name].loss for m in (sparse, dense)) for name in sparse.tasks}
-    solved = [name for name, loss in worst.items() if loss < config.target_loss]
+    solved = [
+        name for name, loss in worst.items() if loss < config.target_loss and name not in trivial
+    ]
     return sorted(solved, key=worst.__getitem__)[: 2 if config.quick else config.max_tasks]
+
+
+def last_token_decides(task: Task, config: DemoConfig) -> bool:
+    """Whether the two prompts of some pair end in different tokens.
+
+    Then the bigram table alone may know the answer, and the circuit has no nodes.
+    """
+    batch = task.batch(8, split="held_out", seed=config.seed)
+    ends = batch.tokens[torch.arange(len(batch)), batch.last]
+    return bool((ends[::2] != ends[1::2]).any())
 
 
 def smallest_circuit(

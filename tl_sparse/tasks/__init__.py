@@ -9,22 +9,30 @@ from tl_sparse.tasks.evaluate import (
     task_accuracy,
     task_losses,
 )
-from tl_sparse.tasks.registry import get, names
-from tl_sparse.tasks.task import Task, TaskBatch, TaskSpec, task
+from tl_sparse.tasks.files import from_jsonl, to_jsonl
+from tl_sparse.tasks.registry import get, names, variants
+from tl_sparse.tasks.table import TaskTable, table
+from tl_sparse.tasks.task import Pair, Task, TaskBatch, TaskSpec, task
 
 __all__ = [
     "SPLITS",
+    "Pair",
     "Split",
     "Task",
     "TaskBatch",
     "TaskResult",
     "TaskSpec",
+    "TaskTable",
     "evaluate_task",
+    "from_jsonl",
     "get",
     "margins",
     "names",
     "select_last",
+    "table",
     "task",
     "task_accuracy",
     "task_losses",
+    "to_jsonl",
+    "variants",
 ]

@@ -9,9 +9,10 @@ different files (`contexts`). Answers are single tokens of the tokenizers `build
 import random
 from typing import Final
 
-from tl_sparse.data.words import HELD_OUT_WORDS, TRAIN_WORDS
+from tl_sparse.data.words import TRAIN_WORDS
 from tl_sparse.tasks.contexts import Split, snippets
-from tl_sparse.tasks.task import task
+from tl_sparse.tasks.phrases import draw_lead, draw_names, draw_numbers, draw_target
+from tl_sparse.tasks.task import Pair, task
 
 _TABLE: Final = "Gao et al. 2025 (arXiv 2511.13653), Table 1"
 _Pair = tuple[str, str]
@@ -20,7 +21,7 @@ _Pair = tuple[str, str]
 @task(answers=("'", '"'), source=f"{_TABLE}: single_double_quote")
 def single_double_quote(rng: random.Random, split: Split) -> _Pair:
     """Close a string in a call with the quote that opened it. A opens with ', B with "."""
-    name, other = _names(rng, split, 2)
+    name, other = draw_names(rng, split, 2)
     owners = {
         "train": ("print(", "log(", "show(", f"{name}.write(", f"{name}({other}, "),
         "held_out": ("raise ValueError(", f"raise {name}({other}, ", f"assert {name}.{other}("),
@@ -28,7 +29,7 @@ def single_double_quote(rng: random.Random, split: Split) -> _Pair:
     if rng.random() < 0.5:
         text = rng.choice(snippets(split).texts)
     else:
-        text = " ".join(_names(rng, split, rng.randint(2, 5)))
+        text = " ".join(draw_names(rng, split, rng.randint(2, 5)))
     start = rng.choice(owners[split])
     return f"{start}'{text}", f'{start}"{text}'
 
@@ -36,11 +37,11 @@ def single_double_quote(rng: random.Random, split: Split) -> _Pair:
 @task(answers=("]", "\n"), source=f"{_TABLE}: bracket_counting")
 def bracket_counting(rng: random.Random, split: Split) -> _Pair:
     """Close a list or end the line after the first `]`. A opened two lists, B one."""
-    target = _target(rng, split)
-    items = ", ".join(_numbers(rng, rng.randint(1, 6)))
+    target = draw_target(rng, split)
+    items = ", ".join(draw_numbers(rng, rng.randint(1, 6)))
     if rng.random() < 0.25:
-        items = ", ".join(_names(rng, split, rng.randint(2, 4)))
-    start = _lead(rng, split)
+        items = ", ".join(draw_names(rng, split, rng.randint(2, 4)))
+    start = draw_lead(rng, split)
     return f"{start}{target} = [[{items}]", f"{start}{target} = [{items}]"
 
 
@@ -51,13 +52,13 @@ def set_or_string_fixedvarname(rng: random.Random, split: Split) -> _Pair:
     The paper's answers are the tokens `.add` and ` +=`; here they begin with `.` and with a blank,
     which are tokens of their own.
     """
-    return _type_pair(rng, split, "current")
+    return type_pair(rng, split, "current")
 
 
 @task(answers=(".", " "), source=f"{_TABLE}: set_or_string")
 def set_or_string(rng: random.Random, split: Split) -> _Pair:
     """As set_or_string_fixedvarname, with another variable in every pair."""
-    return _type_pair(rng, split, _names(rng, split, 1)[0])
+    return type_pair(rng, split, draw_names(rng, split, 1)[0])
 
 
 @task(answers=(":", "\n"), source=f"{_TABLE}: while_return_true")
@@ -70,10 +71,10 @@ def while_return_true(rng: random.Random, split: Split) -> _Pair:
 @task(answers=(":", ","), source=f"{_TABLE}: bracket_brace")
 def bracket_brace(rng: random.Random, split: Split) -> _Pair:
     """What follows a quoted word: `:` after a key, `,` in a list. A is in `{`, B in `[`."""
-    *keys, last = _names(rng, split, rng.randint(2, 4))
-    values = [rng.choice(_numbers(rng, 1) + _names(rng, split, 1)) for _ in keys]
+    *keys, last = draw_names(rng, split, rng.randint(2, 4))
+    values = [rng.choice(draw_numbers(rng, 1) + draw_names(rng, split, 1)) for _ in keys]
     quote = rng.choice("\"'")
-    start = f"{_lead(rng, split)}{_target(rng, split)} = "
+    start = f"{draw_lead(rng, split)}{draw_target(rng, split)} = "
     pairs = "".join(f"{quote}{k}{quote}: {v}, " for k, v in zip(keys, values, strict=True))
     items = "".join(f"{quote}{k}{quote}, {v}, " for k, v in zip(keys, values, strict=True))
     return f"{start}{{{pairs}{quote}{last}{quote}", f"{start}[{items}{quote}{last}{quote}"
@@ -82,25 +83,25 @@ def bracket_brace(rng: random.Random, split: Split) -> _Pair:
 @task(answers=(" in", ":"), source=f"{_TABLE}: for_while")
 def for_while(rng: random.Random, split: Split) -> _Pair:
     """What follows the first name of a loop. A is `for`, B `while`."""
-    start = _lead(rng, split, least=1)
-    name = _names(rng, split, 1)[0]
+    start = draw_lead(rng, split, least=1)
+    name = draw_names(rng, split, 1)[0]
     return f"{start}for {name}", f"{start}while {name}"
 
 
 @task(answers=(":", "("), source=f"{_TABLE}: lambda_func")
 def lambda_func(rng: random.Random, split: Split) -> _Pair:
     """What follows a name: a lambda's body or a function's parameters. A is `lambda`, B `def`."""
-    name, target = _names(rng, split, 2)
-    start = _lead(rng, split, least=1)
+    name, target = draw_names(rng, split, 2)
+    start = draw_lead(rng, split, least=1)
     return f"{start}{target} = lambda {name}", f"{start}def {name}"
 
 
 @task(answers=(":", "\n"), source=f"{_TABLE}: var_if")
 def var_if(rng: random.Random, split: Split) -> _Pair:
     """What follows True or False: `:` after a test, a new line after an assignment. A is `if`."""
-    name = _names(rng, split, 1)[0]
+    name = draw_names(rng, split, 1)[0]
     value = rng.choice(("True", "True", "False"))
-    start = _lead(rng, split, least=1)
+    start = draw_lead(rng, split, least=1)
     return f"{start}if {name} == {value}", f"{start}{name} = {value}"
 
 
@@ -110,25 +111,25 @@ def if_equals(rng: random.Random, split: Split) -> _Pair:
 
     The paper's answers are ` ==` and ` =`; here the first sign is in the prompt.
     """
-    name = _names(rng, split, 1)[0]
-    start = _lead(rng, split, least=1)
+    name = draw_names(rng, split, 1)[0]
+    start = draw_lead(rng, split, least=1)
     return f"{start}if {name} =", f"{start}{name} ="
 
 
 @task(answers=(" enumerate", " range"), source=f"{_TABLE}: enumerate_range")
 def enumerate_range(rng: random.Random, split: Split) -> _Pair:
     """What a `for` runs over. A has two loop variables, B one."""
-    index, item = _names(rng, split, 2)
-    start = _lead(rng, split, least=1)
+    index, item = draw_names(rng, split, 2)
+    start = draw_lead(rng, split, least=1)
     return f"{start}for {index}, {item} in", f"{start}for {index} in"
 
 
 @task(answers=(" as", "\n"), source=f"{_TABLE}: with_as")
 def with_as(rng: random.Random, split: Split) -> _Pair:
     """What follows an opened file. A is a `with` statement, B an assignment."""
-    source, file = _names(rng, split, 2)
+    source, file = draw_names(rng, split, 2)
     mode = rng.choice(("", ", 'r'", ', "w"'))
-    start = _lead(rng, split, least=1)
+    start = draw_lead(rng, split, least=1)
     return f"{start}with open({source}{mode})", f"{start}{file} = open({source}{mode})"
 
 
@@ -138,10 +139,10 @@ def if_ternary(rng: random.Random, split: Split) -> _Pair:
 
     The paper asks for `:` or not; here the other answer is ` else`.
     """
-    name, target = _names(rng, split, 2)
+    name, target = draw_names(rng, split, 2)
     sign = rng.choice((">", "<", "==", "!="))
-    value, limit = _numbers(rng, 2)
-    start = _lead(rng, split, least=1)
+    value, limit = draw_numbers(rng, 2)
+    start = draw_lead(rng, split, least=1)
     condition = f"if {name} {sign} {limit}"
     return f"{start}{condition}", f"{start}{target} = {value} {condition}"
 
@@ -149,41 +150,148 @@ def if_ternary(rng: random.Random, split: Split) -> _Pair:
 @task(answers=("=", ")"), source=f"{_TABLE}: final_kwarg")
 def final_kwarg(rng: random.Random, split: Split) -> _Pair:
     """Whether the last parameter needs a default. A gave one to an earlier parameter, B did not."""
-    function, *parameters, last = _names(rng, split, rng.randint(3, 5))
+    function, *parameters, last = draw_names(rng, split, rng.randint(3, 5))
     default = rng.choice(("None", "0", "1", "True"))
-    start = f"{_lead(rng, split, least=1)}def {function}("
+    start = f"{draw_lead(rng, split, least=1)}def {function}("
     return (
         f"{start}{', '.join([*parameters[:-1], f'{parameters[-1]}={default}'])}, {last}",
         f"{start}{', '.join(parameters)}, {last}",
     )
 
 
-def _type_pair(rng: random.Random, split: Split, variable: str) -> _Pair:
-    item, items = _names(rng, split, 2)
-    lines = rng.sample(snippets(split).lines, rng.randint(1, 2))
+@task(source=f"{_TABLE}: class_init")
+def class_init(rng: random.Random, split: Split) -> Pair:
+    """Store a parameter under its own name. A's last line begins with one parameter, B's another.
+
+    The answers are those two names, so every pair has its own.
+    """
+    one, other = _copied(rng, split)
+    stored = [n for n in draw_names(rng, split, 5) if n not in (one, other)][: rng.randint(1, 3)]
+    parameters = rng.sample([*stored, one, other], len(stored) + 2)
+    kind, base = (name.title() for name in draw_names(rng, split, 2))
+    head = f"class {kind}:" if split == "train" else f"class {kind}({base}):"
+    begin = "" if split == "train" else "\n        super().__init__()"
+    start = f"{head}\n    def __init__(self, {', '.join(parameters)}):{begin}"
+    start += "".join(f"\n        self.{name} = {name}" for name in stored)
+    return Pair(
+        (f"{start}\n        self.{one} =", f"{start}\n        self.{other} ="),
+        (f" {one}", f" {other}"),
+    )
+
+
+@task(source=f"{_TABLE}: var_swap")
+def var_swap(rng: random.Random, split: Split) -> Pair:
+    """End `x, y = y,` with the name not yet given back. A swaps `x, y`, B `y, x`.
+
+    The answers are those two names, so every pair has its own.
+    """
+    one, other = _copied(rng, split)
+    start = draw_lead(rng, split, least=1)
+    if split == "held_out":
+        name, owner = draw_names(rng, split, 2)
+        start += f"while {owner}.{name}:\n    "
+    return Pair(
+        (f"{start}{one}, {other} = {other},", f"{start}{other}, {one} = {one},"),
+        (f" {one}", f" {other}"),
+    )
+
+
+@task(answers=("r", "w"), source=f"{_TABLE}: with_open")
+def with_open(rng: random.Random, split: Split) -> _Pair:
+    """Open a file for reading or writing, by its name. A's file is called input, B's output.
+
+    The paper's answers are the modes with their quotes; here the quote is in the prompt.
+    """
+    name, owner, file = draw_names(rng, split, 3)
+    ending = rng.choice(("txt", "csv", "json"))
+    before, after = rng.choice((("", f"_{name}"), (f"{name}_", ""), ("", "")))
+    head = f"{file} = open(" if split == "train" else f"{owner}.{file} = open("
+    start = f"{draw_lead(rng, split, least=1)}{head}'{before}"
+    end = f"{after}.{ending}', '"
+    return f"{start}input{end}", f"{start}output{end}"
+
+
+@task(answers=(":", " "), source=f"{_TABLE}: else_elif")
+def else_elif(rng: random.Random, split: Split) -> _Pair:
+    """What follows the second branch's keyword. A is `else`, B `elif`.
+
+    The paper asks for `:` or not; here the other answer is a blank, the token that stands before a
+    condition that does not begin with a letter.
+    """
+    start = rng.choice(snippets(split).functions)
+    name, owner = draw_names(rng, split, 2)
+    condition = name if split == "train" else f"{owner}.{name}"
+    start += f"\n    if {condition}:\n        {rng.choice(snippets(split).lines)}\n    "
+    return f"{start}else", f"{start}elif"
+
+
+@task(answers=("{", '"'), source=f"{_TABLE}: fstring_brace")
+def fstring_brace(rng: random.Random, split: Split) -> _Pair:
+    """Insert a value into a text or end the text. A is an f-string, B a plain one."""
+    return fstring_pair(rng, split, " ".join(draw_names(rng, split, rng.randint(1, 3))))
+
+
+@task(answers=("\n        ", "\n    "), source=f"{_TABLE}: indent_for")
+def indent_for(rng: random.Random, split: Split) -> _Pair:
+    """Indent after the line of a `for`. A loops in a real function's body, B after that function.
+
+    The paper does not say what it compares with; here it is a loop one level further out.
+    """
+    start = rng.choice(snippets(split).functions)
+    name, items, owner = draw_names(rng, split, 3)
+    loop = f"for {name} in {items if split == 'train' else f'{owner}.{items}'}:"
+    return f"{start}\n    {loop}", f"{start}\n{loop}"
+
+
+def fstring_pair(rng: random.Random, split: Split, text: str) -> _Pair:
+    """`text` and a mark in an f-string and in a plain one, at the place of a brace or the end."""
+    name, other = draw_names(rng, split, 2)
+    owners = {
+        "train": ("print(", "log(", "show("),
+        "held_out": ("raise ValueError(", f"raise {name}({other}, "),
+    }
+    mark = ": " if split == "train" else rng.choice(("=", " ("))
+    text = text.capitalize() if rng.random() < 0.3 else text
+    start = f"{draw_lead(rng, split)}{rng.choice(owners[split])}"
+    return f'{start}f"{text}{mark}', f'{start}"{text}{mark}'
+
+
+def type_pair(
+    rng: random.Random,
+    split: Split,
+    variable: str,
+    n_lines: int | None = None,
+    other: str | None = None,
+) -> _Pair:
+    """A variable that begins as a set or a string, quoted lines, and the variable again.
+
+    `n_lines` are quoted, by default one or two. `other` is a second variable, of the other kind.
+    """
+    item, items = draw_names(rng, split, 2)
+    lines = rng.sample(snippets(split).lines, n_lines or rng.randint(1, 2))
     if split == "train":
         rest = rng.choice((f"for {item} in {items}:\n    {variable}", variable))
     else:
         rest = rng.choice((f"while {item}.{items}:\n    {variable}", f"if {item}:\n    {variable}"))
     after = "\n".join([*lines, rest])
-    return f"{variable} = set()\n{after}", f'{variable} = ""\n{after}'
+    a, b = (f'{other} = ""\n', f"{other} = set()\n") if other else ("", "")
+    return f"{variable} = set()\n{a}{after}", f'{variable} = ""\n{b}{after}'
 
 
-def _names(rng: random.Random, split: Split, count: int) -> list[str]:
-    return rng.sample(TRAIN_WORDS if split == "train" else HELD_OUT_WORDS, count)
+def _copied(rng: random.Random, split: Split) -> list[str]:
+    """Two names to be copied after a blank.
+
+    A tokenizer may split a name, and its pair is then drawn again; names that every trained
+    tokenizer keeps whole (`REQUIRED_WORDS`) make sure that some pairs remain.
+    """
+    kept, names = _COPIED[split]
+    return rng.sample(kept if rng.random() < 1 / 3 else names, 2)
 
 
-def _numbers(rng: random.Random, count: int) -> list[str]:
-    return [str(rng.randint(0, 9)) for _ in range(count)]
-
-
-def _lead(rng: random.Random, split: Split, least: int = 0) -> str:
-    """Up to two quoted lines before the probe."""
-    lines = rng.sample(snippets(split).lines, rng.randint(least, 2))
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _target(rng: random.Random, split: Split) -> str:
-    """What a value is assigned to: a plain name, or held out an attribute or an item."""
-    name, other = _names(rng, split, 2)
-    return name if split == "train" else rng.choice((f"{name}.{other}", f"{name}[{other}]"))
+_COPIED: Final[dict[Split, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "train": (("set", "range"), TRAIN_WORDS),
+    "held_out": (
+        ("open", "enumerate"),
+        ("name", "line", "value", "module", "path", "code", "result", "string"),
+    ),
+}

@@ -99,7 +99,13 @@ def evaluate_task(
     `model` is called as TransformerLens models are, `model(tokens, return_type="logits")`, and
     returns logits of shape [prompt, pos, d_vocab]. The tokens go to the device of its parameters.
     """
-    batch = task.batch(n_pairs, split=split, seed=seed)
+    return evaluate_batch(model, task, task.batch(n_pairs, split=split, seed=seed), split, seed)
+
+
+def evaluate_batch(
+    model: Callable[..., Tensor], task: Task, batch: TaskBatch, split: Split, seed: int
+) -> TaskResult:
+    """As `evaluate_task`, on the batch that `split` and `seed` gave."""
     if isinstance(model, torch.nn.Module) and (first := next(model.parameters(), None)) is not None:
         batch = batch.to(first.device)
     losses, correct = [], []
@@ -116,7 +122,7 @@ def evaluate_task(
         losses=torch.cat(losses),
         correct=torch.cat(correct),
         prompts=batch.prompts,
-        answers=task.answers * n_pairs,
+        answers=batch.answers,
     )
 
 

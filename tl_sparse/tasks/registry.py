@@ -1,9 +1,10 @@
-"""Finding a task by name."""
+"""Finding a task, and its variants, by name."""
 
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.tasks import builtin
 from tl_sparse.tasks.task import Task, TaskSpec
+from tl_sparse.tasks.variants import variants_of
 
 
 def names() -> tuple[str, ...]:
@@ -11,17 +12,44 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_specs()))
 
 
-def get(task: str | TaskSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64) -> Task:
+def variants(task: str) -> dict[str, str]:
+    """The out-of-distribution variants of a built-in task, by name, and what each makes harder.
+
+    Raises `ValueError` for an unknown task.
+    """
+    return {item.name: item.description for item in variants_of(_spec(task).name)}
+
+
+def get(
+    task: str | TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int = 64,
+    variant: str | None = None,
+    **options: int,
+) -> Task:
     """The task of that name, or a specification of your own, for a tokenizer.
 
-    Prompts have at most `max_tokens` tokens, the beginning-of-text token included. Raises
-    `ValueError` for an unknown name and for a tokenizer that splits an answer.
+    `variant` chooses an out-of-distribution form of a built-in task, for example "dilution" with
+    the option `n=23`; its prompts are never shortened. Prompts have at most `max_tokens` tokens,
+    the beginning-of-text token included. Raises `ValueError` for an unknown name, variant or
+    option and for a tokenizer that splits an answer.
     """
-    if isinstance(task, str):
-        if task not in _specs():
-            raise ValueError(f"unknown task {task!r}: choose from {', '.join(names())}")
-        task = _specs()[task]
-    return Task.bind(task, tokenizer, max_tokens)
+    spec = _spec(task) if isinstance(task, str) else task
+    if variant is None:
+        if options:
+            raise ValueError(f"options are of a variant: choose one with {', '.join(options)}")
+        return Task.bind(spec, tokenizer, max_tokens)
+    of_task = {item.name: item for item in variants_of(spec.name)}
+    if variant not in of_task:
+        choice = f"choose from {', '.join(of_task)}" if of_task else "it has none"
+        raise ValueError(f"task {spec.name!r} has no variant {variant!r}: {choice}")
+    return Task.bind(of_task[variant].of(spec, **options), tokenizer, max_tokens)
+
+
+def _spec(task: str) -> TaskSpec:
+    if task not in _specs():
+        raise ValueError(f"unknown task {task!r}: choose from {', '.join(names())}")
+    return _specs()[task]
 
 
 def _specs() -> dict[str, TaskSpec]:

@@ -2,8 +2,9 @@
 
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Final
 
 import torch
@@ -11,9 +12,35 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_sparse.tasks.contexts import Split, check_split
+from tl_sparse.tasks.contexts import SPLITS, Split, check_split
 
-MakePair = Callable[[random.Random, Split], tuple[str, str]]
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts with answers of their own, where a task has no fixed ones."""
+
+    prompts: tuple[str, str]
+    """Members A and B."""
+    answers: tuple[str, str]
+    """The correct next token of each; either is wrong for the other."""
+
+
+MakePair = Callable[[random.Random, Split], tuple[str, str] | Pair]
+
+
+@dataclass(frozen=True)
+class StoredPairs:
+    """All pairs of a task that has only so many, as from a file."""
+
+    train: tuple[Pair, ...]
+    """Those of the training split."""
+    held_out: tuple[Pair, ...]
+    """Those of the held-out split."""
+
+    def of(self, split: Split) -> tuple[Pair, ...]:
+        """The pairs of a split."""
+        return self.train if split == "train" else self.held_out
+
 
 _TRIES: Final = 50  # draws per wanted pair before repeats are accepted or a failure is reported
 _CHECKED: Final = 8  # prompts of a batch whose boundary with the answer is verified
@@ -33,6 +60,8 @@ class TaskBatch:
     """Id of the answer that is wrong here and right for the other member of the pair."""
     prompts: tuple[str, ...]
     """The texts, without the beginning-of-sequence token."""
+    answers: tuple[str, ...]
+    """The correct next token of each, as text."""
 
     def __len__(self) -> int:
         """The number of prompts, twice the number of pairs."""
@@ -58,6 +87,7 @@ class TaskBatch:
             answer=self.answer[rows],
             other=self.other[rows],
             prompts=self.prompts[rows],
+            answers=self.answers[rows],
         )
 
 
@@ -69,19 +99,22 @@ class TaskSpec:
     """The name of the decorated function."""
     description: str
     """Its docstring: what decides the answer."""
-    answers: tuple[str, str]
-    """The correct next token of member A and of member B."""
+    answers: tuple[str, str] | None
+    """The correct next token of member A and of member B; None if every pair has its own."""
     source: str
     """Where the task comes from."""
     make: MakePair
     """Draws one pair of prompts (A, B) for a split."""
+    may_shorten: bool = True
+    """Whether a long prompt may lose whole lines at its start."""
 
 
-def task(*, answers: tuple[str, str], source: str) -> Callable[[MakePair], TaskSpec]:
+def task(*, answers: tuple[str, str] | None = None, source: str) -> Callable[[MakePair], TaskSpec]:
     """Turn a function `(rng, split) -> (prompt A, prompt B)` into a task specification.
 
-    The function's name and docstring become the task's; a missing docstring or two equal answers
-    are a `ValueError`. All randomness must come from `rng`.
+    Without `answers` the function returns a `Pair`, whose answers are its own. The function's name
+    and docstring become the task's; a missing docstring or two equal answers are a `ValueError`.
+    All randomness must come from `rng`.
     """
 
     def specify(make: MakePair) -> TaskSpec:
@@ -89,11 +122,21 @@ def task(*, answers: tuple[str, str], source: str) -> Callable[[MakePair], TaskS
         name = getattr(make, "__name__", repr(make))
         if not description:
             raise ValueError(f"task {name!r} needs a docstring that says what decides the answer")
-        if answers[0] == answers[1]:
+        if answers is not None and answers[0] == answers[1]:
             raise ValueError(f"task {name!r} has twice the answer {answers[0]!r}")
         return TaskSpec(name, description, answers, source, make)
 
     return specify
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A pair as token ids."""
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    answers: tuple[str, str]
+    answer_ids: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +147,9 @@ class Task:
     """Name in the registry."""
     description: str
     """What decides the answer."""
-    answers: tuple[str, str]
-    """The correct next token of member A and of member B, as text."""
-    answer_ids: tuple[int, int]
+    answers: tuple[str, str] | None
+    """The correct next token of member A and of member B, as text; None if pairs have their own."""
+    answer_ids: tuple[int, int] | None
     """The same as token ids."""
     source: str
     """Where the task comes from."""
@@ -114,38 +157,41 @@ class Task:
     """No prompt is longer, its beginning-of-sequence token included."""
     tokenizer: PreTrainedTokenizerBase
     """Turns prompts into ids."""
-    make: MakePair
-    """Draws one pair of prompts (A, B) for a split."""
+    make: MakePair | StoredPairs
+    """Draws one pair of prompts (A, B) for a split, or holds all there are."""
+    may_shorten: bool = True
+    """Whether a long prompt may lose whole lines at its start."""
 
     @classmethod
     def bind(
         cls, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64
     ) -> "Task":
-        """The task for a tokenizer; `ValueError` if an answer is not one token of it."""
-        if tokenizer.bos_token_id is None:
-            raise ValueError(f"task {spec.name!r} needs a tokenizer with a beginning-of-text token")
-        if max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
-        ids = []
-        for answer in spec.answers:
-            encoded = tokenizer.encode(answer, add_special_tokens=False)
-            if len(encoded) != 1:
-                parts = [tokenizer.decode([i]) for i in encoded]
-                raise ValueError(
-                    f"task {spec.name!r} needs the answer {answer!r} as one token; "
-                    f"this tokenizer splits it into {parts}"
-                )
-            ids.append(encoded[0])
-        return cls(
+        """The task for a tokenizer; `ValueError` if an answer is not one token of it.
+
+        Of a task whose pairs have their own answers, pairs with a split answer are left out; it is
+        refused if all of those tried are.
+        """
+        check_tokenizer(spec.name, tokenizer, max_tokens)
+        ids = None
+        if spec.answers is not None:
+            first, second = spec.answers
+            ids = (single(spec.name, first, tokenizer), single(spec.name, second, tokenizer))
+        bound = cls(
             name=spec.name,
             description=spec.description,
             answers=spec.answers,
-            answer_ids=(ids[0], ids[1]),
+            answer_ids=ids,
             source=spec.source,
             max_tokens=max_tokens,
             tokenizer=tokenizer,
             make=spec.make,
+            may_shorten=spec.may_shorten,
         )
+        if spec.answers is None:
+            for split in SPLITS:
+                rng = random.Random(0)
+                bound._check_answers([spec.make(rng, split) for _ in range(_TRIES)])
+        return bound
 
     def batch(self, n_pairs: int, *, split: Split, seed: int) -> TaskBatch:
         """Draw `n_pairs` pairs; the same arguments give the same prompts.
@@ -158,20 +204,19 @@ class Task:
         check_split(split)
         if n_pairs < 1:
             raise ValueError(f"n_pairs must be at least 1, not {n_pairs}")
-        rng = random.Random(f"{self.name} {split} {seed}")
-        chosen: list[tuple[list[int], list[int]]] = []
-        seen: set[tuple[int, ...]] = set()
-        repeats: list[tuple[list[int], list[int]]] = []
+        source = self._pairs(split, seed)
+        chosen: list[_Encoded] = []
+        seen: set[_Encoded] = set()
+        repeats: list[_Encoded] = []
         for _ in range(_TRIES):
-            drawn = [self.make(rng, split) for _ in range(n_pairs - len(chosen))]
-            ids = self._encode([prompt for pair in drawn for prompt in pair])
-            for first, second in zip(ids[::2], ids[1::2], strict=True):
-                pair = self._shortened(first, second)
+            drawn = list(islice(source, n_pairs - len(chosen)))
+            if not drawn:
+                break
+            for pair in self._encoded(drawn):
                 if pair is None:
                     continue
-                key = (*pair[0], -1, *pair[1])
-                (repeats if key in seen else chosen).append(pair)
-                seen.add(key)
+                (repeats if pair in seen else chosen).append(pair)
+                seen.add(pair)
             if len(chosen) == n_pairs:
                 break
         if not chosen:
@@ -180,9 +225,65 @@ class Task:
             )
         pool = chosen + repeats
         chosen += [pool[i % len(pool)] for i in range(n_pairs - len(chosen))]
-        members = [member for pair in chosen for member in pair]
-        self._check_boundary(members[:_CHECKED])
-        return self._collate(members)
+        self._check_boundary(chosen[: _CHECKED // 2])
+        return self._collate(chosen)
+
+    def check_pair(self, pair: Pair) -> None:
+        """Raise `ValueError` unless this tokenizer and length can pose the pair."""
+        for answer in pair.answers:
+            single(self.name, answer, self.tokenizer)
+        encoded = next(self._encoded([pair]))
+        if encoded is None:
+            raise ValueError(f"the prompts do not fit max_tokens={self.max_tokens}")
+        if encoded.first == encoded.second:
+            raise ValueError("this tokenizer makes the same tokens of both prompts")
+        self._check_boundary([encoded])
+
+    def _pairs(self, split: Split, seed: int) -> Iterator[tuple[str, str] | Pair]:
+        """Drawn pairs without end, or the stored ones in an order of the seed's."""
+        rng = random.Random(f"{self.name} {split} {seed}")
+        if isinstance(self.make, StoredPairs):
+            stored = self.make.of(split)
+            if not stored:
+                raise ValueError(f"task {self.name!r} has no pair in the split {split!r}")
+            yield from rng.sample(stored, len(stored))
+            return
+        while True:
+            yield self.make(rng, split)
+
+    def _encoded(self, pairs: Sequence[tuple[str, str] | Pair]) -> Iterator[_Encoded | None]:
+        """Each pair as ids; None where it cannot be made to fit or an answer is split."""
+        texts = [pair.prompts if isinstance(pair, Pair) else pair for pair in pairs]
+        ids = self._encode([prompt for pair in texts for prompt in pair])
+        for pair, first, second in zip(pairs, ids[::2], ids[1::2], strict=True):
+            answers = pair.answers if isinstance(pair, Pair) else self.answers
+            if answers is None:
+                raise ValueError(f"task {self.name!r} has no answers: its function returns a Pair")
+            answer_ids = self.answer_ids
+            if isinstance(pair, Pair):
+                one, other = self._encode(list(answers))
+                answer_ids = (one[0], other[0]) if len(one) == len(other) == 1 else None
+            fitting = self._shortened(first, second)
+            if fitting is None or answer_ids is None:
+                yield None
+            else:
+                yield _Encoded(tuple(fitting[0]), tuple(fitting[1]), answers, answer_ids)
+
+    def _check_answers(self, pairs: Sequence[tuple[str, str] | Pair]) -> None:
+        """Raise `ValueError` if the tokenizer splits an answer of every pair."""
+        reason = None
+        for pair in pairs:
+            if not isinstance(pair, Pair):
+                raise ValueError(f"task {self.name!r} has no answers: its function returns a Pair")
+            try:
+                for answer in pair.answers:
+                    single(self.name, answer, self.tokenizer)
+            except ValueError as error:
+                reason = reason or error
+            else:
+                return
+        if reason is not None:
+            raise reason
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
         return self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -195,6 +296,8 @@ class Task:
         excess = max(len(first), len(second)) + 1 - self.max_tokens
         if excess <= 0:
             return first, second
+        if not self.may_shorten:
+            return None
         for i, (a, b) in enumerate(zip(first, second, strict=False)):
             if a != b:
                 return None  # from here on lies what decides the answer
@@ -202,26 +305,48 @@ class Task:
                 return first[i:], second[i:]
         return None
 
-    def _check_boundary(self, members: list[list[int]]) -> None:
-        for i, ids in enumerate(members):
-            prompt, answer = str(self.tokenizer.decode(ids)), self.answers[i % 2]
-            if self._encode([prompt + answer])[0] != [*ids, self.answer_ids[i % 2]]:
-                raise ValueError(
-                    f"this tokenizer cannot pose task {self.name!r}: "
-                    f"it joins the answer {answer!r} to the end of {prompt!r}"
-                )
+    def _check_boundary(self, pairs: Sequence[_Encoded]) -> None:
+        for pair in pairs:
+            members = zip((pair.first, pair.second), pair.answers, pair.answer_ids, strict=True)
+            for ids, answer, answer_id in members:
+                prompt = str(self.tokenizer.decode(list(ids)))
+                if self._encode([prompt + answer])[0] != [*ids, answer_id]:
+                    raise ValueError(
+                        f"this tokenizer cannot pose task {self.name!r}: "
+                        f"it joins the answer {answer!r} to the end of {prompt!r}"
+                    )
 
-    def _collate(self, members: list[list[int]]) -> TaskBatch:
+    def _collate(self, pairs: Sequence[_Encoded]) -> TaskBatch:
         bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        members = [list(ids) for pair in pairs for ids in (pair.first, pair.second)]
         longest = max(map(len, members)) + 1
         filler = bos if pad is None else pad
         rows = [[bos, *ids, *[filler] * (longest - 1 - len(ids))] for ids in members]
-        answer = torch.tensor(self.answer_ids).repeat(len(members) // 2)
-        other = torch.tensor(self.answer_ids[::-1]).repeat(len(members) // 2)
         return TaskBatch(
             tokens=torch.tensor(rows),
             last=torch.tensor([len(ids) for ids in members]),
-            answer=answer,
-            other=other,
+            answer=torch.tensor([i for pair in pairs for i in pair.answer_ids]),
+            other=torch.tensor([i for pair in pairs for i in pair.answer_ids[::-1]]),
             prompts=tuple(self.tokenizer.batch_decode(members)),
+            answers=tuple(answer for pair in pairs for answer in pair.answers),
         )
+
+
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """Raise `ValueError` if no task can be posed with the tokenizer and this length."""
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"task {name!r} needs a tokenizer with a beginning-of-text token")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
+
+
+def single(name: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of an answer; `ValueError` with the pieces if it is not one token."""
+    encoded = tokenizer.encode(answer, add_special_tokens=False)
+    if len(encoded) != 1:
+        parts = [tokenizer.decode([i]) for i in encoded]
+        raise ValueError(
+            f"task {name!r} needs the answer {answer!r} as one token; "
+            f"this tokenizer splits it into {parts}"
+        )
+    return encoded[0]
