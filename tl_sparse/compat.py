@@ -213,7 +213,7 @@ def transformer_lens_weights(model: Any) -> dict[str, torch.Tensor]:
 
     Most share their storage with the model's own.
     """
-    if Bridge is None or not isinstance(model, Bridge):
+    if not isinstance(model, Bridge):
         return dict(model.named_parameters())
     # it makes up zeros for MLPs that a block does not have
     absent = tuple(
