@@ -102,7 +102,8 @@ def render(versions: Mapping[str, Mapping[str, Any]]) -> str:
             name = utility.replace("|", r"\|")
             sections[section_of(utility)].append(f"| `{name}`{only} | {' | '.join(row)} |")
     names = [short(version) for version in versions]
-    text = [HEAD.format(versions=" and ".join(names), expressible=expressible_options())]
+    versions = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    text = [HEAD.format(versions=versions, expressible=expressible_options())]
     header = f"| | {' | '.join(OPTIONS)} |\n|---|{':-:|' * len(OPTIONS)}"
     for section, rows in sections.items():
         text += [f"## {section}\n", header, *rows, ""]
