@@ -8,7 +8,6 @@ logits. Every helper takes all of it into account; parts add up to the stream.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tl_sparse.compat import ActivationCache, logit_lens_tool
 from tl_sparse.surface.contributions import Kind, Place, head_results, kept_channels
+from tl_sparse.surface.hints import did_you_mean
 from tl_sparse.surface.reading import Reading, as_columns, as_slice, squeezed
 from tl_sparse.surface.readout import (
     BigramReader,
@@ -63,8 +63,7 @@ class SparseActivationCache(ActivationCache):
                 f"{name!r} was not cached: run_with_cache needs it in its names_filter{hint}, and "
                 "no stop_at_layer before it"
             )
-        near = difflib.get_close_matches(name, self.cache_dict, n=4, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = did_you_mean(name, self.cache_dict)
         return f"{name!r} is not in the cache{hint} (cache.keys() lists all)"
 
     def __repr__(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from tl_sparse.compat import HookedRootModule, HookPoint, ReadingHook, tl_utils
 from tl_sparse.surface.additivity import check_direct_path_hook
 from tl_sparse.surface.cache import SparseActivationCache
+from tl_sparse.surface.hints import did_you_mean
 from tl_sparse.surface.parts import ModelParts
 
 # TransformerLens 4.x tools address these under attn; HookedTransformer had them on the block.
@@ -63,8 +63,7 @@ class HookSurface(ModelParts):
             ValueError: it is switched off; the message names the switch.
         """
         if name not in self.hook_dict:
-            near = difflib.get_close_matches(name, self.hook_dict, n=4, cutoff=0.5)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = did_you_mean(name, self.hook_dict)
             raise KeyError(f"unknown hook {name!r}{hint} (model.hook_dict lists all)")
         switch = self.switch_of(name)
         if switch and not getattr(self.cfg, switch):
