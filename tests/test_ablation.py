@@ -3,10 +3,18 @@ import hashlib
 import pytest
 import torch
 
-from tl_sparse.ablation import ActivationMeans, ablation_hooks, activation_means, node_view
+from tl_sparse.ablation import (
+    ActivationMeans,
+    ablation_hooks,
+    activation_donors,
+    activation_means,
+    frozen_norm_hooks,
+    node_view,
+    norm_hooks,
+)
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
-from tl_sparse.sites import SITE_NAMES, NodeIndex
+from tl_sparse.sites import BLOCK_SITES, SITE_NAMES, NodeIndex
 
 
 @pytest.fixture
@@ -105,8 +113,30 @@ def test_means_leave_the_model_as_it_was(any_model, many):
 
 
 def test_no_tokens_are_refused(small_model):
+    none = torch.zeros(0, 8, dtype=torch.int64)
     with pytest.raises(ValueError, match="no tokens to take means over"):
-        activation_means(small_model(), torch.zeros(0, 8, dtype=torch.int64))
+        activation_means(small_model(), none)
+    with pytest.raises(ValueError, match="no tokens to take donors from"):
+        activation_donors(small_model(), none)
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_padding_does_not_count(any_model, many, batch_size):
+    """Means over sequences of many lengths are those of each sequence without its padding."""
+    last = torch.tensor([0, 8, 3, 5, 1, 8, 7, 2, 2, 4])
+    padded = many.clone()
+    padded[torch.arange(9) > last[:, None]] = 29
+    means = activation_means(any_model, padded, SITE_NAMES, batch_size, last)
+    assert means.n_tokens == int((last + 1).sum())
+    totals = dict.fromkeys(means.index.slices, 0.0)
+    for row, end in zip(many, last.tolist(), strict=True):
+        _, cache = any_model.run_with_cache(row[None, : end + 1])
+        for hook in totals:
+            totals[hook] = totals[hook] + cache[hook][0].reshape(end + 1, -1).double().sum(0)
+    by_hand = means.index.flat({hook: x / means.n_tokens for hook, x in totals.items()})
+    torch.testing.assert_close(means.values.double(), by_hand, atol=1e-5, rtol=0)
+    everything = activation_means(any_model, padded, SITE_NAMES).values
+    assert (means.values - everything).abs().max() > 0.01
 
 
 def test_a_batch_of_nothing_is_refused(small_model, many):
@@ -132,7 +162,7 @@ def test_heads_that_share_keys_are_refused_unless_left_out(small_model):
     model.cfg.n_key_value_heads = 2
     with pytest.raises(ValueError, match="4 heads share 2 keys and values"):
         NodeIndex.of(model)
-    rest = tuple(name for name in SITE_NAMES if name not in ("attn_k", "attn_v"))
+    rest = tuple(name for name in BLOCK_SITES if name not in ("attn_k", "attn_v"))
     assert NodeIndex.of(model, rest).sites == rest
 
 
@@ -227,6 +257,143 @@ def test_node_view_splits_channels_over_heads():
     values = torch.arange(6.0)
     assert torch.equal(node_view(values, torch.zeros(2, 3, 6)), values)
     assert torch.equal(node_view(values, torch.zeros(2, 3, 2, 3)), values.view(2, 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# the embedding and the final stream
+
+
+def test_without_its_embedding_a_model_sees_a_constant_token(any_model, many):
+    """All of embed ablated is the same as every token having the mean's embedding."""
+    means = activation_means(any_model, many, ("embed",))
+    assert means.index.n_nodes == 16
+    hooks = ablation_hooks(means.index, kept(means.index, False), means.values)
+    found = any_model.run_with_hooks(many, return_type="logits", fwd_hooks=hooks)
+    seen = []
+    look = ("hook_embed", lambda x, hook: seen.append(x))
+    any_model.run_with_hooks(many, fwd_hooks=[*hooks, look])
+    assert torch.equal(seen[0], means.values.expand(10, 9, 16))
+
+    def constant(x, hook):
+        return means.values.expand_as(x).clone()
+
+    by_hand = any_model.run_with_hooks(
+        many, return_type="logits", fwd_hooks=[("hook_embed", constant)]
+    )
+    assert torch.equal(found, by_hand)
+    whole = any_model(many, return_type="logits")
+    assert (found - whole).abs().max() > 0.01
+
+
+def test_the_final_stream_decides_all_but_the_bigrams(small_model, many):
+    model = small_model("abstopk")
+    index = NodeIndex.of(model, ("final_resid",))
+    values = torch.randn(16)
+    hooks = ablation_hooks(index, kept(index, False), values)
+    found = model.run_with_hooks(many, return_type="logits", fwd_hooks=hooks)
+    by_hand = model.unembed(model.ln_final(values.expand(10, 9, 16)))
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# resampling
+
+
+def test_removed_nodes_are_what_they_are_on_the_donor_of_the_same_row(any_model, many):
+    """By hand: the donors' activations put in their places, channel by channel, site by site."""
+    index = NodeIndex.of(any_model, SITE_NAMES)
+    keep = torch.rand(index.n_nodes) < 0.6
+    donors = activation_donors(any_model, many[4:], SITE_NAMES)
+    assert len(donors) == 6
+    tokens = many[:3, :7]
+    _, theirs = any_model.run_with_cache(many[4:7])
+
+    def patch(x, hook):
+        piece = index.slices[names[id(hook)]]
+        mine = x.reshape(3, 7, -1).clone()
+        other = theirs[names[id(hook)]][:, :7].reshape(3, 7, -1)
+        for channel, stays in enumerate(keep[piece].tolist()):
+            if not stays:
+                mine[..., channel] = other[..., channel]
+        return mine.view_as(x)
+
+    # by the name that is asked for: a hook reached by an alias goes by another
+    names = {id(any_model.hook_dict[name]): name for name in index.slices}
+    hooks = [(name, patch) for name in index.slices]
+    by_hand = any_model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+    hooks = ablation_hooks(index, keep, donors)
+    found = any_model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+    assert torch.equal(found, by_hand)
+    turned = ablation_hooks(index, keep, donors.take(torch.tensor([1, 0, 2])))
+    other = any_model.run_with_hooks(tokens, return_type="logits", fwd_hooks=turned)
+    assert torch.equal(other[2], found[2])
+    assert (other[:2] - found[:2]).abs().max() > 0.01
+
+
+def test_too_few_donors_or_too_short_ones_are_refused(small_model, many):
+    model = small_model()
+    index = NodeIndex.of(model)
+    for donor_tokens in (many[:2], many[:, :4]):
+        hooks = ablation_hooks(index, kept(index, False), activation_donors(model, donor_tokens))
+        with pytest.raises(ValueError, match="too few or too short for 3 prompts of 9"):
+            model.run_with_hooks(many[:3], fwd_hooks=hooks)
+
+
+def test_donors_of_other_nodes_are_refused(small_model, many):
+    model = small_model()
+    index = NodeIndex.of(model)
+    donors = activation_donors(model, many, ("attn_v",))
+    with pytest.raises(ValueError, match=f"each of {index.n_nodes} nodes.* and donors of other"):
+        ablation_hooks(index, kept(index, True), donors)
+
+
+# --------------------------------------------------------------------------------------------------
+# frozen norms
+
+
+@pytest.fixture(params=["plain", "layer_norm", "concat", "dense"])
+def normed(request, small_model):
+    """Norms with and without centring, one of them over positions too; and TransformerLens' own."""
+    if request.param == "dense":
+        return request.getfixturevalue("dense_model")
+    return small_model(request.param)
+
+
+def test_a_frozen_norm_divides_a_shrunk_stream_by_the_whole_ones_scale(normed, many):
+    """By hand: a hundredth of the stream comes out a hundredth as large, and not as it was."""
+    norms = frozen_norm_hooks(normed, many)
+    assert {name for name, _ in norms} == set(norm_hooks(normed))
+    name = "blocks.1.hook_resid_pre"
+    shrink = (name, lambda x, hook: x / 100)
+    _, whole = normed.run_with_cache(many)
+    seen = {}
+
+    def look(x, hook):
+        seen["normalized"] = x
+
+    at = ("blocks.1.ln1.hook_normalized", look)
+    normed.run_with_hooks(many, fwd_hooks=[shrink, *norms, at])
+    stream = whole[name] / 100
+    if normed.cfg.normalization_type in ("LN", "LNPre"):
+        stream = stream - stream.mean(-1, keepdim=True)
+    by_hand = stream / whole["blocks.1.ln1.hook_scale"]
+    torch.testing.assert_close(seen["normalized"], by_hand, atol=1e-6, rtol=1e-4)
+    normed.run_with_hooks(many, fwd_hooks=[shrink, at])
+    assert (seen["normalized"] - by_hand).abs().max() > 0.5
+
+
+def test_frozen_norms_change_no_whole_run_and_serve_copies_of_the_batch(normed, many):
+    norms = frozen_norm_hooks(normed, many)
+    whole = normed(many, return_type="logits")
+    same = normed.run_with_hooks(many, return_type="logits", fwd_hooks=norms)
+    torch.testing.assert_close(same, whole, atol=1e-5, rtol=1e-5)
+    twice = normed.run_with_hooks(many.repeat(2, 1), return_type="logits", fwd_hooks=norms)
+    torch.testing.assert_close(twice, whole.repeat(2, 1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_norms_has_none_to_freeze(small_model, many):
+    with pytest.raises(ValueError, match="SparseTransformer do not let their scales be set"):
+        frozen_norm_hooks(small_model("no_norm"), many)
 
 
 def test_hooks_work_on_half_precision_and_with_gradients(small_model, many):

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +16,11 @@ SIZES = {
     "--training.sparsity.density": 0.5, "--training.sparsity.floor": 1,
     "--training.sparsity.embedding-floor": 1,
 }  # fmt: skip
+
+QUICK = (
+    "--pruning.steps", "40", "--pruning.batch-pairs", "8", "--pruning.selection-pairs", "16",
+    "--pruning.report-pairs", "8",
+)  # fmt: skip
 
 
 def flags(options):
@@ -83,7 +89,7 @@ def help_of(capsys, *arguments):
 
 def test_help_lists_the_commands(capsys):
     text = help_of(capsys)
-    for name in ("demo", "train", "prune", "info"):
+    for name in ("demo", "train", "prune", "info", "sweep", "frontier", "study"):
         assert name in text
     assert "Train a weight-sparse transformer on text" in text
     assert "Find the circuit of a task in a trained model." in text
@@ -96,6 +102,9 @@ def test_help_lists_the_commands(capsys):
         ("prune", ("--pruning.target-loss", "--task", "--mean-sequences")),
         ("info", ("--model", "--pairs")),
         ("demo", ("--quick", "--target-loss", "--out")),
+        ("sweep", ("--k-coefs", "--seeds", "--search-rounds", "--pruning.steps")),
+        ("frontier", ("--groups", "--sequences", "--pruning.target-loss")),
+        ("study", ("--widths", "--l0-unit", "--compare", "--training.steps", "--targets")),
     ],
 )
 def test_help_names_the_options(capsys, command, options):
@@ -197,16 +206,6 @@ def test_a_model_that_cannot_do_the_task_is_one_line(capsys, trained, corpus, tm
     assert words.startswith("tl-sparse: the whole model has loss ")
     assert words.endswith("above the target 0.15: it does not solve the task")
     assert not out.exists()
-
-
-def test_another_corpus_than_the_models_is_refused(capsys, trained, corpus, tmp_path):
-    words = refused(
-        capsys, "prune", "--model", str(trained / "model"), "--task", "for_while",
-        "--out", str(tmp_path / "c"), *corpus, "--corpus.seed", "1",
-    )  # fmt: skip
-    assert words == (
-        "tl-sparse: the corpus has another tokenizer than the model: give its options too"
-    )
 
 
 def test_no_sequence_to_average_over_is_refused(capsys, trained, tmp_path):
@@ -363,7 +362,7 @@ def test_means_are_taken_over_windows_that_begin_with_bos(solver, corpus, tmp_pa
         seen.append(tokens)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "activation_means", spy)
+    monkeypatch.setattr("tl_sparse.cli.circuits.activation_means", spy)
     with pytest.raises(SystemExit, match="enough"):
         cli.main(
             ["prune", "--model", str(solver), "--task", "for_while", "--out",
@@ -373,3 +372,112 @@ def test_means_are_taken_over_windows_that_begin_with_bos(solver, corpus, tmp_pa
     assert seen[0].shape == (9, 48)
     assert (seen[0][:, 0] == tokenizer.bos_token_id).all()
     assert len(np.unique(seen[0].numpy(), axis=0)) == 9
+
+
+def test_pruning_reads_no_more_text_than_it_needs(solver, sixty_sources, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the whole corpus was built")
+
+    for place in ("tl_sparse.data.corpus.first_of_each", "tl_sparse.data.corpus.build_tokenizer"):
+        monkeypatch.setattr(place, refuse)
+    cli.main(
+        ["prune", "--model", str(solver), "--task", "for_while", "--out", str(tmp_path / "c"),
+         "--corpus.sources", str(sixty_sources), "--mean-sequences", "9", *QUICK]
+    )  # fmt: skip
+    circuit = Circuit.load(tmp_path / "c" / "circuit", from_pretrained(solver))
+    assert circuit.means.n_tokens == 9 * 48
+
+
+# --------------------------------------------------------------------------------------------------
+# many circuits
+
+
+def test_a_sweep_leaves_a_row_and_a_circuit_for_every_setting(
+    capsys, solver, sixty_sources, tmp_path
+):
+    out = tmp_path / "sweep"
+    cli.main(
+        ["sweep", "--model", str(solver), "--out", str(out), "--targets", "0.3", "0.15",
+         "--seeds", "0", "1", "--tasks", "for_while", "var_if", "--mean-sequences", "9",
+         "--corpus.sources", str(sixty_sources), *QUICK]
+    )  # fmt: skip
+    rows = pd.read_csv(out / "sweep.csv")
+    assert len(rows) == 8
+    found = rows[rows["task"] == "for_while"]
+    settings = sorted(map(tuple, found[["target_loss", "seed"]].values.tolist()))
+    assert settings == [(0.15, 0), (0.15, 1), (0.3, 0), (0.3, 1)]
+    model = from_pretrained(solver)
+    for row in found.itertuples():
+        circuit = Circuit.load(out / "circuits" / row.circuit, model)
+        assert (circuit.n_nodes, circuit.seed) == (row.nodes, row.seed)
+        assert circuit.target_loss == row.target_loss
+    # a task that the model does not do leaves its reason, not the others
+    refused_rows = rows[rows["task"] == "var_if"]
+    assert refused_rows["failure"].str.contains("does not solve the task").all()
+    assert f"8 rows in {out / 'sweep.csv'}" in capsys.readouterr().out
+
+
+def test_a_sweep_takes_the_tasks_that_the_model_does(solver, sixty_sources, tmp_path):
+    out = tmp_path / "sweep"
+    cli.main(
+        ["sweep", "--model", str(solver), "--out", str(out), "--k-coefs", "0.001", "0.01",
+         "--mean-sequences", "9", "--corpus.sources", str(sixty_sources), *QUICK]
+    )  # fmt: skip
+    rows = pd.read_csv(out / "sweep.csv")
+    assert set(rows["task"]) == {"for_while"}
+    assert sorted(rows["k_coef"]) == [0.001, 0.01]
+
+
+def test_a_sweep_is_refused_before_anything_runs(capsys, tmp_path):
+    start = ("sweep", "--model", "m", "--out", str(tmp_path / "o"))
+    assert "unknown task(s) quotes; choose from" in refused(capsys, *start, "--tasks", "quotes")
+    words = refused(capsys, *start, "--search-rounds", "2", "--k-coefs", "0.1")
+    assert "k_coefs and lrs are what the search chooses" in words
+    assert "target_loss=3.0" in refused(capsys, *start, "--targets", "3.0")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_search_keeps_its_trials_and_the_best_circuit(solver, sixty_sources, tmp_path):
+    pytest.importorskip("optuna")
+    out = tmp_path / "sweep"
+    cli.main(
+        ["sweep", "--model", str(solver), "--out", str(out), "--tasks", "for_while",
+         "--search-rounds", "1", "--mean-sequences", "9",
+         "--corpus.sources", str(sixty_sources), *QUICK]
+    )  # fmt: skip
+    rows = pd.read_csv(out / "sweep.csv")
+    assert len(rows) == 1
+    circuit = Circuit.load(out / "circuits" / rows["circuit"][0], from_pretrained(solver))
+    assert circuit.n_nodes == rows["nodes"][0]
+    assert (out / "search" / "for_while-0.15-seed0.db").is_file()
+
+
+def test_the_frontier_of_folders_is_a_table_and_a_figure(capsys, solver, sixty_sources, tmp_path):
+    out, twin = tmp_path / "f", tmp_path / "twin"
+    save_pretrained(from_pretrained(solver), twin)
+    cli.main(
+        ["frontier", str(solver), str(twin), "--out", str(out), "--sequences", "9",
+         "--groups", "one", "one", "--corpus.sources", str(sixty_sources), *QUICK]
+    )  # fmt: skip
+    rows = pd.read_csv(out / "frontier.csv")
+    assert list(rows["model"]) == [str(solver), str(twin)]
+    assert set(rows["group"]) == {"one"}
+    assert set(pd.read_csv(out / "tasks.csv")["task"]) == {"for_while"}
+    assert "one: loss" in (out / "frontier.html").read_text(encoding="utf-8")
+    assert "the tasks that all 2 models solve: for_while" in capsys.readouterr().out
+
+
+def test_a_frontier_is_refused_before_anything_runs(capsys):
+    assert "1 groups for 2 models" in refused(capsys, "frontier", "a", "b", "--groups", "x")
+    assert "named twice" in refused(capsys, "frontier", "a", "a")
+
+
+def test_a_study_is_run_and_written(monkeypatch, capsys, tmp_path):
+    seen = []
+    monkeypatch.setattr(cli, "run_study", lambda config, say: seen.append(config) or "result")
+    monkeypatch.setattr(cli, "write_study", lambda result: tmp_path / result)
+    cli.main(["study", "here", "--widths", "16", "--l0", "0.5", "0.25", "--l0-unit", "density"])
+    (config,) = seen
+    assert (config.out, config.widths, config.l0) == ("here", (16,), (0.5, 0.25))
+    assert str(tmp_path / "result") in capsys.readouterr().out
+    assert "must lie in (0, 1]" in refused(capsys, "study", "here", "--l0", "99999999")

@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -472,7 +473,8 @@ def circuit(tmp_path):
         losses_calibrated=torch.rand(5), correct=torch.rand(5) < 0.5, calibration=Calibration(),
         selection_loss=0.1, model_loss=0.1, target_loss=0.15, n_active=3, seed=0,
         config={"seed": 0}, model_name="SparseTransformer",
-        model_fingerprint=means.model_fingerprint,
+        model_fingerprint=means.model_fingerprint, seconds=1.5,
+        size_curve=pd.DataFrame({"n_nodes": [0, 5, 9], "loss": [0.7, 0.2, 0.1]}),
     )  # fmt: skip
     made.save(tmp_path / "circuit")
     return tmp_path / "circuit", lambda: Circuit.load(tmp_path / "circuit", model)
@@ -491,6 +493,17 @@ def test_hostile_circuit_fields(circuit):
     path = folder / "circuit.json"
     tally = outcomes(load, path, written(nasty_fields(json.loads(path.read_text()))))
     assert tally["refused"] > 300
+
+
+def test_hostile_curves(circuit):
+    folder, load = circuit
+    path = folder / "circuit.json"
+    values = json.loads(path.read_text())
+    rows = [[nasty, 0.1] for nasty in NASTY] + [[3, nasty] for nasty in NASTY] + NASTY
+    cases = ((row, {**values, "size_curve": [[0, 0.7], row]}) for row in rows)
+    tally = outcomes(load, path, written(cases))
+    assert tally["refused"] > 40
+    assert tally["loaded"] > 5  # any loss may be
 
 
 def test_hostile_circuit_tensors(circuit):

@@ -2,13 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from tl_sparse.sites import MATRICES, SITE_NAMES, SITES, NodeIndex, site
+from tl_sparse.sites import BLOCK_SITES, MATRICES, SITE_NAMES, SITES, NodeIndex, site
 
 
 def test_the_eight_sites_of_the_paper_in_order_of_computation():
-    assert SITE_NAMES == (
+    assert BLOCK_SITES == (
         "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
     )  # fmt: skip
+    assert [name for name in SITE_NAMES if name not in BLOCK_SITES] == ["embed", "final_resid"]
+    assert SITE_NAMES[1:-1] == BLOCK_SITES
 
 
 def test_edges_run_through_six_matrices():
@@ -40,19 +42,20 @@ def test_an_attention_only_model_has_five_sites(small_model):
     model = small_model("attn_only")
     index = NodeIndex.of(model)
     assert index.sites == ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out")
-    assert index.sites == tuple(name for name in SITE_NAMES if model.config.has_site(name))
+    assert index.sites == tuple(name for name in BLOCK_SITES if model.config.has_site(name))
     assert index.n_nodes == 2 * 5 * 16
     plain = PlainModel(model.cfg, [n for n in model.hook_dict if not n.endswith("act_in")])
     assert NodeIndex.of(plain).sites == index.sites
     with pytest.raises(ValueError, match=r"attention only, so it has no mlp_in, mlp_neuron, mlp"):
-        NodeIndex.of(model, SITE_NAMES)
+        NodeIndex.of(model, BLOCK_SITES)
 
 
 def test_a_site_belongs_to_one_part_of_the_block():
-    assert {row.name: row.part for row in SITES} == {
-        name: "attn" if name.startswith("attn") else "mlp" for name in SITE_NAMES
+    rows = [row for row in SITES if row.where == "every"]
+    assert {row.name: row.part for row in rows} == {
+        name: "attn" if name.startswith("attn") else "mlp" for name in BLOCK_SITES
     }
-    assert all(f".{row.part}" in row.hook or f"hook_{row.part}" in row.hook for row in SITES)
+    assert all(f".{row.part}" in row.hook or f"hook_{row.part}" in row.hook for row in rows)
 
 
 def test_written_by_and_read_by_name_weights_that_do_so(small_model, tokens):
@@ -60,14 +63,19 @@ def test_written_by_and_read_by_name_weights_that_do_so(small_model, tokens):
     for row in SITES:
         model = small_model("plain", use_bias=False)
         hook = row.hook.format(layer=1)
-        part = "attn" if "attn" in row.name else "mlp"
+        parts = {"embed": "embed", "final": "unembed"}
+
+        def weight(model, name, row=row, parts=parts):
+            block = model if row.part in parts else model.blocks[1]
+            return getattr(getattr(block, parts.get(row.part, row.part)), name)
+
         for name in row.written_by:
-            getattr(getattr(model.blocks[1], part), name).data.zero_()
+            weight(model, name).data.zero_()
         if row.written_by:
             assert (model.run_with_cache(tokens)[1][hook] == 0).all()
         model = small_model("plain", use_bias=False)
         for name in row.read_by:
-            getattr(getattr(model.blocks[1], part), name).data.zero_()
+            weight(model, name).data.zero_()
         if row.read_by:
             double = (hook, lambda x, hook: x * 2)
             assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[double]), model(tokens))
@@ -104,6 +112,44 @@ def test_a_mask_selects_rows(small_model):
         [0, "attn_q", 2], [0, "mlp_neuron", 4], [1, "mlp_neuron", 23],
     ]  # fmt: skip
     assert frame.index.tolist() == [2, 20, index.n_nodes - 1]
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_the_embedding_stands_in_the_first_layer_and_the_final_stream_in_the_last(
+    small_model, tokens, n_layers
+):
+    model = small_model("concat", n_layers=n_layers)
+    index = NodeIndex.of(model, ("final_resid", "mlp_out", "embed"))
+    assert index.sites == ("embed", "mlp_out", "final_resid")
+    last = n_layers - 1
+    hooks = ["hook_embed", *(f"blocks.{i}.hook_mlp_out" for i in range(n_layers))]
+    hooks.append(f"blocks.{last}.hook_resid_post")
+    assert list(index.slices) == hooks
+    assert index.n_nodes == 16 * (n_layers + 2)
+    _, cache = model.run_with_cache(tokens)
+    assert all(cache[hook].shape[2] == 16 for hook in hooks)
+    assert index.hook(0, "embed") == "hook_embed"
+    assert index.hook(last, "final_resid") == hooks[-1]
+    assert "final_resid" in index.at(last)
+    assert ("embed" in index.at(last)) == (n_layers == 1)
+    frame = index.nodes()
+    assert frame[["layer", "site"]].drop_duplicates().values.tolist() == [
+        [0, "embed"], *([i, "mlp_out"] for i in range(n_layers)), [last, "final_resid"],
+    ]  # fmt: skip
+    assert frame["head"].isna().all()
+    assert frame[frame.site == "final_resid"]["channel"].tolist() == list(range(16))
+    if n_layers == 3:
+        for layer, name in ((1, "embed"), (0, "final_resid"), (2, "embed")):
+            message = rf"layer {layer} has no nodes at {name}; its sites are .*mlp_out"
+            with pytest.raises(ValueError, match=message):
+                index.hook(layer, name)
+
+
+def test_the_ends_are_nodes_only_where_they_are_asked_for(small_model):
+    index = NodeIndex.of(small_model())
+    assert index.sites == BLOCK_SITES
+    with pytest.raises(ValueError, match="layer 0 has no nodes at embed"):
+        index.hook(0, "embed")
 
 
 def test_unknown_site_in_an_index_is_refused(small_model):

@@ -246,7 +246,7 @@ class Block(nn.Module):
         positions: Float[Tensor, "batch pos d_pos"] | None = None,
         past_kv_cache_entry: Any = None,
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
-    ) -> Resid:
+    ) -> Float[Tensor, "row slot d_model"]:  # hooks may cut or put in positions
         """The stream after attention and MLP; ``positions`` are the concatenated ones."""
         resid = self.hook_resid_pre(editable(resid, self.hook_resid_pre))
         inputs = self.attention_inputs(resid)
@@ -388,7 +388,7 @@ class SparseTransformer(
         stop: int,
         attention_mask: Bool[Tensor, "batch dest src"] | None,
         past_kv_cache: Any,
-    ) -> Resid:
+    ) -> Float[Tensor, "row slot d_model"]:
         """Blocks start..stop-1."""
         concat = None
         if self.config.concat_positions:

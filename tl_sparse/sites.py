@@ -1,7 +1,8 @@
 """The one table of node sites. Masks, ablation, edges and views all derive from it.
 
 A *node* is one channel at one site of one layer, shared by all positions and prompts
-(Gao et al. 2025, appendix A.5). Eight sites hold nodes.
+(Gao et al. 2025, appendix A.5). Eight sites of every layer hold nodes; the token embedding and the
+final residual stream hold some too if asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Kind = Literal["residual", "head", "neuron"]
+Where = Literal["every", "first", "last"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Site:
     """Weight matrices (TransformerLens names, within the block) that write the site."""
     read_by: tuple[str, ...]
     """Weight matrices that read it."""
+    where: Where = "every"
+    """Which layers have it: every one, the first (the embedding), or the last (the final stream).
+    Sites of one layer alone are nodes only where they are asked for."""
 
     @property
     def part(self) -> str:
@@ -43,6 +48,7 @@ class Site:
 
 
 SITES: tuple[Site, ...] = (
+    Site("embed", "hook_embed", "hook_embed", "residual", ("W_E",), (), where="first"),
     Site(
         "attn_in", "blocks.{layer}.attn.hook_act_in", "blocks.{layer}.ln1.hook_normalized",
         "residual", (), ("W_Q", "W_K", "W_V"),
@@ -75,10 +81,16 @@ SITES: tuple[Site, ...] = (
         "mlp_out", "blocks.{layer}.hook_mlp_out", "blocks.{layer}.hook_mlp_out",
         "residual", ("W_out",), (),
     ),
+    Site(
+        "final_resid", "blocks.{layer}.hook_resid_post", "blocks.{layer}.hook_resid_post",
+        "residual", (), ("W_U",), where="last",
+    ),
 )  # fmt: skip
 """Order is the order of computation within a block."""
 
 SITE_NAMES: tuple[str, ...] = tuple(site.name for site in SITES)
+BLOCK_SITES: tuple[str, ...] = tuple(site.name for site in SITES if site.where == "every")
+"""The eight sites of every layer, whose channels are the nodes unless others are asked for."""
 
 MATRICES: tuple[tuple[str, str, str], ...] = tuple(
     (matrix, source.name, target.name)
@@ -112,8 +124,8 @@ class NodeIndex:
     """Layers of the model."""
     sites: tuple[str, ...]
     """Names of the sites whose channels are nodes, in the table's order."""
-    hooks: tuple[tuple[str, ...], ...]
-    """``hooks[layer][i]``: hook name of ``sites[i]``."""
+    hooks: tuple[tuple[str | None, ...], ...]
+    """``hooks[layer][i]``: hook name of ``sites[i]``; None where the layer has no such site."""
     widths: tuple[int, ...]
     """Channels of each site."""
     d_head: int
@@ -123,7 +135,8 @@ class NodeIndex:
     def of(cls, model: nn.Module, sites: tuple[str, ...] | None = None) -> NodeIndex:
         """The node index of a model: a SparseTransformer or any TransformerLens model.
 
-        ``sites`` defaults to all that the model has: attention-only models have none in MLPs.
+        ``sites`` defaults to the eight of every layer; attention-only models have none in MLPs.
+        ``embed`` (the token embedding) and ``final_resid`` are further ones to choose.
 
         Raises:
             ValueError: unknown site, a model that lacks one of the hooks (the hook is named), or
@@ -133,7 +146,7 @@ class NodeIndex:
         hook_dict: Any = model.hook_dict
         attn_only = getattr(cfg, "attn_only", False)
         here = tuple(row.name for row in SITES if not (attn_only and row.part == "mlp"))
-        sites = here if sites is None else sites
+        sites = tuple(name for name in here if name in BLOCK_SITES) if sites is None else sites
         chosen = [row for row in SITES if row.name in {site(name).name for name in sites}]
         if absent := [row.name for row in chosen if row.name not in here]:
             raise ValueError(
@@ -153,13 +166,19 @@ class NodeIndex:
                 f"{cfg.n_heads} heads share {shared} keys and values in this model, so attn_k and "
                 "attn_v cannot be indexed; leave them out of `sites`"
             )
-        own = SITES[0].hook.format(layer=0) in hook_dict
+        own = site("attn_in").hook.format(layer=0) in hook_dict
+        in_layer = {"every": range(cfg.n_layers), "first": (0,), "last": (cfg.n_layers - 1,)}
         hooks = tuple(
-            tuple((row.hook if own else row.plain_hook).format(layer=layer) for row in chosen)
+            tuple(
+                (row.hook if own else row.plain_hook).format(layer=layer)
+                if layer in in_layer[row.where]
+                else None
+                for row in chosen
+            )
             for layer in range(cfg.n_layers)
         )
         for name in (name for layer in hooks for name in layer):
-            if name not in hook_dict:
+            if name is not None and name not in hook_dict:
                 raise ValueError(
                     f"{type(model).__name__} has no hook {name!r}, so its nodes cannot be indexed; "
                     "leave that site out of `sites`"
@@ -178,7 +197,7 @@ class NodeIndex:
     @cached_property
     def n_nodes(self) -> int:
         """Nodes in the whole model."""
-        return self.n_layers * sum(self.widths)
+        return max((piece.stop for piece in self.slices.values()), default=0)
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -186,13 +205,28 @@ class NodeIndex:
         slices, start = {}, 0
         for layer in self.hooks:
             for hook, width in zip(layer, self.widths, strict=True):
-                slices[hook] = slice(start, start + width)
-                start += width
+                if hook is not None:
+                    slices[hook] = slice(start, start + width)
+                    start += width
         return slices
 
     def hook(self, layer: int, site_name: str) -> str:
-        """Hook name of a site in a layer."""
-        return self.hooks[layer][self.sites.index(site(site_name).name)]
+        """Hook name of a site in a layer.
+
+        Raises:
+            ValueError: unknown site, or one that the index or the layer does not have.
+        """
+        name = site(site_name).name
+        found = self.hooks[layer][self.sites.index(name)] if name in self.sites else None
+        if found is None:
+            raise ValueError(
+                f"layer {layer} has no nodes at {name}; its sites are {', '.join(self.at(layer))}"
+            )
+        return found
+
+    def at(self, layer: int) -> tuple[str, ...]:
+        """Sites whose channels are nodes in a layer."""
+        return tuple(name for name, hook in zip(self.sites, self.hooks[layer], strict=True) if hook)
 
     def flat(self, values: dict[str, Tensor]) -> Float[Tensor, " node"]:
         """Per-hook channel vectors → one vector over all nodes."""
@@ -210,14 +244,14 @@ class NodeIndex:
         starts = torch.tensor([piece.start for piece in self.slices.values()])
         place = torch.searchsorted(starts, index, right=True) - 1
         channel = index - starts[place]
-        which = (place % len(self.sites)).numpy()
-        sites = pd.Series([self.sites[i] for i in which], dtype="object")
+        where = [(layer, name) for layer in range(self.n_layers) for name in self.at(layer)]
+        sites = pd.Series([where[i][1] for i in place.tolist()], dtype="object")
         is_head = sites.isin([row.name for row in SITES if row.kind == "head"])
         channels = pd.Series(channel.numpy(), dtype="int64")
         hooks = list(self.slices)
         return pd.DataFrame(
             {
-                "layer": (place // len(self.sites)).numpy(),
+                "layer": pd.Series([where[i][0] for i in place.tolist()], dtype="int64"),
                 "site": sites,
                 "channel": channels,
                 "head": (channels // self.d_head).astype("Int64").where(is_head),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation import activation_donors, activation_means, norm_hooks
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.circuits import Calibration, Circuit, circuit_edges
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import BLOCK_SITES, SITE_NAMES, NodeIndex
 
 EDGE_COLUMNS = [
     "layer", "source_site", "source", "target_site", "target", "matrix", "weight",
@@ -37,7 +38,8 @@ def hand_made(model, tokens, share=0.3, nodes=None, sites=None):
         losses_calibrated=losses, correct=losses < 0.5, calibration=Calibration(1.5, -0.25),
         selection_loss=0.1 + 0.2, model_loss=0.01, target_loss=0.15, n_active=40, seed=3,
         config={"steps": 7, "penalty": "fixed", "lr": 0.1}, model_name=type(model).__name__,
-        model_fingerprint=fingerprint(model),
+        model_fingerprint=fingerprint(model), seconds=12.5,
+        size_curve=pd.DataFrame({"n_nodes": [0, 7, 40], "loss": [0.1 + 0.7, 0.3, 0.1]}),
     )  # fmt: skip
 
 
@@ -137,10 +139,55 @@ def change_record(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
+def test_an_unknown_time_and_an_empty_curve_are_loaded_exactly(circuit, model, tmp_path):
+    curve = pd.DataFrame({"n_nodes": [], "loss": []}).astype({"n_nodes": "int64"})
+    replace(circuit, seconds=math.nan, size_curve=curve).save(tmp_path / "c")
+    loaded = Circuit.load(tmp_path / "c", model)
+    assert math.isnan(loaded.seconds)
+    pd.testing.assert_frame_equal(loaded.size_curve, curve)
+
+
+def test_a_curve_may_hold_what_a_failed_mask_gives(circuit, model, tmp_path):
+    curve = pd.DataFrame({"n_nodes": [0, 3], "loss": [math.nan, math.inf]})
+    replace(circuit, size_curve=curve).save(tmp_path / "c")
+    pd.testing.assert_frame_equal(Circuit.load(tmp_path / "c", model).size_curve, curve)
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        {}, "x", [1, 2], [[1]], [[1, 0.1, 2]], [["1", 0.1]], [[1, "x"]], [[True, 0.1]],
+        [[1, False]], [[1.5, 0.1]], [[-1, 0.1]], [[2**62, 0.1]], [[10**400, 0.1]],
+        [[1, 10**400]], [[math.nan, 0.1]], [[math.inf, 0.1]], [[1, [0.1]]], [[None, 0.1]],
+    ],
+)  # fmt: skip
+def test_a_broken_curve_is_refused(circuit, model, tmp_path, curve):
+    circuit.save(tmp_path / "c")
+    change_record(tmp_path / "c", size_curve=curve)
+    message = r"circuit.json is broken: size_curve must be a list of \[number of nodes, loss\]$"
+    with pytest.raises(ValueError, match=message):
+        Circuit.load(tmp_path / "c", model)
+
+
+@pytest.mark.parametrize("seconds", ["12", True, [1.0], {}])
+def test_a_broken_time_is_refused(circuit, model, tmp_path, seconds):
+    circuit.save(tmp_path / "c")
+    change_record(tmp_path / "c", seconds=seconds)
+    with pytest.raises(ValueError, match=r"circuit.json is broken: .*seconds"):
+        Circuit.load(tmp_path / "c", model)
+
+
+def test_a_circuit_of_the_older_schema_is_told_apart(circuit, model, tmp_path):
+    circuit.save(tmp_path / "c")
+    change_record(tmp_path / "c", schema_version=1, seconds=None, size_curve=None)
+    with pytest.raises(ValueError, match="circuit schema_version 1; this version"):
+        Circuit.load(tmp_path / "c", model)
+
+
 def test_another_schema_version_is_refused(circuit, model, tmp_path):
     circuit.save(tmp_path / "c")
     change_record(tmp_path / "c", schema_version=99)
-    with pytest.raises(ValueError, match="schema_version 99; this version of tl_sparse reads 1"):
+    with pytest.raises(ValueError, match="schema_version 99; this version of tl_sparse reads 2"):
         Circuit.load(tmp_path / "c", model)
 
 
@@ -251,12 +298,47 @@ def test_the_graph_has_the_nodes_the_edges_and_the_residual_links(small_model, r
     assert graph.graph["task"] == "marked"
 
 
+def test_the_stream_runs_from_the_embedding_to_the_final_read(small_model, random_tokens, tmp_path):
+    model = small_model("plain")
+    nodes = [
+        (0, "embed", 3), (0, "attn_in", 3), (0, "attn_out", 3), (1, "mlp_in", 3),
+        (1, "mlp_out", 3), (1, "final_resid", 3), (1, "final_resid", 4), (0, "embed", 5),
+    ]  # fmt: skip
+    circuit = hand_made(model, random_tokens, nodes=nodes, sites=SITE_NAMES)
+    writes = [(0, "embed", 3), (0, "attn_out", 3), (1, "mlp_out", 3)]
+    reads = [(0, "attn_in", 3), (1, "mlp_in", 3), (1, "final_resid", 3)]
+    links = {(a, b) for a, b, kind in circuit.to_networkx().edges(data="kind") if kind != "weight"}
+    # the first read comes before the second write, the second before the third
+    gone = {(writes[1], reads[0]), (writes[2], reads[0]), (writes[2], reads[1])}
+    assert links == {(a, b) for a in writes for b in reads} - gone
+    circuit.save(tmp_path / "c")
+    assert_same(Circuit.load(tmp_path / "c", model), circuit)
+
+
+@pytest.mark.parametrize("option", ["together", "abstopk_resid", "attn_only"])
+def test_of_a_circuit_with_both_ends_only_what_is_removed_has_hooks(
+    small_model, random_tokens, option
+):
+    model = small_model(option)
+    sites = tuple(n for n in SITE_NAMES if option != "attn_only" or not n.startswith("mlp"))
+    circuit = hand_made(model, random_tokens, share=1.1, sites=sites)
+    assert circuit.hooks() == []
+    keep = circuit.kept.clone()
+    keep[[0, -1]] = False
+    hooks = replace(circuit, kept=keep).hooks()
+    assert [name for name, _ in hooks] == ["hook_embed", "blocks.1.hook_resid_post"]
+    for name, hook in hooks:  # all channels but one pass bit for bit
+        x = model.run_with_cache(random_tokens)[1][name]
+        assert int((hook(x) != x).flatten(0, 1).any(0).sum()) == 1
+
+
 def test_the_graph_has_every_edge_and_no_way_back(circuit):
     graph = circuit.to_networkx()
     weights = [e for e in graph.edges(data="kind") if e[2] == "weight"]
     assert graph.number_of_nodes() == circuit.n_nodes
     assert len(weights) == circuit.n_edges
     order = list(circuit.index.sites)
+    assert order == list(BLOCK_SITES)
     for a, b in graph.edges:
         assert (a[0], order.index(a[1])) < (b[0], order.index(b[1]))
 
@@ -295,6 +377,35 @@ def test_a_whole_circuit_is_the_model_to_the_bit(model, random_tokens):
     base = model(random_tokens, return_type="logits")
     pruned = model.run_with_hooks(random_tokens, return_type="logits", fwd_hooks=circuit.hooks())
     assert torch.equal(base, pruned)
+
+
+def test_hooks_for_tokens_are_the_hooks_unless_the_circuit_says_otherwise(
+    circuit, model, random_tokens
+):
+    plain = circuit.hooks_for(model, random_tokens)
+    assert [name for name, _ in plain] == [name for name, _ in circuit.hooks()]
+    by_run = [
+        model.run_with_hooks(random_tokens, return_type="logits", fwd_hooks=hooks)
+        for hooks in (plain, circuit.hooks())
+    ]
+    assert torch.equal(*by_run)
+    frozen = replace(circuit, config={"freeze_norm": True}).hooks_for(model, random_tokens)
+    assert {name for name, _ in frozen[: -len(plain)]} == set(norm_hooks(model))
+    assert [name for name, _ in frozen[-len(plain) :]] == [name for name, _ in plain]
+
+
+@pytest.mark.parametrize("config", [{"ablation": "resample"}, {"freeze_norm": True}])
+def test_hooks_that_depend_on_the_prompts_are_not_given_without_them(
+    circuit, model, random_tokens, config
+):
+    bound = replace(circuit, config=config)
+    with pytest.raises(ValueError, match=r"depend on the prompts: use hooks_for\(model, tokens\)"):
+        bound.hooks()
+    donors = activation_donors(model, random_tokens)
+    wrong = None if "ablation" in config else donors
+    with pytest.raises(ValueError, match="donors= belong to circuits pruned with"):
+        bound.hooks_for(model, random_tokens, wrong)
+    assert bound.hooks_for(model, random_tokens, donors if wrong is None else None)
 
 
 def test_hooks_work_with_transformer_lens_own_tools(circuit, model, random_tokens):

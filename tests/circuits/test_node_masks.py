@@ -3,15 +3,18 @@ import torch
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import NodeMasks
-from tl_sparse.circuits.node_masks import _Heaviside
+from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, mix_hooks, units
+from tl_sparse.circuits.pruning import clipped
 from tl_sparse.config import ActivationDensity
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import SITE_NAMES, NodeIndex
 
 
-def masks_of(index, means, *, bias=0.1, scale=0.01, temperature=1.0, seed=0):
+def masks_of(index, means, *, bias=0.1, scale=0.01, temperature=1.0, seed=0, **options):
+    """A single mask."""
     return NodeMasks(
-        index, means, init_bias=bias, init_scale=scale, temperature=temperature, seed=seed
-    )
+        index, means[None], init_bias=[bias], init_scale=[scale], temperature=[temperature],
+        seeds=[seed], **options,
+    )  # fmt: skip
 
 
 @pytest.fixture(params=["topk", "dense"])
@@ -27,7 +30,7 @@ def any_model(request, planted):
 
 
 def test_open_gates_change_no_bit(any_model, random_tokens):
-    index = NodeIndex.of(any_model)
+    index = NodeIndex.of(any_model, SITE_NAMES)
     masks = masks_of(index, torch.randn(index.n_nodes))
     gates = masks.gates()
     assert (gates == 1).all()
@@ -56,7 +59,8 @@ def test_closed_gates_leave_the_means(any_model, random_tokens):
 
 
 def test_a_gate_opens_at_zero():
-    gates = _Heaviside.apply(torch.tensor([-1.0, -1e-6, -0.0, 0.0, 1e-6, 1.0]), 1.0)
+    tau = torch.tensor([-1.0, -1e-6, -0.0, 0.0, 1e-6, 1.0])
+    gates = _Heaviside.apply(tau, torch.tensor(1.0))
     assert gates.tolist() == [0, 0, 1, 1, 1, 1]
 
 
@@ -64,7 +68,7 @@ def test_a_gate_opens_at_zero():
 def test_the_surrogate_gradient_is_the_sigmoids_slope(temperature):
     tau = torch.linspace(-1, 1, 11, requires_grad=True)
     upstream = torch.arange(11.0)
-    _Heaviside.apply(tau, temperature).backward(upstream)
+    _Heaviside.apply(tau, torch.tensor(temperature)).backward(upstream)
     smooth = torch.linspace(-1, 1, 11, requires_grad=True)
     torch.sigmoid(smooth / temperature).backward(upstream)
     torch.testing.assert_close(tau.grad, smooth.grad)
@@ -77,7 +81,7 @@ def test_the_gradient_of_tau_is_by_hand_slope_times_distance_from_the_mean(plant
     masks = masks_of(index, means, scale=0.05, temperature=0.7, seed=3)
     # some gates closed: the surrogate's gradient must reach them too
     with torch.no_grad():
-        masks.tau[::7] *= -1
+        masks.tau[:, ::7] *= -1
     captured = {}
 
     def keep_input(name):
@@ -99,12 +103,12 @@ def test_the_gradient_of_tau_is_by_hand_slope_times_distance_from_the_mean(plant
     logits = model.run_with_hooks(random_tokens, return_type="logits", fwd_hooks=hooks)
     logits.square().sum().backward()
     for name, piece in index.slices.items():
-        tau = masks.tau[piece].detach()
+        tau = masks.tau[0, piece].detach()
         s = torch.sigmoid(tau / 0.7)
         x = captured[name, "in"].flatten(0, 1).flatten(1)
         grad = captured[name, "out"].grad.flatten(0, 1).flatten(1)
         by_hand = s * (1 - s) / 0.7 * ((x - means[piece]) * grad).sum(0)
-        torch.testing.assert_close(masks.tau.grad[piece], by_hand, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(masks.tau.grad[0, piece], by_hand, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_reaches_tau_at_every_site(any_model, random_tokens):
@@ -120,7 +124,7 @@ def test_the_gradient_reaches_tau_at_every_site(any_model, random_tokens):
     )
     logits.square().mean().backward()
     for name, piece in means.index.slices.items():
-        assert masks.tau.grad[piece].abs().sum() > 0, name
+        assert masks.tau.grad[0, piece].abs().sum() > 0, name
     assert torch.isfinite(masks.tau.grad).all()
 
 
@@ -139,9 +143,9 @@ def test_clamp_keeps_tau_within_its_bounds(planted):
     index = NodeIndex.of(planted()[0])
     masks = masks_of(index, torch.zeros(index.n_nodes))
     with torch.no_grad():
-        masks.tau[:3] = torch.tensor([-1.5, 0.2, 7.0])
+        masks.tau[0, :3] = torch.tensor([-1.5, 0.2, 7.0])
     masks.clamp()
-    torch.testing.assert_close(masks.tau[:3].detach(), torch.tensor([-1.0, 0.2, 1.0]))
+    torch.testing.assert_close(masks.tau[0, :3].detach(), torch.tensor([-1.0, 0.2, 1.0]))
 
 
 def test_the_seed_decides_tau(planted):
@@ -150,3 +154,142 @@ def test_the_seed_decides_tau(planted):
     first, again = masks_of(index, zeros, seed=1).tau, masks_of(index, zeros, seed=1).tau
     assert torch.equal(first, again)
     assert not torch.equal(first, masks_of(index, zeros, seed=2).tau)
+
+
+# --------------------------------------------------------------------------------------------------
+# several masks side by side
+
+
+def test_masks_side_by_side_start_as_each_alone(planted):
+    index = NodeIndex.of(planted()[0])
+    zeros = torch.zeros(index.n_nodes)
+    together = NodeMasks(
+        index, zeros.repeat(3, 1), init_bias=[0.1, 0.0, -0.2], init_scale=[0.01, 1.0, 0.3],
+        temperature=[1.0, 0.5, 2.0], seeds=[4, 4, 5],
+    )  # fmt: skip
+    for row, (bias, scale, seed) in enumerate([(0.1, 0.01, 4), (0.0, 1.0, 4), (-0.2, 0.3, 5)]):
+        alone = masks_of(index, zeros, bias=bias, scale=scale, seed=seed)
+        assert torch.equal(together.tau[row], alone.tau[0])
+    temperatures = torch.tensor([1.0, 0.5, 2.0])[:, None]
+    (grad,) = torch.autograd.grad(together.gates().sum(), together.tau)
+    s = torch.sigmoid(together.tau.detach() / temperatures)
+    torch.testing.assert_close(grad, s * (1 - s) / temperatures)
+
+
+def test_every_mask_acts_on_its_own_prompts(any_model, random_tokens):
+    """The batch is mask-major; gates between 0 and 1 show the mixing."""
+    index = NodeIndex.of(any_model, SITE_NAMES)
+    gates, values = torch.rand(3, index.n_nodes), torch.randn(3, index.n_nodes)
+    tokens = random_tokens[:4]
+    _, cache = any_model.run_with_cache(tokens.repeat(3, 1))
+    for name, mix in mix_hooks(index, gates, values):
+        x = cache[name]
+        out = mix(x).reshape(3, 4, 12, -1)
+        assert mix.fired
+        piece = index.slices[name]
+        for mask in range(3):
+            g, v = gates[mask, piece], values[mask, piece]
+            by_hand = g * x.reshape(3, 4, 12, -1)[mask] + (1 - g) * v
+            torch.testing.assert_close(out[mask], by_hand, atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# tied and excluded nodes
+
+
+def slices_of(index, *sites):
+    return [[index.slices[index.hook(lay, s)] for s in sites] for lay in range(index.n_layers)]
+
+
+def test_a_query_channel_shares_its_unit_with_the_key_channel_that_it_meets(planted):
+    index = NodeIndex.of(planted()[0])
+    assert torch.equal(units(index, False), torch.arange(index.n_nodes))
+    unit = units(index, True)
+    groups = {}
+    for node, u in enumerate(unit.tolist()):
+        groups.setdefault(u, set()).add(node)
+    assert sorted(groups) == list(range(index.n_nodes - 2 * 8))
+    tied = {
+        frozenset((q.start + i, k.start + i))
+        for q, k in slices_of(index, "attn_q", "attn_k")
+        for i in range(8)
+    }
+    assert {frozenset(g) for g in groups.values() if len(g) > 1} == tied
+
+
+def test_tied_gates_open_and_close_together_and_cost_two(planted):
+    index = NodeIndex.of(planted()[0])
+    masks = masks_of(index, torch.zeros(index.n_nodes), bias=0.0, scale=0.5, tie_qk=True)
+    assert masks.tau.shape == (1, index.n_nodes - 16)
+    gates = masks.gates()
+    assert 0 < gates.sum() < index.n_nodes
+    tau = masks.node_tau()[0]
+    for q, k in slices_of(index, "attn_q", "attn_k"):
+        assert torch.equal(gates[0, q], gates[0, k])
+        assert torch.equal(tau[q], tau[k])
+        assert tau[q].std() > 0.1
+    (grad,) = torch.autograd.grad(gates.sum(), masks.tau)
+    s = torch.sigmoid(masks.tau[0].detach())
+    nodes = torch.bincount(units(index, True))
+    assert nodes.tolist().count(2) == 16
+    torch.testing.assert_close(grad[0], nodes * s * (1 - s))
+
+
+@pytest.mark.parametrize("sites", [("attn_q", "attn_v"), ("attn_k",), ("mlp_neuron",)])
+def test_tying_needs_both_sites(planted, sites):
+    index = NodeIndex.of(planted()[0], sites)
+    with pytest.raises(
+        ValueError, match=r"needs both sites attn_q and attn_k; the sites are attn|mlp"
+    ):
+        units(index, True)
+
+
+@pytest.mark.parametrize("tie_qk", [False, True])
+def test_the_gates_of_excluded_nodes_are_closed_and_learn_nothing(planted, tie_qk):
+    index = NodeIndex.of(planted()[0])
+    exclude = torch.zeros(index.n_nodes)
+    (q, k), _ = slices_of(index, "attn_q", "attn_k")
+    closed = {0, q.start + 3, k.start + 3, index.n_nodes - 1}
+    exclude[sorted(closed)] = 1
+    masks = masks_of(index, torch.zeros(index.n_nodes), exclude=exclude, tie_qk=tie_qk)
+    gates = masks.gates()[0]
+    assert set(torch.nonzero(gates == 0).flatten().tolist()) == closed
+    assert (masks.node_tau()[0, sorted(closed)] == -1).all()
+    (grad,) = torch.autograd.grad(gates.sum(), masks.tau)
+    silent = torch.nonzero(grad[0] == 0).flatten()
+    assert set(silent.tolist()) == {int(units(index, tie_qk)[i]) for i in closed}
+
+
+# --------------------------------------------------------------------------------------------------
+# the optimizer
+
+
+def test_every_row_is_updated_as_by_its_own_adamw():
+    settings = [(0.9, 0.95, 0.0), (0.0, 0.999, 0.1), (0.99, 0.5, 0.01)]
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 40, generator=draw)
+    rows = torch.nn.Parameter(start.clone())
+    optimizer = RowAdamW(rows, *([row[i] for row in settings] for i in range(3)))
+    alone = [torch.nn.Parameter(row.clone()) for row in start]
+    reference = [
+        torch.optim.AdamW([p], betas=(b1, b2), weight_decay=decay)
+        for p, (b1, b2, decay) in zip(alone, settings, strict=True)
+    ]
+    for step in range(60):
+        grad = torch.randn(3, 40, generator=draw) * torch.tensor([1.0, 1e-3, 30.0])[:, None]
+        grad[:, step % 40] = 0
+        lr = torch.tensor([0.03 * (1 - step / 60), 0.01, 0.1 if step % 7 else 0.0]).double()
+        optimizer.step(lr[:, None], grad)
+        for p, adamw, row, rate in zip(alone, reference, grad, lr.tolist(), strict=True):
+            adamw.param_groups[0]["lr"] = rate
+            p.grad = row.clone()
+            adamw.step()
+    torch.testing.assert_close(rows.detach(), torch.stack(alone).detach(), atol=1e-6, rtol=1e-5)
+    assert ((rows.detach() - start).abs().amax(1) > 0.1).all()
+
+
+def test_each_row_of_gradients_is_clipped_on_its_own():
+    grad = torch.tensor([[3.0, -4.0, 0.0, 0.0], [0.1, 0.0, -0.2, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    # the first row's root mean square is 2.5
+    expected = torch.tensor([[1.2, -1.6, 0.0, 0.0], [0.1, 0.0, -0.2, 0.0], [0.0] * 4])
+    torch.testing.assert_close(clipped(grad), expected)

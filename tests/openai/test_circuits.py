@@ -12,10 +12,10 @@ from tl_sparse import Circuit, activation_means
 from tl_sparse.ablation import ActivationMeans
 from tl_sparse.openai import (
     circuit_from_openai,
-    final_stream_hook,
     from_openai,
     read_payload,
 )
+from tl_sparse.sites import SITE_NAMES
 from tl_sparse.views import circuit_html
 
 WIDTHS = {"attn.act_in": D, "attn.q": D, "attn.k": D, "attn.v": D, "attn.resid_delta": D,
@@ -97,7 +97,7 @@ def model(write, state):
 @pytest.fixture
 def means(model):
     tokens = torch.randint(0, V, (8, 10), generator=torch.Generator().manual_seed(1))
-    return activation_means(model, tokens)
+    return activation_means(model, tokens, sites=SITE_NAMES[1:])
 
 
 @pytest.fixture
@@ -114,8 +114,7 @@ def saved(payload, tmp_path):
 
 
 def load(path, model, means):
-    with pytest.warns(UserWarning, match="keeps 3 channels of the final stream"):
-        return circuit_from_openai(path, model, "quote", means)
+    return circuit_from_openai(path, model, "quote", means)
 
 
 def test_losses_are_halved_once(saved):
@@ -140,13 +139,12 @@ def test_what_a_payload_says(saved, payload):
 def test_every_location_is_the_site_of_the_table(saved, payload, model, means):
     circuit = load(saved(), model, means)
     found = {
-        (f"{row.layer}.{PLACES[row.site]}", row.channel)
+        (f"{row.layer}.{PLACES[row.site]}" if row.site in PLACES else row.site, row.channel)
         for row in circuit.nodes.itertuples(index=False)
     }
     assert found == {
         (name, int(channel))
         for name, channels in payload["circuit_data"].items()
-        if name != "final_resid"
         for channel in channels
     }
     assert circuit.n_nodes == len(found)
@@ -195,17 +193,15 @@ def test_an_imported_circuit_is_saved_and_loaded(saved, model, means, tmp_path):
 
 def test_its_hooks_leave_exactly_the_kept_channels(saved, payload, model, means):
     circuit = load(saved(), model, means)
-    stream_mean = torch.arange(D).float()
-    final = final_stream_hook(read_payload(saved()), model, stream_mean)
-    assert final[0] == "blocks.1.hook_resid_post"
+    assert circuit.index.hook(1, "final_resid") == "blocks.1.hook_resid_post"
     tokens = torch.randint(0, V, (3, 9), generator=torch.Generator().manual_seed(2))
     seen = {}
 
     def record(x, hook):
         seen[hook.name] = x.detach().clone()
 
-    recording = [(name, record) for name in (*circuit.index.slices, final[0])]
-    model.run_with_hooks(tokens, fwd_hooks=[*circuit.hooks(), final, *recording])
+    recording = [(name, record) for name in circuit.index.slices]
+    model.run_with_hooks(tokens, fwd_hooks=[*circuit.hooks(), *recording])
     at = circuit.nodes
     for name, piece in circuit.index.slices.items():
         values = seen[name].flatten(2)
@@ -213,17 +209,17 @@ def test_its_hooks_leave_exactly_the_kept_channels(saved, payload, model, means)
         mean = means.values[piece][removed].expand(3, 9, -1)
         assert torch.equal(values[..., removed], mean), name
     kept = payload["circuit_data"]["final_resid"].tolist()
-    for channel in range(D):
-        constant = bool((seen[final[0]][..., channel] == stream_mean[channel]).all())
-        assert constant == (channel not in kept)
+    assert kept == at.channel[at.site == "final_resid"].tolist()
 
 
-def test_a_payload_without_the_final_stream_warns_of_nothing(saved, model, means, recwarn):
-    path = saved(lambda values: drop(values, "final_resid"))
-    circuit = circuit_from_openai(read_payload(path), model, "quote", means)
-    assert not [w for w in recwarn if "final stream" in str(w.message)]
-    with pytest.raises(ValueError, match="the payload has no final_resid"):
-        final_stream_hook(read_payload(path), model, torch.zeros(D))
+def test_a_payload_without_the_final_stream_has_no_nodes_there(saved, model, means):
+    payload = read_payload(saved(lambda values: drop(values, "final_resid")))
+    with pytest.raises(ValueError, match=r"where the payload has nodes at .*sites=payload.sites"):
+        circuit_from_openai(payload, model, "quote", means)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    fewer = activation_means(model, tokens, sites=payload.sites)
+    circuit = circuit_from_openai(payload, model, "quote", fewer)
+    assert "final_resid" not in set(circuit.nodes["site"])
     assert circuit.n_nodes > 0
 
 
@@ -239,12 +235,10 @@ def test_means_and_models_that_are_others(saved, payload, model, means, small_mo
         circuit_from_openai(path, model, "quote", other)
     fewer = activation_means(model, torch.zeros(1, 3, dtype=torch.int64), sites=("attn_in",))
     assert isinstance(fewer, ActivationMeans)
-    with pytest.raises(ValueError, match="means belong to another model"):
+    with pytest.raises(ValueError, match="the means are of attn_in, where the payload has nodes"):
         circuit_from_openai(path, model, "quote", fewer)
     with pytest.raises(ValueError, match=r"of a model with d_mlp|of a model with"):
         circuit_from_openai(path, small_model(n_heads=2), "quote", means)
-    with pytest.raises(ValueError, match=r"means must be one for each of 16"):
-        final_stream_hook(read_payload(path), model, torch.zeros(D - 1))
     drop(payload, "1.mlp.post_act")
     with pytest.raises(ValueError, match=r"locations are not this model's: 1.mlp.post_act"):
         circuit_from_openai(saved(), model, "quote", means)

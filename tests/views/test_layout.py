@@ -35,6 +35,29 @@ def test_flow_goes_upward(quote_circuit):
     assert layout.rows["layer"].tolist() == [0, 0, 0, 10, 10, 10]
 
 
+def test_the_stream_is_drawn_from_the_embedding_to_the_final_read(circuit_of):
+    circuit = circuit_of(
+        [
+            (0, "embed", 7), (0, "mlp_in", 7), (0, "mlp_neuron", 1), (0, "mlp_out", 9),
+            (1, "attn_in", 9), (1, "final_resid", 9), (1, "final_resid", 7),
+        ],
+        [(0, "mlp_in", 7, "mlp_neuron", 1, 0.5), (0, "mlp_neuron", 1, "mlp_out", 9, -0.5)],
+    )  # fmt: skip
+    layout = layout_of(circuit)
+    assert layout.rows["label"].tolist() == [
+        "embedding", "mlp in", "neurons", "mlp out", "attn in", "final stream",
+    ]  # fmt: skip
+    y = layout.nodes.set_index("id")["y"]
+    assert y.idxmin() == "0.embed.7"
+    assert y.loc["1.final_resid.9"] == y.loc["1.final_resid.7"] == y.max()
+    lanes = layout.lanes.set_index("channel")
+    assert lanes.loc[7, "y0"] == y["0.embed.7"]
+    assert lanes.loc[7, "y1"] == lanes.loc[9, "y1"] == y["1.final_resid.9"]
+    assert lanes.loc[9, "y0"] == y["0.mlp_out.9"]
+    assert not lanes["leaves"].any()
+    assert not lanes["enters"].any()
+
+
 def test_edges_end_on_their_nodes(quote_circuit):
     layout = layout_of(quote_circuit)
     at = layout.nodes.set_index("id")
@@ -140,7 +163,7 @@ def test_circuit_without_edges_is_placed(quote_circuit):
 
 def test_unknown_site_names_the_choices(quote_circuit):
     nodes = quote_circuit.nodes.replace({"site": {"mlp_neuron": "mlp_act"}})
-    with pytest.raises(ValueError, match=r"unknown site 'mlp_act'; sites are attn_in, .*mlp_out"):
+    with pytest.raises(ValueError, match=r"unknown site 'mlp_act'; sites are embed, .*mlp_out"):
         circuit_layout(nodes, quote_circuit.edges)
 
 

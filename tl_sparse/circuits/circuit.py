@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,39 +15,36 @@ import networkx as nx
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
+from tl_sparse.ablation import (
+    ActivationMeans,
+    Donors,
+    FwdHook,
+    ablation_hooks,
+    frozen_norm_hooks,
+)
 from tl_sparse.checkpoints import atomic_folder, fingerprint, read_json, read_tensors
+from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.circuits.stored import check_tensors, checked_record, stored_index
-from tl_sparse.sites import MATRICES, NodeIndex
+from tl_sparse.sites import MATRICES, SITES, NodeIndex
 
 if TYPE_CHECKING:
     from tl_sparse.circuits.compiled import CompiledCircuit
     from tl_sparse.tasks import TaskBatch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TENSORS, RECORD = "circuit.safetensors", "circuit.json"
 SCALARS = (
     "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed", "model_name",
-    "model_fingerprint",
+    "model_fingerprint", "seconds",
 )  # fmt: skip
 RESULTS = ("kept", "tau", "losses", "losses_calibrated", "correct")
 STORED = (*RESULTS, "edges", "edge_weights", "means")
 MATRIX_NAMES = tuple(matrix for matrix, _, _ in MATRICES)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Scale and shift of the answer pair's logit difference, fitted after pruning (§A.5)."""
-
-    scale: float = 1.0
-    """Factor on logit(answer A) - logit(answer B)."""
-    shift: float = 0.0
-    """Added to the scaled difference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +88,12 @@ class Circuit:
     """Class of the model."""
     model_fingerprint: str
     """SHA-256 of the model's tensors; the circuit belongs to it alone."""
+    seconds: float = math.nan
+    """Seconds that the search took; of masks trained together, this one's share."""
+    size_curve: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=["n_nodes", "loss"])
+    )
+    """Loss on the selection pairs (``loss``) of the first so many nodes (``n_nodes``), as tried."""
 
     @property
     def loss(self) -> float:
@@ -126,8 +130,39 @@ class Circuit:
         return frame
 
     def hooks(self) -> list[FwdHook]:
-        """``(hook name, function)`` pairs that mean-ablate every node outside the circuit."""
+        """``(hook name, function)`` pairs that set every node outside the circuit to its value.
+
+        Raises:
+            ValueError: it was pruned under resampling or with frozen norms, for which hooks depend
+                on the prompts: see :meth:`hooks_for`.
+        """
+        if self.config.get("ablation") == "resample" or self.config.get("freeze_norm"):
+            raise ValueError(
+                f"this circuit was pruned with ablation={self.config.get('ablation')!r} and "
+                f"freeze_norm={self.config.get('freeze_norm')!r}, so its hooks depend on the "
+                "prompts: use hooks_for(model, tokens)"
+            )
         return ablation_hooks(self.index, self.kept, self.means.values)
+
+    def hooks_for(
+        self, model: nn.Module, tokens: Int[Tensor, "sequence pos"], donors: Donors | None = None
+    ) -> list[FwdHook]:
+        """The hooks under which the circuit was found, for these tokens of its model.
+
+        Beside :meth:`hooks` these freeze the norms' scales at the whole model's, or resample
+        removed nodes of sequence i from ``donors``' sequence i, if the circuit was pruned so.
+
+        Raises:
+            ValueError: donors for a circuit that resamples nothing, or none for one that does.
+        """
+        if (donors is None) == (self.config.get("ablation") == "resample"):
+            raise ValueError(
+                "donors= belong to circuits pruned with ablation='resample', and to no others "
+                f"(this one: {self.config.get('ablation')!r})"
+            )
+        values = self.means.values if donors is None else donors
+        norms = frozen_norm_hooks(model, tokens) if self.config.get("freeze_norm") else []
+        return [*norms, *ablation_hooks(self.index, self.kept, values)]
 
     def compile(
         self,
@@ -175,20 +210,23 @@ class Circuit:
                 (row.layer, row.target_site, row.target),
                 kind="weight", matrix=row.matrix, weight=float(row.weight),
             )  # fmt: skip
-        order = {"attn_in": 0, "attn_out": 1, "mlp_in": 2, "mlp_out": 3}
+        stream = [row for row in SITES if row.kind == "residual"]
+        order = {row.name: place for place, row in enumerate(stream)}
+        written = {row.name for row in stream if row.written_by}
+        read_there = {row.name for row in stream if row.read_by}
         by_channel: dict[int, list[tuple[int, str, int]]] = {}
         for name in names:
             if name[1] in order:
                 by_channel.setdefault(name[2], []).append(name)
         for same in by_channel.values():
-            writes = [n for n in same if n[1].endswith("out")]
-            reads = [n for n in same if n[1].endswith("in")]
             graph.add_edges_from(
                 (
                     (write, read)
-                    for write in writes
-                    for read in reads
-                    if (write[0], order[write[1]]) < (read[0], order[read[1]])
+                    for write in same
+                    for read in same
+                    if write[1] in written
+                    and read[1] in read_there
+                    and (write[0], order[write[1]]) < (read[0], order[read[1]])
                 ),
                 kind="residual",
             )
@@ -223,6 +261,7 @@ class Circuit:
             "tl_sparse_version": version("tl-sparse"),
             "config": dict(self.config),
             "calibration": asdict(self.calibration),
+            "size_curve": self.size_curve[["n_nodes", "loss"]].values.tolist(),
             "index": {f.name: getattr(self.index, f.name) for f in fields(self.index)},
             "means": {
                 "n_tokens": self.means.n_tokens,
@@ -289,4 +328,6 @@ class Circuit:
         calibration = Calibration(**record["calibration"])
         rest: dict[str, Any] = {name: record[name] for name in (*SCALARS, "config")}
         rest |= tensors
+        curve = pd.DataFrame(record["size_curve"], columns=["n_nodes", "loss"])
+        rest["size_curve"] = curve.astype({"n_nodes": "int64", "loss": "float64"})
         return cls(index=index, means=means, edges=edges, calibration=calibration, **rest)

@@ -22,6 +22,7 @@ from tl_sparse.circuits.folding import Folding
 from tl_sparse.circuits.margins import last_logits, trimmed
 from tl_sparse.compat import HookedRootModule, HookPoint
 from tl_sparse.model import SparseTransformer
+from tl_sparse.sites import BLOCK_SITES
 from tl_sparse.tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -217,13 +218,20 @@ def compile_circuit(
 
     Raises:
         TypeError: the model is no SparseTransformer.
-        ValueError: the circuit is another model's; AbsTopK or ReLU acts on the stream itself; an
-            unknown token; or the logits deviate by more than ``tolerance``.
+        ValueError: the circuit is another model's, has nodes at the embedding or the final stream,
+            or was found under resampling or frozen norms; AbsTopK or ReLU acts on the stream
+            itself; an unknown token; or the logits deviate by more than ``tolerance``.
     """
     if not isinstance(model, SparseTransformer):
         raise TypeError(f"only a SparseTransformer can be compiled, not a {type(model).__name__}")
     if fingerprint(model) != circuit.model_fingerprint:
         raise ValueError("the circuit belongs to another model: compile it with the one it is of")
+    if outside := sorted(set(circuit.index.sites) - set(BLOCK_SITES)):
+        raise ValueError(
+            f"a circuit with nodes at {', '.join(outside)} cannot be compiled: only the sites "
+            f"{', '.join(BLOCK_SITES)} can"
+        )
+    circuit.hooks()  # refused now if they depend on the prompts
     density = model.config.activation_density
     if model.config.residual_act != "identity" or density.resid_post_attn < 1 or (
         density.resid_post_mlp < 1

@@ -1,17 +1,19 @@
 """Learned node masks: τ per node, a hard gate forward, a sigmoid's slope backward.
 
-Source: Gao et al. 2025, appendix A.5.
+Several masks stand side by side (a leading mask dimension) and share each forward pass. Source: Gao
+et al. 2025, appendix A.5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import node_view
+from tl_sparse.ablation import Donors
 from tl_sparse.sites import NodeIndex
 
 
@@ -19,51 +21,86 @@ class _Heaviside(torch.autograd.Function):
     """1 where τ >= 0, else 0; the gradient is that of sigmoid(τ / temperature)."""
 
     @staticmethod
-    def forward(ctx: Any, tau: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(tau)
-        ctx.temperature = temperature
+    def forward(ctx: Any, tau: Tensor, temperature: Tensor) -> Tensor:
+        ctx.save_for_backward(tau, temperature)
         return (tau >= 0).to(tau.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (tau,) = ctx.saved_tensors
-        gate = torch.sigmoid(tau / ctx.temperature)
-        return grads[0] * gate * (1 - gate) / ctx.temperature, None
+        tau, temperature = ctx.saved_tensors
+        gate = torch.sigmoid(tau / temperature)
+        return grads[0] * gate * (1 - gate) / temperature, None
 
 
 class NodeMasks(nn.Module):
-    """A gate per node over a frozen model; ``hooks()`` puts them on its forward pass."""
+    """A gate per mask and node over a frozen model; ``hooks()`` puts them on its forward pass."""
 
-    means: Tensor
+    values: Tensor | None
+    temperature: Tensor
+    unit: Tensor
+    excluded: Tensor | None
 
     def __init__(
         self,
         index: NodeIndex,
-        means: Float[Tensor, " node"],
+        values: Float[Tensor, "mask node"] | Donors,
         *,
-        init_bias: float,
-        init_scale: float,
-        temperature: float,
-        seed: int,
+        init_bias: Sequence[float],
+        init_scale: Sequence[float],
+        temperature: Sequence[float],
+        seeds: Sequence[int],
+        tie_qk: bool = False,
+        exclude: Float[Tensor, " node"] | None = None,
     ) -> None:
+        """Open gates, all but the excluded ones.
+
+        Args:
+            index: The nodes.
+            values: What removed nodes are set to: a value each, or their activations elsewhere.
+            init_bias: Mean of the initial τ of each mask.
+            init_scale: Standard deviation of the initial τ of each mask.
+            temperature: Temperature of each mask's surrogate gradient.
+            seeds: Seed of each mask's initial τ.
+            tie_qk: A query channel and the key channel that it meets share one τ.
+            exclude: 1 for nodes whose gates are always closed.
+        """
         super().__init__()
         self.index = index
-        self.temperature = temperature
-        generator = torch.Generator().manual_seed(seed)
-        tau = init_bias + init_scale * torch.randn(index.n_nodes, generator=generator)
-        self.tau = nn.Parameter(tau.clamp(-1.0, 1.0).to(means.device))
-        self.register_buffer("means", means)
+        self.donors = values if isinstance(values, Donors) else None
+        self.register_buffer("values", None if isinstance(values, Donors) else values)
+        some = next(iter(values.activations.values())) if isinstance(values, Donors) else values
+        unit = units(index, tie_qk).to(some.device)
+        self.register_buffer("unit", unit)
+        self.register_buffer("temperature", torch.tensor(temperature, device=some.device)[:, None])
+        self.register_buffer("excluded", exclude)
+        rows = []
+        for bias, scale, seed in zip(init_bias, init_scale, seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            rows.append(bias + scale * torch.randn(int(unit.max()) + 1, generator=generator))
+        self.tau = nn.Parameter(torch.stack(rows).clamp(-1.0, 1.0).to(some.device))
 
-    def gates(self) -> Float[Tensor, " node"]:
-        """0 or 1 per node, differentiable through the surrogate."""
-        return _Heaviside.apply(self.tau, self.temperature)
+    def node_tau(self) -> Float[Tensor, "mask node"]:
+        """τ of every node; -1 for excluded ones."""
+        tau = self.tau if self.tau.shape[1] == self.index.n_nodes else self.tau[:, self.unit]
+        return tau if self.excluded is None else torch.where(self.excluded > 0, -1.0, tau)
 
-    def hooks(self, gates: Float[Tensor, " node"]) -> list[tuple[str, Mix]]:
-        """Hooks that mix each activation with its mean: gate * x + (1 - gate) * mean."""
-        return [
-            (hook, Mix(gates[piece], self.means[piece]))
-            for hook, piece in self.index.slices.items()
-        ]
+    def gates(self) -> Float[Tensor, "mask node"]:
+        """0 or 1 per mask and node, differentiable through the surrogate."""
+        return _Heaviside.apply(self.node_tau(), self.temperature)
+
+    def hooks(
+        self, gates: Float[Tensor, "mask node"], prompts: Int[Tensor, " prompt"] | None = None
+    ) -> list[tuple[str, Mix]]:
+        """Hooks that mix each activation with its replacement: gate * x + (1 - gate) * value.
+
+        The batch is mask-major: all prompts under the first mask, then all under the second ...
+        ``prompts`` says which donor sequence stands in for which prompt.
+        """
+        if self.donors is not None:
+            donors = self.donors if prompts is None else self.donors.take(prompts)
+            return mix_hooks(self.index, gates, donors)
+        assert self.values is not None
+        return mix_hooks(self.index, gates, self.values)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -71,15 +108,107 @@ class NodeMasks(nn.Module):
         self.tau.clamp_(-1.0, 1.0)
 
 
-class Mix:
-    """Hook function: gate * x + (1 - gate) * mean; it remembers whether it ever ran."""
+def units(index: NodeIndex, tie_qk: bool) -> Int[Tensor, " node"]:
+    """The unit of each node: nodes of one unit share a gate. Only tied q and k channels do.
 
-    def __init__(self, gate: Tensor, mean: Tensor) -> None:
-        self.gate, self.mean, self.fired = gate, mean, False
+    The paper's authors say that they should have tied them (§A.5, footnote 17).
+
+    Raises:
+        ValueError: ``tie_qk`` without both sites.
+    """
+    unit = torch.arange(index.n_nodes)
+    if not tie_qk:
+        return unit
+    if not {"attn_q", "attn_k"} <= set(index.sites):
+        raise ValueError(
+            f"tie_qk needs both sites attn_q and attn_k; the sites are {', '.join(index.sites)}"
+        )
+    for layer in range(index.n_layers):
+        q, k = (index.slices[index.hook(layer, name)] for name in ("attn_q", "attn_k"))
+        unit[k] = unit[q]
+    return unit.unique(return_inverse=True)[1]
+
+
+def mix_hooks(
+    index: NodeIndex,
+    gates: Float[Tensor, "mask node"],
+    values: Float[Tensor, "mask_or_1 node"] | Donors,
+) -> list[tuple[str, Mix]]:
+    """A :class:`Mix` for every site."""
+    if isinstance(values, Donors):
+        return [(hook, Mix(gates[:, piece], values, hook)) for hook, piece in index.slices.items()]
+    return [
+        (hook, Mix(gates[:, piece], values[:, piece], hook)) for hook, piece in index.slices.items()
+    ]
+
+
+class Mix:
+    """Hook function: gate * x + (1 - gate) * value; it remembers whether it ever ran."""
+
+    def __init__(
+        self,
+        gate: Float[Tensor, "mask channel"],
+        value: Float[Tensor, "mask_or_1 channel"] | Donors,
+        name: str,
+    ) -> None:
+        self.gate, self.value, self.name, self.fired = gate, value, name, False
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        """The mixed activation."""
+        """The mixed activation [mask * prompt, pos, ...]."""
         self.fired = True
-        gate, mean = node_view(self.gate, x), node_view(self.mean, x)
+        masks = len(self.gate)
+        side = x.unflatten(0, (masks, len(x) // masks))
+        if isinstance(self.value, Donors):
+            value = self.value.of_hook(self.name, side.shape[1], x.shape[1])[None].to(x.device)
+        else:
+            value = spread(self.value, x)
         # lerp is exact at gates 0 and 1: open gates pass x bit for bit
-        return torch.lerp(mean.to(x.dtype).expand_as(x), x, gate.to(x.dtype))
+        gate = spread(self.gate, x).to(x.dtype)
+        return torch.lerp(value.to(x.dtype).expand_as(side), side, gate).flatten(0, 1)
+
+
+def spread(values: Float[Tensor, "mask channel"], like: Tensor) -> Tensor:
+    """Vectors over a site's channels, a row a mask, to broadcast with [mask, prompt, pos, ...].
+
+    q, k and v come as [..., head, d_head]; every other site has its channels in the last dimension.
+    """
+    width = values.shape[1]
+    tail = like.shape[2:]
+    if tail.numel() != width:  # a site's activation once per head: channels are the last dimension
+        tail = torch.Size([1] * (like.ndim - 3) + [width])
+    return values.view(len(values), 1, 1, *tail)
+
+
+class RowAdamW:
+    """AdamW in which every row of a parameter has its own learning rate, decays and weight decay.
+
+    Equal to one torch.optim.AdamW a row (eps 1e-8), without a Python loop over rows.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        beta1: Sequence[float],
+        beta2: Sequence[float],
+        weight_decay: Sequence[float],
+    ) -> None:
+        self.parameter = parameter
+        self.beta1, self.beta2, self.weight_decay = (
+            torch.tensor(row, dtype=torch.float64, device=parameter.device)[:, None]
+            for row in (beta1, beta2, weight_decay)
+        )
+        self.mean = torch.zeros_like(parameter)
+        self.square = torch.zeros_like(parameter)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, lr: Float[Tensor, "row 1"], grad: Float[Tensor, "row column"]) -> None:
+        """One update of the parameter by a gradient."""
+        self.steps += 1
+        kind = self.parameter.dtype
+        self.mean.lerp_(grad, (1 - self.beta1).to(kind))
+        self.square.mul_(self.beta2.to(kind)).add_(grad.square() * (1 - self.beta2).to(kind))
+        self.parameter.mul_((1 - lr * self.weight_decay).to(kind))
+        step = (lr / (1 - self.beta1**self.steps)).to(kind)
+        root = (1 - self.beta2**self.steps).sqrt().to(kind)
+        self.parameter.sub_(step * self.mean / (self.square.sqrt() / root + 1e-8))

@@ -3,88 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation import ActivationMeans, ablation_hooks
-from tl_sparse.checkpoints import fingerprint
-from tl_sparse.circuits.circuit import Calibration, Circuit
-from tl_sparse.circuits.edges import circuit_edges, count_edges
-from tl_sparse.circuits.margins import answer_margins
-from tl_sparse.circuits.node_masks import NodeMasks
-from tl_sparse.sites import NodeIndex
+from tl_sparse.ablation import ActivationMeans, Donors, Freeze, FwdHook, Replacement
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.margins import PackedBatch, packed_margins, row_margins
+from tl_sparse.circuits.masked import ROWS, check_fired, joined, masked_losses
+from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, units
+from tl_sparse.circuits.problem import (
+    ROUNDING,
+    PruningConfig,
+    PruningFailed,
+    PruningProblem,
+    frozen,
+    frozen_norms_of,
+    measured,
+    pose_many,
+    smallest,
+)
+from tl_sparse.model import SparseTransformer
 from tl_sparse.tasks import Task, TaskBatch
 
-Penalty = Literal["adaptive", "fixed"]
-
-
-@dataclass(frozen=True)
-class PruningConfig:
-    """How a circuit is searched for."""
-
-    target_loss: float = 0.15
-    """Task loss (nats, two-way; chance is ln 2 = 0.693) that the circuit has to reach."""
-    steps: int = 300
-    """Mask training steps."""
-    batch_pairs: int = 32
-    """Prompt pairs per step (the paper: 64)."""
-    lr: float = 0.03
-    """AdamW's learning rate, decayed linearly to 0 (the paper's search centre: 0.003)."""
-    beta1: float = 0.9
-    """AdamW's first-moment decay."""
-    beta2: float = 0.95
-    """AdamW's second-moment decay."""
-    weight_decay: float = 0.0
-    """AdamW's decay of τ. It pulls every τ to the gate's threshold; the paper's centre is 0.001."""
-    k_coef: float = 1e-3
-    """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
-    begins."""
-    penalty: Penalty = "adaptive"
-    """adaptive: raise the price while the training loss is below target, lower it while it is
-    above, which needs no search. fixed: the paper's constant price."""
-    adapt_rate: float = 0.03
-    """Largest relative change of the adaptive price per step."""
-    init_bias: float = 0.1
-    """Mean of the initial τ: every gate starts open."""
-    init_scale: float = 0.01
-    """Standard deviation of the initial τ."""
-    temperature: float = 1.0
-    """Temperature of the gate's surrogate gradient."""
-    selection_pairs: int = 128
-    """Pairs (of the train split, not trained on) on which the number of nodes is chosen."""
-    report_pairs: int = 128
-    """Pairs of the held-out split on which the circuit's results are reported."""
-    seed: int = 0
-    """Seed of τ and of the prompts."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target_loss < math.log(2):
-            raise ValueError(f"target_loss={self.target_loss} must lie between 0 and ln 2 (chance)")
-        for name in ("steps", "batch_pairs", "selection_pairs", "report_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "k_coef", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.penalty not in ("adaptive", "fixed"):
-            raise ValueError(f"penalty={self.penalty!r} is unknown; choose from adaptive, fixed")
-
-
-MAX_POOL = 2048  # distinct training pairs; drawing more buys nothing
 SNAPSHOTS = 24  # stages of the mask among which the smallest one that reaches the target is chosen
 MARGIN = 0.8  # the adaptive price aims below the target, so that bisection has something to remove
-
-
-class PruningFailed(ValueError):
-    """No subset of the learned mask's open gates reaches the target loss."""
+AT_ONCE = 2048  # prompts of one training step, all masks together
+SCREEN = 32  # pairs on which nodes are tried one by one; what is removed is checked on all
 
 
 def prune(
@@ -93,252 +45,335 @@ def prune(
     config: PruningConfig | None = None,
     *,
     means: ActivationMeans,
+    donors: Donors | None = None,
+    exclude: Bool[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Learn which nodes a task needs, with every other node set to its mean.
 
     Works by hooks on a SparseTransformer or any TransformerLens model. A gate per node is trained
     (task loss + price per open gate); the nodes are ranked by τ, their number is bisected inside
-    the set of open gates to the target loss on selection pairs, the answer pair's logit difference
-    is calibrated, and the result is reported on held-out templates and names.
+    the set of open gates to the target loss on selection pairs, single nodes are removed while the
+    target holds, the answer pair's logit difference is calibrated, and the result is reported on
+    held-out templates and names. No search over settings is needed.
+
+    Args:
+        model: The model.
+        task: The task.
+        config: How to search; the defaults do without a search over settings.
+        means: Means over the pretraining distribution, from ``activation_means``; their sites are
+            the sites that nodes are chosen from.
+        donors: What ``ablation="resample"`` takes removed nodes from, from ``activation_donors``.
+        exclude: Nodes that the circuit may not have.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: ``means`` of another model, the model itself does not reach the target, the task
             has a single pair, or edges are not defined for the model.
         PruningFailed: the mask collapsed: all its open gates together miss the target loss.
     """
-    config = config or PruningConfig()
-    if means.model_fingerprint != fingerprint(model):
-        raise ValueError("means belong to another model: compute them with activation_means")
-    index, values = means.index, means.values.to(next(model.parameters()).device)
-    # without an edge among them: models whose edges are undefined are refused now
-    count_edges(model, index, torch.zeros_like(values, dtype=torch.bool))
-    selection, train = selection_and_training(task, config)
-    report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
-    with frozen(model):
-        whole = float(F.softplus(-answer_margins(model, selection)).mean())
-        if whole > config.target_loss:
-            raise ValueError(
-                f"the whole model has loss {whole:.3f} on {task.name}, above the target "
-                f"{config.target_loss}: it does not solve the task"
-            )
-        candidates = train_masks(model, task.name, index, values, train, config, progress)
-        tau = choose_mask(model, index, candidates, values, selection, config.target_loss)
-        kept = choose_nodes(model, index, tau, values, selection, config.target_loss)
-        hooks = ablation_hooks(index, kept, values)
-        chosen = answer_margins(model, selection, hooks)
-        calibration = calibrate(chosen)
-        margins = answer_margins(model, report, hooks)
-        model_margins = answer_margins(model, report)
-    return Circuit(
-        task=task.name,
-        index=index,
-        kept=kept.cpu(),
-        tau=tau.cpu(),
-        means=replace(means, values=means.values.cpu()),
-        edges=circuit_edges(model, index, kept.cpu()),
-        losses=F.softplus(-margins).cpu(),
-        losses_calibrated=F.softplus(-calibrated(margins, calibration)).cpu(),
-        correct=(margins > 0).cpu(),
-        calibration=calibration,
-        selection_loss=float(F.softplus(-chosen).mean()),
-        model_loss=float(F.softplus(-model_margins).mean()),
-        target_loss=config.target_loss,
-        n_active=int((tau >= 0).sum()),
-        seed=config.seed,
-        config=asdict(config),
-        model_name=type(model).__name__,
-        model_fingerprint=means.model_fingerprint,
-    )
+    (found,) = prune_many(
+        model, [(task, config or PruningConfig())], means=means, donors=donors, exclude=exclude,
+        progress=progress,
+    )  # fmt: skip
+    if isinstance(found, PruningFailed):
+        raise found
+    return found
 
 
-def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch, TaskBatch]:
-    """Pairs to choose the number of nodes on, and pairs to train on, none of them in both.
+def prune_many(
+    model: nn.Module,
+    jobs: Sequence[tuple[Task, PruningConfig]],
+    *,
+    means: ActivationMeans,
+    donors: Donors | None = None,
+    exclude: Bool[Tensor, " node"] | None = None,
+    max_rows: int = AT_ONCE,
+    progress: bool = True,
+) -> list[Circuit | PruningFailed]:
+    """:func:`prune` for many settings, seeds and tasks, whose masks train in shared forward passes.
 
-    A task with too few distinct pairs for both parts has at most half of them chosen on.
+    Every job is as if it were alone, but for rounding. Jobs share a pass if they have the same
+    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and kind of replacement, up to
+    ``max_rows`` prompts. A circuit's ``seconds`` are its share of the training it took part in.
+
+    Returns:
+        For each job its circuit, or why there is none.
 
     Raises:
-        ValueError: the task has a single pair.
+        ValueError: as :func:`prune`, for any of the jobs, before anything is trained.
     """
-    pool = min(config.steps * config.batch_pairs, MAX_POOL)
-    drawn = task.batch(pool + config.selection_pairs, split="train", seed=config.seed)
-    # a batch repeats pairs only after all distinct ones
-    distinct = len(set(zip(drawn.prompts[::2], drawn.prompts[1::2], strict=True)))
-    if distinct < 2:
-        raise ValueError(f"task {task.name} has a single pair: none is left to train on")
-    chosen_on = min(config.selection_pairs, distinct // 2)
-    return drawn.pairs(0, chosen_on), drawn.pairs(chosen_on, distinct)
+    problems = pose_many(model, jobs, means, donors, exclude)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, problem in enumerate(problems):
+        config = problem.config
+        rows = min(config.batch_pairs, len(problem.train) // 2)
+        donors = id(problem.values) if isinstance(problem.values, Donors) else None
+        key = (config.steps, rows, config.tie_qk, config.freeze_norm, donors)
+        alike.setdefault(key, []).append(i)
+    found: dict[int, Circuit | PruningFailed] = {}
+    for (_, pairs, *_), members in alike.items():
+        size = max(1, max_rows // (2 * int(str(pairs))))
+        for start in range(0, len(members), size):
+            group = [problems[i] for i in members[start : start + size]]
+            began = time.perf_counter()
+            with frozen(model):
+                snapshots = train_masks(group, progress)
+                share = (time.perf_counter() - began) / len(group)
+                for row, i in enumerate(members[start : start + size]):
+                    stages = [snapshot[row] for snapshot in snapshots]
+                    found[i] = finished(problems[i], stages, share)
+    return [found[i] for i in range(len(problems))]
+
+
+def finished(
+    problem: PruningProblem, stages: list[Float[Tensor, " node"]], seconds: float
+) -> Circuit | PruningFailed:
+    """The circuit that trained masks come to, or why there is none."""
+    began = time.perf_counter()
+    try:
+        tau = choose_mask(problem, stages)
+        kept, curve = choose_nodes(problem, tau)
+    except PruningFailed as failure:
+        return failure
+    if problem.config.refine:
+        kept = refined(problem, kept)
+    seconds += time.perf_counter() - began
+    n_active = int((tau >= 0).sum())
+    return measured(problem, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
+
+
+# --------------------------------------------------------------------------------------------------
+# training
 
 
 def train_masks(
-    model: nn.Module,
-    task_name: str,
-    index: NodeIndex,
-    values: Float[Tensor, " node"],
-    train: TaskBatch,
-    config: PruningConfig,
-    progress: bool,
-) -> list[Float[Tensor, " node"]]:
+    problems: Sequence[PruningProblem], progress: bool
+) -> list[Float[Tensor, "problem node"]]:
     """Train τ: task loss plus price per open gate, gradients clipped to RMS 1, τ clamped.
 
-    Returns τ at evenly spaced steps, the last one included: a circuit that works whole or not at
-    all breaks as the price rises, and once broken gives its nodes no gradient by which to come
-    back.
+    A mask per problem, all in the same forward passes. Returns τ at evenly spaced steps, the last
+    one included: a circuit that works whole or not at all breaks as the price rises, and once
+    broken gives its nodes no gradient by which to come back.
     """
+    configs = [problem.config for problem in problems]
+    model, first = problems[0].model, configs[0]
+    device = next(model.parameters()).device
+    exclude = problems[0].exclude
     masks = NodeMasks(
-        index, values, init_bias=config.init_bias, init_scale=config.init_scale,
-        temperature=config.temperature, seed=config.seed,
+        problems[0].index,
+        replacements(problems),
+        init_bias=[c.init_bias for c in configs],
+        init_scale=[c.init_scale for c in configs],
+        temperature=[c.temperature for c in configs],
+        seeds=[c.seed for c in configs],
+        tie_qk=first.tie_qk,
+        exclude=None if exclude is None else exclude.float().to(device),
+    )
+    optimizer = RowAdamW(
+        masks.tau, [c.beta1 for c in configs], [c.beta2 for c in configs],
+        [c.weight_decay for c in configs],
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        [masks.tau], lr=config.lr, betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-    )  # fmt: skip
-    price = torch.tensor(config.k_coef, device=values.device)
-    average = torch.tensor(config.target_loss, device=values.device)
-    pool, snapshots = len(train) // 2, []
-    marks = {config.steps - 1 - i * config.steps // SNAPSHOTS for i in range(SNAPSHOTS)}
-    bar = tqdm(range(config.steps), desc=task_name, leave=False, disable=not progress)
+    column = {
+        name: torch.tensor([float(getattr(c, name)) for c in configs], device=device)
+        for name in ("lr", "k_coef", "target_loss", "adapt_rate", "warmup_frac")
+    }
+    adaptive = torch.tensor([c.penalty == "adaptive" for c in configs], device=device)
+    price, average = column["k_coef"].clone(), column["target_loss"].clone()
+    pool = TrainingPool(problems)
+    marks = {first.steps - 1 - i * first.steps // SNAPSHOTS for i in range(SNAPSHOTS)}
+    snapshots = []
+    names = ", ".join(dict.fromkeys(problem.task.name for problem in problems))
+    bar = tqdm(range(first.steps), desc=f"{names:.40}", leave=False, disable=not progress)
     for step in bar:
-        optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
-        start = (step * config.batch_pairs) % max(1, pool - config.batch_pairs + 1)
-        batch = train.pairs(start, start + config.batch_pairs)
         gates = masks.gates()
-        hooks = masks.hooks(gates)
-        loss = F.softplus(-answer_margins(model, batch, hooks)).mean()
-        if step == 0 and (silent := [name for name, mix in hooks if not mix.fired]):
-            raise ValueError(f"hooks {', '.join(silent)} never fired on this model")
-        (loss + price * gates.sum()).backward()
-        clip_rms(masks.tau)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = pool.losses(step, masks, gates)
+        (grad,) = torch.autograd.grad((loss + price * gates.sum(1)).sum(), masks.tau)
+        warm = ((step + 1) / (column["warmup_frac"] * first.steps).clamp(min=1e-9)).clamp(max=1)
+        lr = column["lr"] * (1 - step / first.steps) * warm
+        optimizer.step(lr.double()[:, None], clipped(grad))
         masks.clamp()
         with torch.no_grad():
             average.lerp_(loss.detach(), 0.1)
-            if config.penalty == "adaptive":
-                goal = MARGIN * config.target_loss
-                slack = ((goal - average) / goal).clamp(-1, 1)
-                price *= torch.exp(config.adapt_rate * slack)
+            goal = MARGIN * column["target_loss"]
+            slack = ((goal - average) / goal).clamp(-1, 1)
+            price = torch.where(adaptive, price * torch.exp(column["adapt_rate"] * slack), price)
         if step in marks:
-            snapshots.append(masks.tau.detach().clone())
+            snapshots.append(masks.node_tau().detach().clone())
         if progress and step % 20 == 0:
-            n_open = int(gates.sum())
-            bar.set_postfix_str(f"loss {float(average):.3f}, {n_open} gates open", refresh=False)
+            n_open = float(gates.detach().sum(1).mean())
+            text = f"loss {float(average.mean()):.3f}, {n_open:.0f} gates open"
+            bar.set_postfix_str(text, refresh=False)
     return snapshots
 
 
+def replacements(problems: Sequence[PruningProblem]) -> Float[Tensor, "problem node"] | Donors:
+    """What removed nodes are set to in each problem; all share their donors, if there are any."""
+    values: list[Replacement] = [problem.values for problem in problems]
+    if isinstance(values[0], Donors):
+        return values[0]
+    return torch.stack([row for row in values if not isinstance(row, Donors)])
+
+
+def clipped(grad: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    """Each row scaled down to root mean square 1 where it exceeds it."""
+    return grad / grad.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1.0)
+
+
+class TrainingPool:
+    """The training prompts of several problems, and which of them each step takes.
+
+    Prompts that several problems share are held once. Lengths are read on the CPU, so that no step
+    waits for the device. Where nothing depends on positions, pairs are packed in a row each.
+    """
+
+    def __init__(self, problems: Sequence[PruningProblem]) -> None:
+        config, model = problems[0].config, problems[0].model
+        device = next(model.parameters()).device
+        pools: dict[tuple[tuple[str, ...], ...], tuple[int, TaskBatch]] = {}
+        size, places = 0, []
+        for problem in problems:
+            key = (problem.train.prompts, problem.train.answers)
+            if key not in pools:
+                pools[key] = (size, problem.train)
+                size += len(problem.train) // 2
+            places.append(pools[key][0])
+        whole = joined([batch for _, batch in pools.values()])
+        self.model = model
+        self.last = whole.last.cpu().view(-1, 2)
+        self.batch = whole.to(device)
+        self.places = places
+        self.sizes = [len(problem.train) // 2 for problem in problems]
+        self.pairs = min(config.batch_pairs, *self.sizes)
+        self.frozen = list(frozen_norms_of(model, self.batch)) if config.freeze_norm else []
+        self.n_donors = 0
+        if isinstance(values := problems[0].values, Donors):
+            self.n_donors = len(values)
+            self.generator = torch.Generator().manual_seed(config.seed)
+        packs = isinstance(model, SparseTransformer) and not self.frozen and not self.n_donors
+        self.packed = PackedBatch.of(self.batch) if packs else None
+
+    def losses(
+        self, step: int, masks: NodeMasks, gates: Float[Tensor, "problem node"]
+    ) -> Float[Tensor, " problem"]:
+        """Each problem's loss on the prompts of a step, under its gates.
+
+        Raises:
+            ValueError: a hook never fired, at the first step.
+        """
+        pairs = torch.cat(
+            [
+                place + (step * self.pairs) % max(1, size - self.pairs + 1)
+                + torch.arange(self.pairs)
+                for place, size in zip(self.places, self.sizes, strict=True)
+            ]
+        )  # fmt: skip
+        donors = None
+        if self.n_donors:
+            donors = torch.randint(self.n_donors, (2 * self.pairs,), generator=self.generator)
+        mixes = masks.hooks(gates, donors)
+        if self.packed is not None and isinstance(self.model, SparseTransformer):
+            margins = packed_margins(self.model, self.packed.rows(pairs), mixes)
+        else:
+            batch, norms = self.prompts(pairs)
+            margins = row_margins(self.model, batch, [*norms, *mixes])
+        if step == 0:
+            check_fired(mixes)
+        return F.softplus(-margins).view(len(gates), -1).mean(1)
+
+    def prompts(self, pairs: Int[Tensor, " pair"]) -> tuple[TaskBatch, list[FwdHook]]:
+        """The prompts of some pairs, and the hooks that freeze the norms on them, if asked for."""
+        width = int(self.last[pairs].max()) + 1
+        rows = (2 * pairs[:, None] + torch.tensor([0, 1])).flatten()
+        texts = {
+            name: tuple(getattr(self.batch, name)[i] for i in rows.tolist())
+            for name in ("prompts", "answers")
+        }
+        rows = rows.to(self.batch.last.device)
+        batch = replace(
+            self.batch,
+            **texts,
+            tokens=self.batch.tokens[rows, :width],
+            last=self.batch.last[rows],
+            answer=self.batch.answer[rows],
+            other=self.batch.other[rows],
+        )
+        norms: list[FwdHook] = [
+            (name, Freeze(hook.value[rows, :width]))
+            for name, hook in self.frozen
+            if isinstance(hook, Freeze)
+        ]
+        return batch, norms
+
+
+# --------------------------------------------------------------------------------------------------
+# from trained masks to nodes
+
+
 def choose_mask(
-    model: nn.Module,
-    index: NodeIndex,
-    candidates: list[Float[Tensor, " node"]],
-    values: Float[Tensor, " node"],
-    selection: TaskBatch,
-    target: float,
+    problem: PruningProblem, candidates: list[Float[Tensor, " node"]]
 ) -> Float[Tensor, " node"]:
     """The trained mask with the fewest open gates whose loss on fixed pairs is at most the target.
 
     Raises:
         PruningFailed: none reaches it.
     """
+    lowest = math.inf
     for tau in sorted(candidates, key=lambda tau: int((tau >= 0).sum())):
-        hooks = ablation_hooks(index, tau >= 0, values)
-        loss = float(F.softplus(-answer_margins(model, selection, hooks)).mean())
-        if loss <= target:
+        lowest = min(lowest, float(problem.losses((tau >= 0)[None])))
+        if lowest <= problem.config.target_loss - ROUNDING:
             return tau
     n_open = int((candidates[-1] >= 0).sum())
     raise PruningFailed(
         f"the mask collapsed: none of its {len(candidates)} stages reaches the target loss "
-        f"{target} (at the end {n_open} gates were open); lower k_coef, or train for more steps"
+        f"{problem.config.target_loss} (at the end {n_open} gates were open); lower k_coef, or "
+        "train for more steps",
+        lowest,
     )
 
 
 def choose_nodes(
-    model: nn.Module,
-    index: NodeIndex,
-    tau: Float[Tensor, " node"],
-    values: Float[Tensor, " node"],
-    selection: TaskBatch,
-    target: float,
-) -> Bool[Tensor, " node"]:
+    problem: PruningProblem, tau: Float[Tensor, " node"]
+) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
     """The fewest open gates, by descending τ, whose loss on fixed pairs is at most the target.
 
-    Bisected inside the open gates only: the closed ones are clamped at -1 and have no order. All
-    open gates together must reach the target.
+    Among the open gates only: the closed ones are clamped at -1 and have no order.
     """
     order = tau.argsort(descending=True, stable=True)
-
-    def keep_first(k: int) -> Tensor:
-        return torch.zeros_like(tau, dtype=torch.bool).scatter_(0, order[:k], True)
-
-    def loss_of(k: int) -> float:
-        hooks = ablation_hooks(index, keep_first(k), values)
-        return float(F.softplus(-answer_margins(model, selection, hooks)).mean())
-
-    low, high = 0, int((tau >= 0).sum())
-    while high - low > 1:  # loss_of(high) <= target throughout
-        middle = (low + high) // 2
-        if loss_of(middle) <= target:
-            high = middle
-        else:
-            low = middle
-    return keep_first(high)
+    return smallest(problem, order[: int((tau >= 0).sum())])
 
 
-def calibrate(margins: Float[Tensor, " prompt"]) -> Calibration:
-    """Scale and shift of the answer pair's logit difference by 16 steps of L-BFGS (§A.5).
+def refined(problem: PruningProblem, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
+    """Nodes removed, the least needed ones first, for as long as the target holds.
 
-    The shift is on the difference: one added to all logits would change nothing.
+    In each round every node is removed alone on a few selection pairs; then as many of the least
+    needed ones as the target on all selection pairs allows are removed together. It ends when not
+    even the least needed node can go. With ``tie_qk`` tied nodes go together.
     """
-    log_scale = torch.zeros((), requires_grad=True)
-    shift = torch.zeros((), requires_grad=True)
-    fixed = margins.detach().cpu()
-    optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=16, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.softplus(-_calibrate(fixed, log_scale.exp(), shift)).mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return Calibration(float(log_scale.detach().exp()), float(shift.detach()))
-
-
-def calibrated(
-    margins: Float[Tensor, " prompt"], calibration: Calibration
-) -> Float[Tensor, " prompt"]:
-    """Margins after calibration; rows alternate between members A and B of each pair."""
-    scale, shift = (
-        torch.tensor(x, device=margins.device) for x in (calibration.scale, calibration.shift)
-    )
-    return _calibrate(margins, scale, shift)
-
-
-def _calibrate(margins: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    # the difference logit(A) - logit(B) is the margin for members A, its negative for members B
-    sign = torch.ones_like(margins)
-    sign[1::2] = -1.0
-    return scale * margins + sign * shift
-
-
-def clip_rms(parameter: Tensor) -> None:
-    """Scale a gradient down to root mean square 1 where it exceeds it."""
-    grad = parameter.grad
-    assert grad is not None
-    grad /= grad.pow(2).mean().sqrt().clamp(min=1.0)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for the model's own parameters, restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
-    for parameter, _ in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, needed in required:
-            parameter.requires_grad_(needed)
+    index, config = problem.index, problem.config
+    unit = units(index, config.tie_qk).to(kept.device)
+    few = problem.selection.pairs(0, min(SCREEN, len(problem.selection) // 2))
+    hooks: tuple[FwdHook, ...] = ()
+    if config.freeze_norm:
+        hooks = frozen_norms_of(problem.model, few)
+    while True:
+        present = unit[kept].unique()
+        alone = kept[None] & (unit[None] != present[:, None])
+        losses = masked_losses(
+            problem.model, few, index, alone, problem.values, hooks=hooks, max_rows=ROWS
+        )
+        order = present[losses.argsort(stable=True)]
+        rank = torch.full((int(unit.max()) + 1,), len(order), device=kept.device)
+        rank[order] = torch.arange(len(order), device=kept.device)
+        low, high = 0, len(order) + 1  # that many can go, so many cannot
+        while high - low > 1:
+            sizes = sorted({low + 1, *(low + (high - low) * i // 4 for i in (1, 2, 3))} - {low})
+            keep = kept[None] & (rank[unit][None] >= torch.tensor(sizes).to(rank)[:, None])
+            for size, right in zip(sizes, problem.reached(keep), strict=True):
+                if not right:
+                    high = size
+                    break
+                low = size
+        if low == 0:
+            return kept
+        kept = kept & (rank[unit] >= low)

@@ -14,7 +14,7 @@ from tl_sparse.sites import MATRICES, NodeIndex
 FIELDS: dict[str, Any] = {
     "task": str, "selection_loss": float, "model_loss": float, "target_loss": float,
     "n_active": int, "seed": int, "model_name": str, "model_fingerprint": str,
-    "config": Mapping[str, Any],
+    "config": Mapping[str, Any], "seconds": float,
 }  # fmt: skip
 PARTS: dict[str, dict[str, Any]] = {
     "calibration": {"scale": float, "shift": float},
@@ -24,7 +24,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 def checked_record(record: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """A circuit's JSON record with all its fields, each of its type; ValueError otherwise."""
-    if missing := sorted({*FIELDS, *PARTS, "index"} - set(record)):
+    if missing := sorted({*FIELDS, *PARTS, "index", "size_curve"} - set(record)):
         raise ValueError(f"{origin} lacks {', '.join(missing)}")
     try:
         out = {name: convert(hint, record[name], name) for name, hint in FIELDS.items()}
@@ -33,9 +33,26 @@ def checked_record(record: Mapping[str, Any], origin: str) -> dict[str, Any]:
             if set(values) != set(hints):
                 raise ValueError(f"{part} must hold {', '.join(hints)}, not {', '.join(values)}")
             out[part] = {n: convert(hint, values[n], f"{part}.{n}") for n, hint in hints.items()}
+        out["size_curve"] = checked_curve(record["size_curve"])
         return out | {"index": convert(Mapping[str, Any], record["index"], "index")}
     except ValueError as error:
         raise ValueError(f"{origin} is broken: {error}") from error
+
+
+def checked_curve(rows: Any) -> list[tuple[int, float]]:
+    """Pairs of a number of nodes and a loss; ValueError otherwise."""
+    right = isinstance(rows, list) and all(
+        isinstance(row, list)
+        and len(row) == 2
+        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in row)
+        and 0 <= row[0] < 2**62
+        and float(row[0]).is_integer()
+        and (isinstance(row[1], float) or abs(row[1]) < 2**62)
+        for row in rows
+    )
+    if not right:
+        raise ValueError("size_curve must be a list of [number of nodes, loss]")
+    return [(int(n), float(loss)) for n, loss in rows]
 
 
 def stored_index(plain: Mapping[str, Any], model: nn.Module, origin: str) -> NodeIndex:

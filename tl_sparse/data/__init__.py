@@ -4,6 +4,7 @@ from tl_sparse.data.bigrams import bigram_log_probs
 from tl_sparse.data.config import CorpusConfig
 from tl_sparse.data.corpus import build_corpus, default_cache_dir
 from tl_sparse.data.idioms import idiom_documents
+from tl_sparse.data.sample import validation_text
 from tl_sparse.data.sources import Document
 from tl_sparse.data.tokenizer import END_OF_TEXT, build_tokenizer
 from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus, evenly_spaced, windows
@@ -24,5 +25,6 @@ __all__ = [
     "default_cache_dir",
     "evenly_spaced",
     "idiom_documents",
+    "validation_text",
     "windows",
 ]

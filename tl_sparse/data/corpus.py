@@ -136,14 +136,15 @@ def _read(config: CorpusConfig, progress: bool) -> tuple[list[Document], int]:
                 max_bytes=config.max_bytes,
             ):
                 bar.update()
-                if isinstance(document, Document) and _usable(document.text, config):
+                if isinstance(document, Document) and usable(document.text, config):
                     documents.append(document)
                 else:
                     skipped += 1
     return documents, skipped
 
 
-def _usable(text: str, config: CorpusConfig) -> bool:
+def usable(text: str, config: CorpusConfig) -> bool:
+    """Whether a text is what a corpus takes: not empty, too large, binary or in other scripts."""
     if not text.strip() or "\0" in text:
         return False
     size = len(text.encode())

@@ -2,7 +2,6 @@
 
 from tl_sparse.openai.circuits import CircuitPayload as CircuitPayload
 from tl_sparse.openai.circuits import circuit_from_openai as circuit_from_openai
-from tl_sparse.openai.circuits import final_stream_hook as final_stream_hook
 from tl_sparse.openai.circuits import read_payload as read_payload
 from tl_sparse.openai.model_files import from_openai as from_openai
 from tl_sparse.openai.model_files import to_openai as to_openai
@@ -10,6 +9,6 @@ from tl_sparse.openai.tokenizer import tokenizer_from_openai as tokenizer_from_o
 from tl_sparse.openai.tokenizer import tokenizer_to_openai as tokenizer_to_openai
 
 __all__ = [
-    "CircuitPayload", "circuit_from_openai", "final_stream_hook", "from_openai", "read_payload",
+    "CircuitPayload", "circuit_from_openai", "from_openai", "read_payload",
     "to_openai", "tokenizer_from_openai", "tokenizer_to_openai",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ package speak of. Losses are halved in :func:`read_payload`, and nowhere else.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import Ablate, ActivationMeans, FwdHook
+from tl_sparse.ablation import ActivationMeans
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.circuits import Calibration, Circuit, circuit_edges
 from tl_sparse.openai.files import local_folder
 from tl_sparse.pt_files import check_plain, read_pt
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import BLOCK_SITES, NodeIndex
 
 PAYLOAD = "viz_data.pt"
 PLACES = {
@@ -71,6 +70,11 @@ class CircuitPayload:
     def n_nodes(self) -> int:
         """Kept channels, those of the final stream included."""
         return sum(len(channels) for channels in self.kept.values())
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it has nodes at, for ``activation_means(model, tokens, sites=...)``."""
+        return (*BLOCK_SITES, FINAL_STREAM) if FINAL_STREAM in self.kept else BLOCK_SITES
 
 
 def read_payload(path_or_url: str | Path, progress: bool = True) -> CircuitPayload:
@@ -208,15 +212,13 @@ def circuit_from_openai(
     no held-out prompts (``losses`` and ``correct`` are empty, ``loss`` and ``accuracy`` NaN), τ and
     ``target_loss`` are NaN, ``n_active`` and ``seed`` are -1.
 
-    A ``Circuit`` has no nodes in the final stream. Where the payload prunes that too, a warning
-    says so, and :func:`final_stream_hook` is the hook to add to ``circuit.hooks()``.
-
     Args:
         payload: a payload, or where its file is (see :func:`read_payload`).
         model: the model, from ``SparseTransformer.from_openai``.
         task: a name for the task.
         means: what removed nodes are set to. Released circuits take means over the pretraining
-            distribution, which their files do not hold; see ``activation_means``.
+            distribution, which their files do not hold; see ``activation_means``, to which
+            ``payload.sites`` says the sites.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -224,24 +226,24 @@ def circuit_from_openai(
     """
     if not isinstance(payload, CircuitPayload):
         payload = read_payload(payload)
-    index = NodeIndex.of(model)
+    index = NodeIndex.of(model, payload.sites)
     check_model(payload, model, index)
-    if means.model_fingerprint != fingerprint(model) or means.index != index:
+    if means.model_fingerprint != fingerprint(model):
         raise ValueError("means belong to another model: compute them with activation_means")
+    if means.index != index:
+        raise ValueError(
+            f"the means are of {', '.join(means.index.sites)}, where the payload has nodes at "
+            f"{', '.join(index.sites)}: use activation_means(model, tokens, sites=payload.sites)"
+        )
     kept = torch.zeros(index.n_nodes, dtype=torch.bool)
     for location, channels in payload.kept.items():
-        if location != FINAL_STREAM:
-            layer, _, place = location.partition(".")
-            start = index.slices[index.hook(int(layer), PLACES[place])].start
-            kept[start + channels] = True
-    cfg: Any = model.cfg
-    final = payload.kept.get(FINAL_STREAM)
-    if final is not None and len(final) < cfg.d_model:
-        warnings.warn(
-            f"the payload keeps {len(final)} channels of the final stream, where a Circuit has no "
-            "nodes: its hooks leave that stream whole; add final_stream_hook's",
-            stacklevel=2,
+        layer, _, place = location.partition(".")
+        hook = (
+            index.hook(index.n_layers - 1, FINAL_STREAM)
+            if location == FINAL_STREAM
+            else index.hook(int(layer), PLACES[place])
         )
+        kept[index.slices[hook].start + channels] = True
     nothing = torch.zeros(0)
     return Circuit(
         task=task,
@@ -278,34 +280,15 @@ def check_model(payload: CircuitPayload, model: nn.Module, index: NodeIndex) -> 
         for place, site in PLACES.items()
         if site in index.sites
     }
-    stored = set(payload.kept) - {FINAL_STREAM}
+    if FINAL_STREAM in index.sites:
+        widths[FINAL_STREAM] = cfg.d_model
+    stored = set(payload.kept)
     if strange := sorted(stored ^ set(widths)):
         raise ValueError(
             f"the payload's locations are not this model's: {', '.join(strange[:8])}; they must be "
             f"{', '.join(PLACES)} of {index.n_layers} layers, and {FINAL_STREAM} if need be"
         )
-    for location, width in (widths | {FINAL_STREAM: cfg.d_model}).items():
+    for location, width in widths.items():
         channels = payload.kept.get(location)
         if channels is not None and len(channels) and int(channels.max()) >= width:
             raise ValueError(f"{location} keeps channel {int(channels.max())} of {width}")
-
-
-def final_stream_hook(
-    payload: CircuitPayload, model: nn.Module, means: Float[Tensor, " d_model"]
-) -> FwdHook:
-    """The hook that sets the final stream's channels outside a released circuit to these means.
-
-    The means are those of ``blocks.{last}.hook_resid_post`` over the pretraining distribution. Add
-    the hook to ``circuit.hooks()``.
-
-    Raises:
-        ValueError: the payload says nothing of the final stream, or the means are not one each.
-    """
-    cfg: Any = model.cfg
-    if FINAL_STREAM not in payload.kept:
-        raise ValueError(f"the payload has no {FINAL_STREAM}: its circuit keeps the stream whole")
-    if means.shape != (cfg.d_model,):
-        raise ValueError(f"the means must be one for each of {cfg.d_model} channels")
-    kept = torch.zeros(cfg.d_model, dtype=torch.bool)
-    kept[payload.kept[FINAL_STREAM]] = True
-    return f"blocks.{cfg.n_layers - 1}.hook_resid_post", Ablate(kept, means)

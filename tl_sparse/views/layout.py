@@ -10,12 +10,14 @@ from tl_sparse.sites import SITE_NAMES, SITES
 from tl_sparse.views.placement import barycentre, order_lanes, place_items
 
 ROWS: dict[str, tuple[str, ...]] = {
+    "embedding": ("embed",),
     "attn in": ("attn_in",),
     "q k v": ("attn_q", "attn_k", "attn_v"),
     "attn out": ("attn_out",),
     "mlp in": ("mlp_in",),
     "neurons": ("mlp_neuron",),
     "mlp out": ("mlp_out",),
+    "final stream": ("final_resid",),
 }
 """Rows of one layer in the order of the forward pass, and the sites that stand in each."""
 
@@ -26,8 +28,8 @@ NODE_COLUMNS = ("layer", "site", "channel", "head", "head_channel", "hook", "tau
 EDGE_COLUMNS = ("layer", "source_site", "source", "target_site", "target", "matrix", "weight")
 
 _SLOT = {site: slot for slot, sites in enumerate(ROWS.values()) for site in sites}
-_QKV_SLOT = 1
-_FIRST_MLP_SLOT = 3
+_QKV_SLOT = 2
+_FIRST_MLP_SLOT = 4
 _FULL_ROW = 56  # nodes side by side before a row is staggered over several levels
 _MAX_LEVELS = 8
 _LEVEL_STEP = 0.26  # height of one level of a staggered row, in row heights

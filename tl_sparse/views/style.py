@@ -30,6 +30,7 @@ class SiteStyle:
 
 
 SITE_STYLES: dict[str, SiteStyle] = {
+    "embed": SiteStyle("embedding writes", "", "#6b7688", "square"),
     "attn_in": SiteStyle("attention reads", "", "#a3acba", "circle"),
     "attn_q": SiteStyle("query", "q", "#e39a1c", "circle"),
     "attn_k": SiteStyle("key", "k", "#c9b400", "circle"),
@@ -38,6 +39,7 @@ SITE_STYLES: dict[str, SiteStyle] = {
     "mlp_in": SiteStyle("mlp reads", "", "#a3acba", "circle"),
     "mlp_neuron": SiteStyle("neuron", "", "#1f9d78", "circle"),
     "mlp_out": SiteStyle("mlp writes", "", "#6b7688", "square"),
+    "final_resid": SiteStyle("final norm reads", "", "#a3acba", "circle"),
 }
 """Blue and red are left to the signs of edges and activations."""
 

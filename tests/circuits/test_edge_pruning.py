@@ -1,0 +1,285 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tl_sparse.ablation import activation_means
+from tl_sparse.checkpoints import fingerprint
+from tl_sparse.circuits import answer_margins
+from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
+from tl_sparse.circuits.edge_search import fewest, remove_greedily, straight_through
+from tl_sparse.circuits.problem import PruningConfig, frozen, measured, pose
+from tl_sparse.config import ActivationDensity
+
+SEARCH = PruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
+EDGES = EdgePruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
+CHAIN_EDGES = {
+    (0, "W_V", 0, 1), (0, "W_O", 1, 1), (1, "W_in", 1, 5), (1, "W_out", 5, 2),
+}  # fmt: skip
+
+
+def circuit_of(model, task, tokens, chain, share, config=SEARCH):
+    """The planted chain and a share of all other nodes, as a circuit."""
+    problem = pose(model, task, config, means=activation_means(model, tokens))
+    index = problem.index
+    kept = torch.rand(index.n_nodes, generator=torch.Generator().manual_seed(1)) < share
+    for layer, site, channel in chain:
+        kept[index.slices[index.hook(layer, site)].start + channel] = True
+    return measured(problem, kept, torch.zeros(index.n_nodes), n_active=int(kept.sum()))
+
+
+@pytest.fixture
+def padded(planted, marks, random_tokens):
+    """The planted model, its chain, and a circuit with many nodes beside the chain."""
+    model, chain = planted()
+    return model, chain, circuit_of(model, marks, random_tokens, chain, 0.5)
+
+
+def names(edges):
+    return set(edges[["layer", "matrix", "source", "target"]].itertuples(index=False, name=None))
+
+
+def nodes_of(frame):
+    return set(frame[["layer", "site", "channel"]].itertuples(index=False, name=None))
+
+
+@pytest.mark.parametrize("method", ["learned", "greedy"])
+def test_both_methods_find_the_planted_edges(padded, marks, method):
+    model, chain, circuit = padded
+    assert circuit.n_edges > 90
+    found = prune_edges(model, circuit, marks, replace(EDGES, method=method), progress=False)
+    left = names(found.edges[found.edges["kept"]])
+    assert left >= CHAIN_EDGES
+    assert len(left) <= 6
+    assert nodes_of(found.nodes) >= chain
+    assert found.n_nodes <= 8
+    assert found.n_nodes < circuit.n_nodes
+    assert found.minimal
+    assert found.selection_loss <= found.target_loss == SEARCH.target_loss
+    assert found.accuracy == 1.0
+
+
+def test_learned_gates_alone_find_most_of_it(padded, marks):
+    model, _, circuit = padded
+    found = prune_edges(model, circuit, marks, replace(EDGES, refine=False), progress=False)
+    left = names(found.edges[found.edges["kept"]])
+    assert left >= CHAIN_EDGES
+    assert len(left) <= 0.25 * circuit.n_edges
+    assert not found.minimal
+    assert found.selection_loss <= found.target_loss
+
+
+def test_a_transformer_lens_model_loses_edges(dense_planted, marks, random_tokens):
+    model, chain = dense_planted
+    circuit = circuit_of(model, marks, random_tokens, chain, 0.2)
+    before = fingerprint(model)
+    found = prune_edges(model, circuit, marks, replace(EDGES, method="greedy"), progress=False)
+    left = names(found.edges[found.edges["kept"]])
+    assert left >= {(0, "W_V", 0, 1), (0, "W_O", 1, 1)}
+    assert len(left) <= 4 < circuit.n_edges
+    assert fingerprint(model) == before
+    batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
+    with found.applied(model), torch.no_grad():
+        torch.testing.assert_close(F.softplus(-answer_margins(model, batch)), found.losses)
+
+
+def test_abstopk_stays(planted, marks, random_tokens):
+    model, chain = planted(activation_density=ActivationDensity.paper(0.5))
+    circuit = circuit_of(model, marks, random_tokens, chain, 0.3)
+    found = prune_edges(model, circuit, marks, replace(EDGES, method="greedy"), progress=False)
+    assert names(found.edges[found.edges["kept"]]) >= CHAIN_EDGES
+    assert found.n_edges < 0.3 * circuit.n_edges
+    assert found.selection_loss <= found.target_loss
+    batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
+    with found.applied(model), torch.no_grad():
+        assert torch.equal(F.softplus(-answer_margins(model, batch)), found.losses)
+
+
+@pytest.fixture
+def found(padded, marks):
+    model, _, circuit = padded
+    return model, circuit, prune_edges(
+        model, circuit, marks, replace(EDGES, method="greedy"), progress=False
+    )  # fmt: skip
+
+
+def test_inside_applied_any_tool_sees_the_pruned_circuit(found, marks):
+    model, circuit, pruned = found
+    batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
+    with torch.no_grad():
+        whole = answer_margins(model, batch)
+        with pruned.applied(model):
+            model.reset_hooks()  # as many tools do
+            inside = answer_margins(model, batch)
+            _, cache = model.run_with_cache(batch.tokens)
+    assert torch.equal(F.softplus(-inside), pruned.losses)
+    assert torch.equal(inside > 0, pruned.correct)
+    assert not torch.equal(inside, whole)
+    index = circuit.index
+    for hook, piece in index.slices.items():
+        activation = cache[hook].flatten(2) if cache[hook].ndim == 4 else cache[hook]
+        removed = torch.nonzero(~pruned.kept_nodes[piece]).flatten()
+        expected = circuit.means.values[piece][removed].expand_as(activation[..., removed])
+        assert torch.equal(activation[..., removed], expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_the_model_is_what_it_was(found, marks, fails):
+    model, _, pruned = found
+    batch = marks.batch(8, split="held_out", seed=0)
+    before = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        margins = answer_margins(model, batch)
+    try:
+        with pruned.applied(model) as inside:
+            assert inside is model
+            assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
+            if fails:
+                raise RuntimeError("a tool failed")
+    except RuntimeError:
+        assert fails
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not any(point.fwd_hooks or point._forward_hooks for point in model.hook_dict.values())
+    with torch.no_grad():
+        assert torch.equal(answer_margins(model, batch), margins)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_gradient_may_be_taken_inside(found, marks):
+    model, _, pruned = found
+    batch = marks.batch(8, split="held_out", seed=0)
+    with pruned.applied(model):
+        answer_margins(model, batch).sum().backward()
+    assert model.blocks[1].mlp.W_out.grad.abs().sum() > 0
+
+
+def test_the_table_tells_kept_removed_and_dropped_apart(found):
+    _, circuit, pruned = found
+    edges = pruned.edges
+    assert names(edges) == names(circuit.edges)
+    assert not (edges["kept"] & edges["removed"]).any()
+    assert edges["score"].notna().all()
+    ends = {
+        end: list(zip(edges["layer"], edges[f"{end}_site"], edges[end], strict=True))
+        for end in ("source", "target")
+    }
+    left = nodes_of(pruned.nodes)
+    both = [a in left and b in left for a, b in zip(ends["source"], ends["target"], strict=True)]
+    unremoved = ~edges["removed"].to_numpy()
+    assert (edges["kept"].to_numpy() == (unremoved & np.array(both))).all()
+    assert pruned.n_edges == edges["kept"].sum()
+    assert set(torch.nonzero(pruned.kept_nodes).flatten().tolist()) <= set(
+        torch.nonzero(circuit.kept).flatten().tolist()
+    )
+
+
+def test_what_is_left_is_minimal(found, marks):
+    """Put back or taken away: one edge fewer misses the target."""
+    model, circuit, pruned = found
+    with torch.no_grad():
+        before = answer_margins(model, marks.batch(24, split="held_out", seed=0), circuit.hooks())
+    assert pruned.circuit_loss == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
+    with frozen(model):
+        problem = EdgeProblem.of(model, circuit, marks, pruned.config)
+        keep = torch.tensor(~pruned.edges["removed"].to_numpy())
+        assert problem.loss(keep, pruned.kept_nodes) == pytest.approx(pruned.selection_loss)
+        for which in torch.nonzero(keep).flatten().tolist():
+            fewer = keep.clone()
+            fewer[which] = False
+            assert problem.loss(fewer) > pruned.target_loss
+
+
+def test_the_same_again(padded, marks):
+    model, _, circuit = padded
+    first, second = (
+        prune_edges(model, circuit, marks, replace(EDGES, steps=20), progress=False)
+        for _ in range(2)
+    )
+    assert first.edges.equals(second.edges)
+    assert torch.equal(first.losses, second.losses)
+    assert first.seconds > 0
+    assert "edges to" in repr(first)
+
+
+def test_refusals(padded, planted, marks, random_tokens):
+    model, _, circuit = padded
+    other, _ = planted(act_fn="relu")
+    with torch.no_grad():
+        other.unembed.W_U.mul_(2)
+    with pytest.raises(ValueError, match="not to this model"):
+        prune_edges(other, circuit, marks, EDGES, progress=False)
+    with pytest.raises(ValueError, match="of task marked, not of another"):
+        prune_edges(model, circuit, replace(marks, name="another"), EDGES, progress=False)
+    with pytest.raises(ValueError, match="no edges"):
+        prune_edges(model, replace(circuit, edges=circuit.edges[:0]), marks, EDGES, progress=False)
+    low = replace(EDGES, target_loss=1e-7)
+    with pytest.raises(ValueError, match="above the target"):
+        prune_edges(model, circuit, marks, low, progress=False)
+    resampled = replace(circuit, config={**circuit.config, "ablation": "resample"})
+    with pytest.raises(ValueError, match="resample"):
+        prune_edges(model, resampled, marks, EDGES, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("lr", 0.0), ("target_loss", -1.0), ("max_passes", 0)],
+)
+def test_a_config_that_makes_no_sense_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        EdgePruningConfig(**{field: value})
+
+
+# --------------------------------------------------------------------------------------------------
+# the search alone, on losses that are known
+
+
+def test_bisection_keeps_the_fewest_first_edges():
+    order = torch.tensor([3, 1, 4, 0, 2])
+
+    def loss_of(keep):
+        return 0.0 if bool(keep[[3, 1, 4]].all()) else 1.0
+
+    keep = fewest(order, 6, loss_of, 0.5)
+    assert torch.nonzero(keep).flatten().tolist() == [1, 3, 4]
+    assert not fewest(order, 6, lambda keep: 0.0, 0.5).any()
+
+
+def test_greedy_removal_ends_where_none_can_go_alone():
+    """Edges 2 and 7 are needed, of 4 and 5 one is, whichever it is; importances mislead."""
+    seen = []
+
+    def loss_of(keep):
+        seen.append(keep)
+        return 0.0 if keep[2] and keep[7] and (keep[4] or keep[5]) else 1.0
+
+    keep, minimal = remove_greedily(
+        torch.ones(40, dtype=torch.bool),
+        lambda keep: torch.arange(40.0),  # 2 is thought to matter least but for two others
+        loss_of, 0.5, 8, False,
+    )  # fmt: skip
+    assert torch.nonzero(keep).flatten().tolist() == [2, 5, 7]
+    assert minimal
+    assert len(seen) < 40  # groups, not edges
+
+
+def test_greedy_removal_says_that_it_was_cut_short():
+    calls = iter(range(100))
+
+    def loss_of(keep):  # only a lone edge may go, and only once in a while
+        return 0.0 if int((~keep).sum()) <= 1 + next(calls) // 20 else 1.0
+
+    _, minimal = remove_greedily(
+        torch.ones(8, dtype=torch.bool), lambda keep: torch.arange(8.0), loss_of, 0.5, 1, False
+    )
+    assert not minimal
+
+
+def test_a_gate_is_hard_forward_and_soft_backward():
+    tau = torch.tensor([-0.3, 0.0, 0.7], requires_grad=True)
+    gates = straight_through(tau, 0.5)
+    assert gates.tolist() == [0.0, 1.0, 1.0]
+    gates.sum().backward()
+    soft = torch.sigmoid(tau.detach() / 0.5)
+    torch.testing.assert_close(tau.grad, soft * (1 - soft) / 0.5)

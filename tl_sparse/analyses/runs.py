@@ -1,0 +1,116 @@
+"""What the analyses share: places of nodes, per-token losses, margins in chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation import FwdHook
+from tl_sparse.checkpoints import fingerprint
+from tl_sparse.circuits import Circuit, answer_margins
+from tl_sparse.sites import NodeIndex
+from tl_sparse.tasks import TaskBatch
+
+Node = tuple[int, str, int]
+"""A node by layer, site and channel, as in ``Circuit.nodes``."""
+
+CHANCE = math.log(2)
+CHUNK_PAIRS = 128  # prompt pairs of one forward pass
+
+
+def places(index: NodeIndex, nodes: Sequence[Node]) -> Int[Tensor, " chosen"]:
+    """Where nodes are in a flat vector over all nodes.
+
+    Raises:
+        ValueError: none at all, one twice, or one that the index does not have (its choices are
+            named).
+    """
+    if not nodes:
+        raise ValueError("no nodes: name at least one as (layer, site, channel)")
+    found = []
+    for layer, site, channel in nodes:
+        if not 0 <= layer < index.n_layers:
+            raise ValueError(f"layer {layer}: the model has layers 0 to {index.n_layers - 1}")
+        piece = index.slices[index.hook(layer, site)]
+        width = piece.stop - piece.start
+        if not 0 <= channel < width:
+            raise ValueError(f"channel {channel} of {site}: it has channels 0 to {width - 1}")
+        found.append(piece.start + channel)
+    if len(set(found)) < len(found):
+        raise ValueError("a node is named twice")
+    return torch.tensor(found)
+
+
+def channels(x: Tensor) -> Float[Tensor, "batch pos channel"]:
+    """A site's activation with its channels in one dimension (q, k and v come by head)."""
+    return x.flatten(2)
+
+
+@torch.no_grad()
+def prompt_margins(
+    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook] = ()
+) -> Float[Tensor, " prompt"]:
+    """:func:`~tl_sparse.circuits.answer_margins` in chunks and without gradients, on the CPU."""
+    pairs = len(batch) // 2
+    parts = (batch.pairs(at, at + CHUNK_PAIRS) for at in range(0, pairs, CHUNK_PAIRS))
+    return torch.cat([answer_margins(model, part, hooks).cpu() for part in parts])
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    hooks: Sequence[FwdHook] = (),
+    batch_size: int = 64,
+) -> Float[Tensor, "sequence next"]:
+    """Next-token cross-entropy (nats) at every position but the last, on the CPU.
+
+    Column ``i`` is the loss of predicting token ``i + 1``.
+
+    Raises:
+        ValueError: no sequences, or sequences of fewer than two tokens.
+    """
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be [sequence, at least 2], not {tuple(tokens.shape)}")
+    run: Any = model
+    found = []
+    for part in tokens.to(device_of(model)).split(batch_size):
+        logits = run.run_with_hooks(part, return_type="logits", fwd_hooks=list(hooks))
+        scores, wanted = logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten()
+        found.append(F.cross_entropy(scores, wanted, reduction="none").view(len(part), -1).cpu())
+    return torch.cat(found)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def check_belongs(model: nn.Module, circuit: Circuit) -> None:
+    """Raise ValueError unless the circuit was found in this model."""
+    if fingerprint(model) != circuit.model_fingerprint:
+        raise ValueError(
+            f"the circuit of {circuit.task} belongs to another {circuit.model_name} than this "
+            f"{type(model).__name__}"
+        )
+
+
+def accuracy(losses: Float[Tensor, " prompt"]) -> float:
+    """Share of two-way losses below ln 2: the right answer has the higher logit."""
+    return float((losses < CHANCE).float().mean())
+
+
+def by_sequence(losses: Float[Tensor, "sequence next"]) -> tuple[float, float]:
+    """Mean over all tokens, and its standard error from the spread between sequences.
+
+    Tokens of one sequence are not independent; sequences are taken to be. NaN for a single one.
+    """
+    means = losses.double().mean(1)
+    error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return float(means.mean()), error

@@ -1,0 +1,275 @@
+"""``prune_edges``: the second stage, in which a circuit loses the edges that it can do without.
+
+The paper prunes nodes and leaves edges open (Gao et al. 2025, §5). Here a removed edge carries the
+mean instead of the activation, which is to edges what mean ablation is to nodes: with all edges out
+of a node removed, the node is ablated. (In models with AbsTopK a node also acts on which of the
+channels outside the circuit are dropped; that is no edge, and stays.)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation import ablation_hooks
+from tl_sparse.circuits.calibration import calibrate, calibrated
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.edge_result import EdgePruning, check_model
+from tl_sparse.circuits.edge_search import (
+    EdgePruningConfig,
+    choose_open,
+    remove_greedily,
+    train_gates,
+)
+from tl_sparse.circuits.edge_weights import (
+    EdgeWeights,
+    Prompts,
+    ablated_reads,
+    gated_margins,
+    locate,
+    packed_if_possible,
+    some_pairs,
+)
+from tl_sparse.circuits.margins import answer_margins
+from tl_sparse.circuits.problem import PruningConfig, frozen, selection_and_training
+from tl_sparse.sites import MATRICES, NodeIndex
+from tl_sparse.tasks import Task, TaskBatch
+
+SCORED_PAIRS = 64  # training pairs over which importances are averaged
+
+
+def prune_edges(
+    model: nn.Module,
+    circuit: Circuit,
+    task: Task,
+    config: EdgePruningConfig | None = None,
+    *,
+    progress: bool = True,
+) -> EdgePruning:
+    """Remove edges between a circuit's nodes as long as its loss stays at most the target.
+
+    Edges are judged on fixed prompts of the train split and reported on held-out ones. Nodes that
+    no longer have an edge to act through, or none at all, are dropped as well if the loss allows
+    it.
+
+    Raises:
+        ValueError: the circuit belongs to another model or task, its removed nodes have no fixed
+            values (resampled, or under frozen norms), it has no edges, or it misses the target loss
+            itself.
+    """
+    config = config or EdgePruningConfig()
+    check_model(circuit, model)
+    if task.name != circuit.task:
+        raise ValueError(f"this is a circuit of task {circuit.task}, not of {task.name}")
+    if not len(circuit.edges):
+        raise ValueError("the circuit has no edges: there is nothing to prune")
+    with frozen(model):
+        return EdgeProblem.of(model, circuit, task, config).solved(progress)
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeProblem:
+    """A circuit in its model, the prompts that its edges are judged on, and the target."""
+
+    model: nn.Module
+    circuit: Circuit
+    config: EdgePruningConfig
+    target: float
+    selection: Prompts
+    train: Prompts
+    n_train: int
+    report: TaskBatch
+    values: Float[Tensor, " node"]
+    weights: EdgeWeights
+    ends: Int[Tensor, "edge 2"]
+    """Source and target node of each edge."""
+    seed: int
+    started: float
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, circuit: Circuit, task: Task, config: EdgePruningConfig
+    ) -> EdgeProblem:
+        """Draw the prompts and find the edges in the model."""
+        started = time.perf_counter()
+        seed = max(circuit.seed, 0) if config.seed is None else config.seed
+        selection, train = selection_and_training(
+            task,
+            PruningConfig(
+                steps=config.steps, batch_pairs=config.batch_pairs,
+                selection_pairs=config.selection_pairs, seed=seed,
+            ),
+        )  # fmt: skip
+        index, hooks = circuit.index, circuit.hooks()
+        values = circuit.means.values.to(next(model.parameters()).device)
+        reads = ablated_reads(model, index, values, train.pairs(0, SCORED_PAIRS), hooks)
+        return cls(
+            model=model, circuit=circuit, config=config, seed=seed, started=started,
+            target=circuit.target_loss if config.target_loss is None else config.target_loss,
+            selection=packed_if_possible(model, selection),
+            train=packed_if_possible(model, train), n_train=len(train) // 2,
+            report=task.batch(config.report_pairs, split="held_out", seed=seed),
+            values=values,
+            weights=locate(model, index, circuit.edges, reads),
+            ends=edge_ends(index, circuit.edges),
+        )  # fmt: skip
+
+    def margins(
+        self, prompts: Prompts, gates: Float[Tensor, " edge"], nodes: Bool[Tensor, " node"]
+    ) -> Float[Tensor, " prompt"]:
+        """Answer margins with edges gated and other nodes ablated."""
+        hooks = ablation_hooks(self.circuit.index, nodes.to(self.values.device), self.values)
+        return gated_margins(self.model, prompts, hooks, self.weights, gates)
+
+    @torch.no_grad()
+    def loss(
+        self, keep: Bool[Tensor, " edge"], nodes: Bool[Tensor, " node"] | None = None
+    ) -> float:
+        """Mean loss on the selection pairs."""
+        nodes = self.circuit.kept if nodes is None else nodes
+        return float(F.softplus(-self.margins(self.selection, keep.float(), nodes)).mean())
+
+    def loss_at(self, step: int, gates: Float[Tensor, " edge"]) -> Float[Tensor, ""]:
+        """Mean loss on the prompts of a training step."""
+        pairs = self.config.batch_pairs
+        start = (step * pairs) % max(1, self.n_train - pairs + 1)
+        batch = some_pairs(self.train, start, start + pairs)
+        return F.softplus(-self.margins(batch, gates, self.circuit.kept)).mean()
+
+    def importance(self, keep: Bool[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+        """|d loss / d gate| of each edge: what its removal does to the loss, to first order."""
+        gates = keep.float().requires_grad_(True)
+        batch = some_pairs(self.train, 0, SCORED_PAIRS)
+        loss = F.softplus(-self.margins(batch, gates, self.circuit.kept)).mean()
+        return torch.autograd.grad(loss, gates)[0].abs()
+
+    def solved(self, progress: bool) -> EdgePruning:
+        """Choose edges, drop nodes, and measure on held-out prompts.
+
+        Raises:
+            ValueError: the circuit misses the target with all its edges.
+        """
+        config, target = self.config, self.target
+        keep = torch.ones(len(self.ends), dtype=torch.bool, device=self.values.device)
+        if (whole := self.loss(keep)) > target:
+            raise ValueError(
+                f"the circuit itself has loss {whole:.3f} on {self.circuit.task}, above the target "
+                f"{target}: no edge can go"
+            )
+        score, minimal = self.importance(keep), False
+        if config.method == "learned":
+            snapshots = train_gates(
+                self.loss_at, len(keep), target, config,
+                generator=torch.Generator().manual_seed(self.seed), device=keep.device,
+                progress=progress,
+            )  # fmt: skip
+            keep, tau = choose_open(snapshots, self.loss, target)
+            score = score if tau is None else tau
+        if config.method == "greedy" or config.refine:
+            keep, minimal = remove_greedily(
+                keep, self.importance, self.loss, target, config.max_passes, progress
+            )
+        return self.finished(keep, self.thinned(keep), score, minimal)
+
+    def joining(
+        self, keep: Bool[Tensor, " edge"], nodes: Bool[Tensor, " node"]
+    ) -> Bool[Tensor, " edge"]:
+        """Edges that are kept and join two of the nodes."""
+        return keep.cpu() & nodes[self.ends].all(1)
+
+    def thinned(self, keep: Bool[Tensor, " edge"]) -> Bool[Tensor, " node"]:
+        """The circuit's nodes less those that no edge leads out of, and so on upstream, and those
+        that have no edge at all, as far as the target allows.
+
+        The former change nothing in models without AbsTopK, in which they still compete.
+        """
+        nodes = self.circuit.kept.cpu().clone()
+        while bool((idle := self.idle(keep, nodes)).any()):
+            if self.loss(keep, nodes & ~idle) > self.target:
+                idle = self.removable(keep, nodes, idle)
+            if not bool(idle.any()):
+                break
+            nodes &= ~idle
+        joined = torch.zeros_like(nodes)
+        joined[self.ends[self.joining(keep, nodes)].flatten()] = True
+        return nodes & ~self.removable(keep, nodes, nodes & ~joined)
+
+    def idle(
+        self, keep: Bool[Tensor, " edge"], nodes: Bool[Tensor, " node"]
+    ) -> Bool[Tensor, " node"]:
+        """Those of the nodes that weights read, but no kept edge."""
+        index = self.circuit.index
+        sources, read = torch.zeros_like(nodes), torch.zeros_like(nodes)
+        for layer in range(index.n_layers):
+            for name in index.at(layer):
+                targets = {target for _, source, target in MATRICES if source == name}
+                # read by something that is no node of this index, it acts through that
+                if targets and targets <= set(index.at(layer)):
+                    sources[index.slices[index.hook(layer, name)]] = True
+        read[self.ends[self.joining(keep, nodes), 0]] = True
+        return nodes & sources & ~read
+
+    def removable(
+        self,
+        keep: Bool[Tensor, " edge"],
+        nodes: Bool[Tensor, " node"],
+        candidates: Bool[Tensor, " node"],
+    ) -> Bool[Tensor, " node"]:
+        """Those of the candidates that can be dropped, tried one after the other."""
+        gone = torch.zeros_like(nodes)
+        for node in torch.nonzero(candidates).flatten().tolist():
+            gone[node] = True
+            gone[node] = self.loss(keep, nodes & ~gone) <= self.target
+        return gone
+
+    @torch.no_grad()
+    def finished(
+        self,
+        keep: Bool[Tensor, " edge"],
+        nodes: Bool[Tensor, " node"],
+        score: Float[Tensor, " edge"],
+        minimal: bool,
+    ) -> EdgePruning:
+        """The result, measured on held-out prompts."""
+        chosen = self.margins(self.selection, keep.float(), nodes)
+        margins = self.margins(self.report, keep.float(), nodes)
+        before = answer_margins(self.model, self.report, self.circuit.hooks())
+        calibration = calibrate(chosen)
+        return EdgePruning(
+            circuit=self.circuit,
+            edges=self.circuit.edges.assign(
+                kept=self.joining(keep, nodes).numpy(),
+                removed=~keep.cpu().numpy(),
+                score=score.detach().cpu().numpy(),
+            ),
+            kept_nodes=nodes,
+            weights=self.weights,
+            losses=F.softplus(-margins).cpu(),
+            losses_calibrated=F.softplus(-calibrated(margins, calibration)).cpu(),
+            correct=(margins > 0).cpu(),
+            calibration=calibration,
+            selection_loss=float(F.softplus(-chosen).mean()),
+            circuit_loss=float(F.softplus(-before).mean()),
+            target_loss=self.target,
+            minimal=minimal,
+            seconds=time.perf_counter() - self.started,
+            config=self.config,
+        )
+
+
+def edge_ends(index: NodeIndex, edges: pd.DataFrame) -> Int[Tensor, "edge 2"]:
+    """Source and target of each edge as places among all nodes."""
+    columns = []
+    for end in ("source", "target"):
+        starts = [
+            index.slices[index.hook(layer, name)].start
+            for layer, name in zip(edges["layer"], edges[f"{end}_site"], strict=True)
+        ]
+        columns.append(torch.tensor(starts) + torch.tensor(edges[end].to_numpy()))
+    return torch.stack(columns, dim=1)

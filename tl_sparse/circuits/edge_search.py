@@ -1,0 +1,202 @@
+"""Which edges a circuit can do without: gates trained over edges, and greedy removal.
+
+Both decide by the loss on fixed prompts. They know nothing of models: they are given functions of
+the edges' gates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+LossOf = Callable[[Bool[Tensor, " edge"]], float]
+"""Loss on the fixed prompts with these edges kept."""
+TrainingLoss = Callable[[int, Float[Tensor, " edge"]], Tensor]
+"""Loss on the prompts of a training step, differentiable in the gates."""
+
+SNAPSHOTS = 24  # stages of the gates among which the smallest one that reaches the target is chosen
+MARGIN = 0.8  # the price aims below the target, so that bisection has something to remove
+
+
+Method = Literal["learned", "greedy"]
+
+
+@dataclass(frozen=True)
+class EdgePruningConfig:
+    """How edges are chosen."""
+
+    method: Method = "learned"
+    """learned: gates over edges, trained as those over nodes are. greedy: edges are removed in the
+    order of their attributed importance."""
+    target_loss: float | None = None
+    """Task loss (nats, two-way) to stay at or below; None: the circuit's own target."""
+    steps: int = 200
+    """Training steps of the gates."""
+    batch_pairs: int = 32
+    """Prompt pairs per step."""
+    lr: float = 0.03
+    """AdamW's learning rate, decayed linearly to 0."""
+    k_coef: float = 1e-3
+    """Price of one open gate in nats where it begins; it adapts to the target."""
+    adapt_rate: float = 0.03
+    """Largest relative change of the price per step."""
+    init_bias: float = 0.1
+    """Mean of the initial τ: every gate starts open."""
+    init_scale: float = 0.01
+    """Standard deviation of the initial τ."""
+    temperature: float = 1.0
+    """Temperature of the gate's surrogate gradient."""
+    refine: bool = True
+    """Whether learned edges are thinned out greedily afterwards."""
+    max_passes: int = 8
+    """Greedy passes at most; each tries every edge that is left."""
+    selection_pairs: int = 128
+    """Pairs (of the train split, not trained on) on which the loss has to stay at the target."""
+    report_pairs: int = 128
+    """Pairs of the held-out split on which results are reported."""
+    seed: int | None = None
+    """Seed of τ and of the prompts; None: the circuit's, whose selection prompts these are then."""
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            known = ", ".join(get_args(Method))
+            raise ValueError(f"method={self.method!r} is unknown; choose from {known}")
+        if self.target_loss is not None and not self.target_loss > 0:
+            raise ValueError(f"target_loss={self.target_loss} must be positive")
+        for name in ("steps", "batch_pairs", "max_passes", "selection_pairs", "report_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "k_coef", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+
+def straight_through(tau: Float[Tensor, " edge"], temperature: float) -> Float[Tensor, " edge"]:
+    """1 where τ >= 0, else 0, with the gradient of sigmoid(τ / temperature) (§A.5)."""
+    soft = torch.sigmoid(tau / temperature)
+    return (tau >= 0).to(tau.dtype) + (soft - soft.detach())  # the bracket is exactly zero
+
+
+def train_gates(
+    loss_at: TrainingLoss,
+    n_edges: int,
+    target: float,
+    config: EdgePruningConfig,
+    *,
+    generator: torch.Generator,
+    device: torch.device,
+    progress: bool,
+) -> list[Float[Tensor, " edge"]]:
+    """Train a gate an edge: task loss plus a price per open gate, as the gates of nodes (§A.5).
+
+    The price adapts: it rises while the loss is below the target and falls while it is above.
+
+    Returns:
+        τ at evenly spaced steps, the last included.
+    """
+    noise = torch.randn(n_edges, generator=generator)
+    tau = (config.init_bias + config.init_scale * noise).clamp(-1, 1).to(device)
+    tau.requires_grad_(True)
+    optimizer = torch.optim.AdamW([tau], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps, price, average, goal = config.steps, config.k_coef, target, MARGIN * target
+    marks = {steps - 1 - i * steps // SNAPSHOTS for i in range(SNAPSHOTS)}
+    snapshots = []
+    for step in tqdm(range(steps), desc="edges", leave=False, disable=not progress):
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - step / steps)
+        gates = straight_through(tau, config.temperature)
+        loss = loss_at(step, gates)
+        (grad,) = torch.autograd.grad(loss + price * gates.sum(), tau)
+        tau.grad = grad / grad.pow(2).mean().sqrt().clamp(min=1.0)
+        optimizer.step()
+        with torch.no_grad():
+            tau.clamp_(-1.0, 1.0)
+        average += 0.1 * (float(loss.detach()) - average)
+        price *= math.exp(config.adapt_rate * min(1.0, max(-1.0, (goal - average) / goal)))
+        if step in marks:
+            snapshots.append(tau.detach().clone())
+    return snapshots
+
+
+def choose_open(
+    snapshots: list[Float[Tensor, " edge"]], loss_of: LossOf, target: float
+) -> tuple[Bool[Tensor, " edge"], Float[Tensor, " edge"] | None]:
+    """The fewest edges, by descending τ, of the smallest snapshot whose loss is at most the target.
+
+    Returns:
+        Edges to keep and the τ that ranked them; all edges and None if no snapshot reaches it.
+    """
+    for tau in sorted(snapshots, key=lambda tau: int((tau >= 0).sum())):
+        if loss_of(tau >= 0) <= target:
+            order = tau.argsort(descending=True, stable=True)
+            return fewest(order[: int((tau >= 0).sum())], len(tau), loss_of, target), tau
+    return torch.ones_like(snapshots[0], dtype=torch.bool), None
+
+
+def fewest(
+    order: Int[Tensor, " candidate"], n_edges: int, loss_of: LossOf, target: float
+) -> Bool[Tensor, " edge"]:
+    """The fewest first edges of ``order`` whose loss is at most the target, by bisection; all of
+    them together must reach it."""
+
+    def first(k: int) -> Tensor:
+        keep = torch.zeros(n_edges, dtype=torch.bool, device=order.device)
+        keep[order[:k]] = True
+        return keep
+
+    low, high = -1, len(order)
+    while high - low > 1:  # the loss of the first `high` is at most the target throughout
+        middle = (low + high) // 2
+        if loss_of(first(middle)) <= target:
+            high = middle
+        else:
+            low = middle
+    return first(high)
+
+
+def remove_greedily(
+    keep: Bool[Tensor, " edge"],
+    importance_of: Callable[[Bool[Tensor, " edge"]], Float[Tensor, " edge"]],
+    loss_of: LossOf,
+    target: float,
+    max_passes: int,
+    progress: bool,
+) -> tuple[Bool[Tensor, " edge"], bool]:
+    """Remove edges, the least important first, as long as the loss stays at most the target.
+
+    Edges are tried in groups, which double in size when they can go and are halved until single
+    edges when they cannot. Passes follow with importances measured anew, until one of them finds
+    that no edge that is left can go alone.
+
+    Returns:
+        Edges to keep, and whether the last pass removed none (else ``max_passes`` ended it).
+    """
+    for _ in range(max_passes):
+        rank = importance_of(keep)
+        left = torch.nonzero(keep).flatten()
+        order = left[rank[left].argsort(stable=True)]
+        at, size, removed = 0, max(1, len(order) // 4), False
+        bar = tqdm(total=len(order), desc="greedy", leave=False, disable=not progress)
+        while at < len(order):
+            group = order[at : at + size]
+            fewer = keep.clone()
+            fewer[group] = False
+            if loss_of(fewer) <= target:
+                keep, removed = fewer, True
+                at, size = at + len(group), 2 * size
+                bar.update(len(group))
+            elif len(group) == 1:
+                at, size = at + 1, 1
+                bar.update(1)
+            else:
+                size = len(group) // 2
+        bar.close()
+        if not removed:
+            return keep, True
+    return keep, not bool(keep.any())

@@ -1,0 +1,446 @@
+"""A pruning problem: one task in one model, how a circuit is searched for, and what it is measured
+on. Every way to find a circuit starts with :func:`pose` and ends with :func:`measured`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation import (
+    ActivationMeans,
+    Donors,
+    FwdHook,
+    Replacement,
+    ablation_hooks,
+    activation_means,
+    frozen_norm_hooks,
+)
+from tl_sparse.checkpoints import fingerprint
+from tl_sparse.circuits.calibration import calibrate, calibrated
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.edges import circuit_edges, count_edges
+from tl_sparse.circuits.margins import answer_margins
+from tl_sparse.circuits.masked import masked_losses
+from tl_sparse.circuits.node_masks import units
+from tl_sparse.sites import NodeIndex
+from tl_sparse.tasks import Task, TaskBatch
+
+Penalty = Literal["adaptive", "fixed"]
+Ablation = Literal["mean", "task_mean", "zero", "resample"]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How a circuit is searched for."""
+
+    target_loss: float = 0.15
+    """Task loss (nats, two-way; chance is ln 2 = 0.693) that the circuit has to reach."""
+    steps: int = 300
+    """Mask training steps."""
+    batch_pairs: int = 16
+    """Prompt pairs per step (the paper: 64). Few are noisier, which finds circuits as small or
+    smaller in less time."""
+    lr: float = 0.03
+    """AdamW's learning rate, decayed linearly to 0 (the paper's search centre: 0.003)."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    weight_decay: float = 0.0
+    """AdamW's decay of τ. It pulls every τ to the gate's threshold; the paper's centre is 0.001."""
+    warmup_frac: float = 0.0
+    """Share of the steps in which the learning rate rises from 0 (the paper's centre: 0.05)."""
+    k_coef: float = 1e-3
+    """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
+    begins."""
+    penalty: Penalty = "adaptive"
+    """adaptive: raise the price while the training loss is below target, lower it while it is
+    above, which needs no search. fixed: the paper's constant price."""
+    adapt_rate: float = 0.03
+    """Largest relative change of the adaptive price per step."""
+    init_bias: float = 0.1
+    """Mean of the initial τ: every gate starts open."""
+    init_scale: float = 0.01
+    """Standard deviation of the initial τ."""
+    temperature: float = 1.0
+    """Temperature of the gate's surrogate gradient."""
+    ablation: Ablation = "mean"
+    """What removed nodes are set to. mean: their means over the pretraining distribution (the
+    paper's). task_mean: their means over the task's training prompts. zero. resample: what they are
+    on other sequences (``donors``), drawn anew in every step."""
+    freeze_norm: bool = False
+    """Hold every norm's scale at what it is in the whole model on the same prompt. Without it,
+    ablation shrinks the stream and the norms amplify what is kept (Drori 2026)."""
+    tie_qk: bool = False
+    """A query channel and the key channel that it meets are kept or removed together. The paper's
+    authors say that they should have (§A.5, footnote 17)."""
+    refine: bool = True
+    """After the number of nodes is chosen, remove single nodes for as long as the loss on the
+    selection pairs stays at the target."""
+    selection_pairs: int = 128
+    """Pairs (of the train split, not trained on) on which the number of nodes is chosen."""
+    report_pairs: int = 128
+    """Pairs of the held-out split on which the circuit's results are reported."""
+    seed: int = 0
+    """Seed of τ and of the prompts."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_loss < math.log(2):
+            raise ValueError(f"target_loss={self.target_loss} must lie between 0 and ln 2 (chance)")
+        for name in ("steps", "batch_pairs", "selection_pairs", "report_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "k_coef", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "adapt_rate", "init_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        for name in ("beta1", "beta2", "warmup_frac"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name, choices in (("penalty", Penalty), ("ablation", Ablation)):
+            known = get_args(choices)
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}"
+                )
+
+
+MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
+ROUNDING = 1e-6  # of a loss
+GRID = 8  # numbers of nodes tried side by side in one round of the bisection
+
+
+class PruningFailed(ValueError):
+    """No subset of the learned mask's open gates reaches the target loss."""
+
+    def __init__(self, message: str, loss: float = math.inf) -> None:
+        super().__init__(message)
+        self.loss = loss
+        """The lowest loss on the selection pairs that was reached; infinite if unknown."""
+
+
+@dataclass(frozen=True, eq=False)
+class PruningProblem:
+    """One task in one model, and everything that a way to find its circuit needs."""
+
+    model: nn.Module
+    """The model."""
+    task: Task
+    """The task."""
+    config: PruningConfig
+    """How the circuit is searched for."""
+    means: ActivationMeans
+    """What removed nodes are set to, and where that was measured; zeros for ``zero``."""
+    values: Replacement
+    """The same on the model's device; donors for ``resample``, as many as the longest batch."""
+    selection: TaskBatch
+    """Pairs on which the number of nodes is chosen."""
+    train: TaskBatch
+    """Pairs to train on, none of them in ``selection``."""
+    report: TaskBatch
+    """Held-out pairs that the results are reported on."""
+    selection_hooks: tuple[FwdHook, ...]
+    """Hooks that freeze the norms' scales on ``selection``; none unless asked for."""
+    report_hooks: tuple[FwdHook, ...]
+    """The same for ``report``."""
+    exclude: Bool[Tensor, " node"] | None
+    """Nodes that are always removed."""
+    whole_loss: float
+    """The whole model's loss on the selection pairs."""
+    started: float
+    """When the search began, by time.perf_counter."""
+
+    @property
+    def index(self) -> NodeIndex:
+        """The nodes."""
+        return self.means.index
+
+    def reached(self, keep: Bool[Tensor, "mask node"]) -> list[bool]:
+        """Whether each mask's loss on the selection pairs is at most the target."""
+        # rounding differs between ways to batch the same prompts
+        return [loss <= self.config.target_loss - ROUNDING for loss in self.losses(keep).tolist()]
+
+    def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
+        """Mean loss on the selection pairs under each of many masks."""
+        return masked_losses(
+            self.model, self.selection, self.index, keep, self.values, hooks=self.selection_hooks
+        )
+
+
+def pose(
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig | None = None,
+    *,
+    means: ActivationMeans,
+    donors: Donors | None = None,
+    exclude: Bool[Tensor, " node"] | None = None,
+) -> PruningProblem:
+    """Check that a circuit can be searched for, and draw the prompts.
+
+    Args:
+        model: A SparseTransformer or any TransformerLens model.
+        task: The task.
+        config: The search.
+        means: Means over the pretraining distribution; their index is the set of nodes.
+        donors: What ``resample`` takes removed nodes from; none otherwise.
+        exclude: Nodes that no circuit may have.
+
+    Raises:
+        ValueError: means, donors or excluded nodes of another model or other nodes, the model
+            itself does not reach the target, the task has a single pair, or edges are not defined
+            for the model.
+    """
+    config = config or PruningConfig()
+    started = time.perf_counter()
+    mine, index = fingerprint(model), means.index
+    if means.model_fingerprint != mine:
+        raise ValueError("means belong to another model: compute them with activation_means")
+    if (donors is None) == (config.ablation == "resample"):
+        raise ValueError(
+            "donors= are the sequences that ablation='resample' takes removed nodes from: give "
+            f"both or neither (ablation={config.ablation!r})"
+        )
+    if donors is not None and (donors.model_fingerprint != mine or donors.index != index):
+        raise ValueError(
+            "donors belong to another model or other sites than the means: compute them with "
+            "activation_donors"
+        )
+    if exclude is not None and exclude.shape != (index.n_nodes,):
+        raise ValueError(f"exclude must be one entry for each of {index.n_nodes} nodes")
+    unit = units(index, config.tie_qk)
+    if exclude is not None:  # of a tied pair neither can be kept without the other
+        exclude = (torch.bincount(unit, exclude.cpu().float())[unit] > 0).to(exclude.device)
+    # without an edge among them: models whose edges are undefined are refused now
+    device = next(model.parameters()).device
+    count_edges(model, index, torch.zeros(index.n_nodes, dtype=torch.bool))
+    selection, train = selection_and_training(task, config)
+    report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
+    with frozen(model):
+        if config.ablation == "task_mean":
+            means = activation_means(model, train.tokens, index.sites, last=train.last)
+        elif config.ablation == "zero":
+            means = replace(means, values=torch.zeros_like(means.values))
+        values: Replacement = means.values.to(device)
+        if donors is not None:
+            longest = max(len(selection), len(report), 2 * config.batch_pairs)
+            generator = torch.Generator().manual_seed(config.seed)
+            values = donors.take(torch.randint(len(donors), (longest,), generator=generator))
+        with torch.no_grad():
+            whole = float(F.softplus(-answer_margins(model, selection)).mean())
+        frozen_norms = [
+            frozen_norms_of(model, batch) if config.freeze_norm else ()
+            for batch in (selection, report)
+        ]
+    problem = PruningProblem(
+        model=model, task=task, config=config, means=means, values=values, selection=selection,
+        train=train, report=report, selection_hooks=frozen_norms[0], report_hooks=frozen_norms[1],
+        exclude=exclude, whole_loss=whole, started=started,
+    )  # fmt: skip
+    check_solved(problem)
+    return problem
+
+
+def pose_many(
+    model: nn.Module,
+    jobs: Sequence[tuple[Task, PruningConfig]],
+    means: ActivationMeans,
+    donors: Donors | None,
+    exclude: Bool[Tensor, " node"] | None,
+) -> list[PruningProblem]:
+    """:func:`pose` for many jobs; what some share is drawn and computed once."""
+    posed: dict[tuple[object, ...], PruningProblem] = {}
+    problems = []
+    for task, config in jobs:
+        shared = (
+            id(task), min(config.steps * config.batch_pairs, MAX_POOL), config.batch_pairs,
+            config.selection_pairs, config.report_pairs, config.seed, config.ablation,
+            config.freeze_norm, config.tie_qk,
+        )  # fmt: skip
+        if shared not in posed:
+            posed[shared] = pose(model, task, config, means=means, donors=donors, exclude=exclude)
+        problems.append(replace(posed[shared], config=config))
+        check_solved(problems[-1])
+    return problems
+
+
+def check_solved(problem: PruningProblem) -> None:
+    """ValueError if the whole model misses the target: no circuit could be said to do the task."""
+    if problem.whole_loss > problem.config.target_loss:
+        raise ValueError(
+            f"the whole model has loss {problem.whole_loss:.3f} on {problem.task.name}, above the "
+            f"target {problem.config.target_loss}: it does not solve the task"
+        )
+
+
+def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[FwdHook, ...]:
+    """Hooks that hold the norms' scales at the whole model's on a batch, for answer_margins."""
+    return tuple(
+        frozen_norm_hooks(model, batch.tokens, lambda run, hooks: answer_margins(run, batch, hooks))
+    )
+
+
+def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch, TaskBatch]:
+    """Pairs to choose the number of nodes on, and pairs to train on, none of them in both.
+
+    A task with too few distinct pairs for both parts has at most half of them chosen on.
+
+    Raises:
+        ValueError: the task has a single pair.
+    """
+    pool = min(config.steps * config.batch_pairs, MAX_POOL)
+    drawn = task.batch(pool + config.selection_pairs, split="train", seed=config.seed)
+    # a batch repeats pairs only after all distinct ones
+    distinct = len(set(zip(drawn.prompts[::2], drawn.prompts[1::2], strict=True)))
+    if distinct < 2:
+        raise ValueError(f"task {task.name} has a single pair: none is left to train on")
+    chosen_on = min(config.selection_pairs, distinct // 2)
+    return drawn.pairs(0, chosen_on), drawn.pairs(chosen_on, distinct)
+
+
+def smallest(
+    problem: PruningProblem, order: Int[Tensor, " candidate"]
+) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
+    """The fewest first nodes of an order whose loss on the selection pairs is at most the target.
+
+    Bisected on fixed pairs, several numbers of nodes a round; of those tried, the smallest that
+    reaches the target counts (the monotone envelope of the losses). With ``tie_qk`` a tied pair
+    counts as one, by its first place.
+
+    Returns:
+        The mask of the nodes kept, and a row per number tried: n_nodes, loss.
+
+    Raises:
+        PruningFailed: all candidates together miss the target.
+    """
+    index, target = problem.index, problem.config.target_loss
+    unit = units(index, problem.config.tie_qk).to(order.device)
+    taken = unit[order]
+    first = torch.zeros_like(taken, dtype=torch.bool)
+    seen, places = taken.unique(return_inverse=True)
+    at = torch.full((len(seen),), len(taken), device=order.device)
+    at = at.scatter_reduce(0, places, torch.arange(len(taken), device=order.device), "amin")
+    first[at] = True
+    ranked = taken[first]  # units, each once, in the order of their first nodes
+    rank = torch.full((int(unit.max()) + 1,), len(ranked), device=order.device)
+    rank[ranked] = torch.arange(len(ranked), device=order.device)
+    position = rank[unit]  # of every node; those that are no candidates come last
+
+    def masks(sizes: list[int]) -> Bool[Tensor, "size node"]:
+        return position[None] < torch.tensor(sizes, device=order.device)[:, None]
+
+    tried: dict[int, tuple[int, float]] = {}
+
+    def reach(sizes: list[int]) -> list[bool]:
+        keep = masks(sizes)
+        losses = problem.losses(keep).tolist()
+        for size, kept, loss in zip(sizes, keep.sum(1).tolist(), losses, strict=True):
+            tried[size] = (kept, loss)
+        return [loss <= target - ROUNDING for loss in losses]
+
+    high = len(ranked)
+    if not reach([high])[0]:
+        raise PruningFailed(
+            f"all {tried[high][0]} candidate nodes together have loss {tried[high][1]:.3f} on the "
+            f"selection pairs of {problem.task.name}, above the target {target}",
+            tried[high][1],
+        )
+    low = -1
+    while high - low > 1:
+        step = max(1, (high - low) // (GRID + 1))
+        sizes = list(range(low + step, high, step))[: GRID + 1]
+        enough = reach(sizes)
+        for size, right in zip(sizes, enough, strict=True):
+            if right:
+                high = size
+                break
+            low = size
+    curve = pd.DataFrame(sorted(tried.values()), columns=["n_nodes", "loss"])
+    return masks([high])[0], curve
+
+
+def measured(
+    problem: PruningProblem,
+    kept: Bool[Tensor, " node"],
+    tau: Float[Tensor, " node"],
+    *,
+    n_active: int,
+    curve: pd.DataFrame | None = None,
+    seconds: float | None = None,
+    config: dict[str, object] | None = None,
+) -> Circuit:
+    """The finished circuit: its edges, calibration on the selection pairs, held-out results.
+
+    Args:
+        problem: What it is a circuit of.
+        kept: Its nodes.
+        tau: The score by which nodes were ranked.
+        n_active: Nodes among which they were chosen.
+        curve: Loss on the selection pairs against the number of nodes.
+        seconds: What the search took; default the time since ``pose``.
+        config: What is stored as the config; default the problem's.
+    """
+    model, index, task_config = problem.model, problem.index, problem.config
+    hooks = ablation_hooks(index, kept, problem.values)
+    with frozen(model), torch.no_grad():
+        chosen = answer_margins(model, problem.selection, [*problem.selection_hooks, *hooks])
+        calibration = calibrate(chosen)
+        margins = answer_margins(model, problem.report, [*problem.report_hooks, *hooks])
+        model_margins = answer_margins(model, problem.report)
+    means = problem.means
+    return Circuit(
+        task=problem.task.name,
+        index=index,
+        kept=kept.cpu(),
+        tau=tau.detach().cpu(),
+        means=replace(means, values=means.values.cpu()),
+        edges=circuit_edges(model, index, kept.cpu()),
+        losses=F.softplus(-margins).cpu(),
+        losses_calibrated=F.softplus(-calibrated(margins, calibration)).cpu(),
+        correct=(margins > 0).cpu(),
+        calibration=calibration,
+        selection_loss=float(F.softplus(-chosen).mean()),
+        model_loss=float(F.softplus(-model_margins).mean()),
+        target_loss=task_config.target_loss,
+        n_active=n_active,
+        seed=task_config.seed,
+        config=asdict(task_config) if config is None else config,
+        model_name=type(model).__name__,
+        model_fingerprint=means.model_fingerprint,
+        seconds=time.perf_counter() - problem.started if seconds is None else seconds,
+        size_curve=pd.DataFrame(columns=["n_nodes", "loss"]) if curve is None else curve,
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for the model's own parameters, restored afterwards.
+
+    Gradients of other things can be taken inside, also where the user has switched them off.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    for parameter, _ in required:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, needed in required:
+            parameter.requires_grad_(needed)

@@ -1,0 +1,256 @@
+"""``search``: Optuna over the settings of pruning, a round of them in shared forward passes.
+
+The paper searches with CARBS, 32 rounds of 8 suggestions for every model and task (Gao et al. 2025,
+§A.5, footnote 18); objective and ranges are ours. Pruning's defaults need no search: this is for
+the last few nodes, and it begins with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from optuna import Study, Trial
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+from tqdm.auto import tqdm
+
+from tl_sparse.ablation import ActivationMeans, Donors
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.margins import answer_margins
+from tl_sparse.circuits.problem import PruningConfig, PruningFailed, PruningProblem, frozen, pose
+from tl_sparse.circuits.pruning import prune_many
+from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
+from tl_sparse.circuits.search_study import (
+    RANGES,
+    RECORD,
+    SearchConfig,
+    SlotSampler,
+    Worker,
+    open_study,
+    quiet,
+    settings_of,
+    space,
+    starts,
+    with_settings,
+)
+from tl_sparse.plain import from_plain
+from tl_sparse.tasks import Task
+
+SCHEMA_VERSION = 1
+
+
+def search(
+    model: nn.Module,
+    task: Task,
+    base: PruningConfig | None = None,
+    config: SearchConfig | None = None,
+    *,
+    means: ActivationMeans,
+    donors: Donors | None = None,
+    storage: str | Path | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Search for the settings with which pruning finds the smallest circuit of a task.
+
+    The first trial is ``base`` itself, so the result is never worse; the second is at the paper's
+    centres. A trial that finds no circuit counts as all nodes and more, the more the further its
+    loss is above the target.
+
+    Args:
+        model: The model.
+        task: The task.
+        base: Settings that are not searched (steps, batches, ablation, seed ...), and the target.
+        config: How to search.
+        means: Means over the pretraining distribution.
+        donors: What ``ablation="resample"`` takes removed nodes from.
+        storage: A SQLite file in which the search is kept (and circuits in a folder beside it). A
+            later call goes on where an earlier one stopped, and several processes may call at once:
+            they share the budget, and each returns when it is spent. None: in memory.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: as :func:`~tl_sparse.circuits.pruning.prune`; or the storage is no search of
+            tl_sparse, or one of another model, task, means, base, space or version.
+        FileNotFoundError: a stored circuit was deleted.
+    """
+    base, config = base or PruningConfig(), config or SearchConfig()
+    problem = pose(model, task, base, means=means, donors=donors)
+    targets = None
+    if config.objective == "nodes_and_loss":
+        targets = (max(config.targets[0], whole_loss(problem) * 1.001), config.targets[1])
+        if not targets[0] < targets[1]:
+            raise ValueError(
+                f"the whole model has loss {targets[0]:.3f} on {task.name}: no target in "
+                f"{config.targets} is above it"
+            )
+    wanted = space(targets)
+    path = None if storage is None else Path(storage).resolve()
+    folder = None if path is None else path.with_name(f"{path.name}.circuits")
+    held: dict[int, Circuit] = {}
+    with quiet():
+        study = open_study(path, SlotSampler(config, base, wanted), identity(problem, config))
+        with (
+            Worker(study, shared=path is not None) as worker,
+            tqdm(
+                total=config.rounds * config.suggestions, desc=f"search {task.name}",
+                disable=not progress,
+            ) as bar,
+        ):  # fmt: skip
+            while trials := worker.ask(config, wanted):
+                configs = [config_of(trial, base, wanted) for trial in trials]
+                jobs = [(task, each) for each in configs]
+                found = prune_many(model, jobs, means=means, donors=donors, progress=False)
+                known = frame_of(study)
+                for trial, settings, circuit in zip(trials, configs, found, strict=True):
+                    record = record_of(settings, circuit)
+                    if isinstance(circuit, Circuit) and worth_keeping(known, record):
+                        held[trial.number] = circuit
+                        if folder is not None:
+                            circuit.save(folder / f"trial-{trial.number}")
+                    trial.set_user_attr(RECORD, record)
+                    values = values_of(record, problem.index.n_nodes, config)
+                    study.tell(trial, values, skip_if_finished=True)
+                known = frame_of(study)
+                bar.update(len(known) - bar.n)
+                bar.set_postfix_str(f"fewest nodes {fewest_of(known, base.target_loss)}")
+    return result_of(study, problem, config, folder, held)
+
+
+def whole_loss(problem: PruningProblem) -> float:
+    """The whole model's loss on the selection pairs."""
+    with frozen(problem.model), torch.no_grad():
+        return float(F.softplus(-answer_margins(problem.model, problem.selection)).mean())
+
+
+def identity(problem: PruningProblem, config: SearchConfig) -> dict[str, Any]:
+    """What makes two searches one. Rounds are left out: a later call may ask for more."""
+    means = problem.means
+    prompts = hashlib.sha256("\0".join(problem.selection.prompts).encode())
+    return {
+        "schema": SCHEMA_VERSION,
+        "tl_sparse version": version("tl-sparse"),
+        "model": means.model_fingerprint,
+        "task": problem.task.name,
+        "prompts": prompts.hexdigest(),
+        "means": hashlib.sha256(means.values.cpu().numpy().tobytes()).hexdigest(),
+        "base": asdict(problem.config),
+        "objective": config.objective,
+        "sampler": config.sampler,
+        "targets": list(config.targets),
+        "seed": config.seed,
+        "ranges": {name: list(values) for name, values in RANGES.items()},
+    }
+
+
+def config_of(
+    trial: Trial, base: PruningConfig, wanted: dict[str, BaseDistribution]
+) -> PruningConfig:
+    """The pruning config of a trial; the starts are as they are, not as the space can say them."""
+    for start in starts(base):
+        if trial.params == settings_of(start, wanted):
+            return start
+    return with_settings(base, trial.params)
+
+
+def record_of(config: PruningConfig, found: Circuit | PruningFailed) -> dict[str, Any]:
+    """What is stored of a trial, as JSON."""
+    if isinstance(found, PruningFailed):
+        # a mask that collapsed without a loss told is as bad as one at chance
+        loss = found.loss if math.isfinite(found.loss) else math.log(2)
+        return {"config": asdict(config), "feasible": False, "selection_loss": loss}
+    return {
+        "config": asdict(config),
+        "feasible": True,
+        "selection_loss": found.selection_loss,
+        "n_nodes": found.n_nodes,
+        "n_edges": found.n_edges,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "seconds": found.seconds,
+    }
+
+
+def values_of(record: dict[str, Any], n_nodes: int, config: SearchConfig) -> list[float]:
+    """What the sampler is told of a trial: nodes, and loss with two objectives.
+
+    A failed trial is worse than all nodes, by its excess loss: it is told, not dropped.
+    """
+    if record["feasible"]:
+        nodes = float(record["n_nodes"])
+    else:
+        target = record["config"]["target_loss"]
+        nodes = n_nodes * (1 + max(0.0, record["selection_loss"] - target) / target)
+    return [nodes] if config.objective == "nodes" else [nodes, record["selection_loss"]]
+
+
+def frame_of(study: Study) -> pd.DataFrame:
+    """All finished trials as a table."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        record = trial.user_attrs[RECORD]
+        config = record["config"]
+        settings = {name: config.get(name) for name in (*RANGES, "penalty")}
+        settings["inv_beta2"] = 1 - config["beta2"]
+        missing = {"n_nodes": -1, "n_edges": -1} | dict.fromkeys(
+            ("loss", "accuracy", "seconds"), math.nan
+        )
+        values = missing | record | settings | {"trial": trial.number}
+        values["target_loss"] = values.pop("config")["target_loss"]
+        rows.append(values)
+    columns = [*COLUMNS, *RANGES, "penalty"]
+    return pd.DataFrame(rows, columns=columns).astype(COLUMNS)
+
+
+def worth_keeping(known: pd.DataFrame, record: dict[str, Any]) -> bool:
+    """Whether no finished trial beats a circuit in nodes or loss without losing in the other."""
+    found = known[known["feasible"]]
+    nodes, loss = found["n_nodes"], found["selection_loss"]
+    no_worse = (nodes <= record["n_nodes"]) & (loss <= record["selection_loss"])
+    better = (nodes < record["n_nodes"]) | (loss < record["selection_loss"])
+    return not bool((no_worse & better).any())
+
+
+def fewest_of(known: pd.DataFrame, target: float) -> str:
+    """The fewest nodes at the target so far, in words."""
+    trial = best_of(known, target)
+    return "none" if trial is None else str(int(known.set_index("trial").loc[trial, "n_nodes"]))
+
+
+def result_of(
+    study: Study,
+    problem: PruningProblem,
+    config: SearchConfig,
+    folder: Path | None,
+    held: dict[int, Circuit],
+) -> SearchResult:
+    """The result of all finished trials, whoever ran them."""
+    trials = frame_of(study)
+    pareto, best = not_beaten(trials), best_of(trials, problem.config.target_loss)
+    circuits = {}
+    for number in sorted({*pareto["trial"].tolist(), *([] if best is None else [best])}):
+        if number not in held and folder is not None:
+            held[number] = Circuit.load(folder / f"trial-{number}", problem.model)
+        circuits[number] = held[number]
+    stored: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return SearchResult(
+        task=problem.task.name,
+        trials=trials,
+        pareto=pareto,
+        best=None if best is None else circuits[best],
+        best_trial=best,
+        configs={
+            t.number: from_plain(PruningConfig, t.user_attrs[RECORD]["config"]) for t in stored
+        },
+        circuits=circuits,
+        base=problem.config,
+        config=config,
+    )

@@ -1,0 +1,247 @@
+"""The commands about circuits: prune, sweep, frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import tyro
+
+from tl_sparse.ablation import ActivationMeans, activation_means
+from tl_sparse.checkpoints import from_pretrained
+from tl_sparse.circuits import Circuit, PruningConfig, prune
+from tl_sparse.circuits.frontier import attempted, frontier
+from tl_sparse.cli.words import say
+from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.demo.report import write_whole
+from tl_sparse.model import SparseTransformer
+from tl_sparse.tasks import Task, get, names, table
+
+
+def model_with_tokenizer(name: str) -> SparseTransformer:
+    """A saved or bundled model that can be given prompts.
+
+    Raises:
+        ValueError: it has no tokenizer.
+    """
+    model = from_pretrained(name)
+    if model.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: there are no prompts to prune on")
+    return model
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Find the circuit of a task in a trained model."""
+
+    model: str
+    """Folder of a saved model, or the name of a bundled one."""
+    task: str
+    """Name of the task; tl-sparse info lists them."""
+    out: str
+    """Folder for the circuit (in its subfolder circuit) and a drawing (circuit.html)."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Text over whose validation part removed nodes are averaged; no more is read than needed."""
+    mean_sequences: int = 512
+    """Sequences to average over."""
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    """The search."""
+
+    def run(self) -> None:
+        """Prune, save the circuit and its drawing, and say where they are."""
+        if self.mean_sequences < 1:
+            raise ValueError(f"mean_sequences={self.mean_sequences} must be at least 1")
+        model = model_with_tokenizer(self.model)
+        length = model.config.n_ctx
+        task = get(self.task, model.tokenizer, length)
+        text = validation_text(self.corpus, model.tokenizer, self.mean_sequences, length)
+        circuit = prune(model, task, self.pruning, means=activation_means(model, text))
+        folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
+        circuit.save(folder)
+        write_whole(page, f"<!doctype html><meta charset=utf-8>{circuit._repr_html_()}")
+        say(f"{circuit!r}\nsaved in {folder}; drawing: {page}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Prune one model with many settings, seeds and tasks, trained together; or search settings."""
+
+    model: str
+    """Folder of a saved model, or the name of a bundled one."""
+    out: str
+    """Folder for sweep.csv (a row per circuit) and the circuits (in its subfolder circuits)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to prune on; default those that the model does."""
+    targets: tuple[float, ...] = (0.15,)
+    """Target losses."""
+    k_coefs: tuple[float, ...] = ()
+    """Prices of an open gate; default that of --pruning."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates; default that of --pruning."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of masks and prompts."""
+    search_rounds: int = 0
+    """Rounds of hyper-parameter search per task and target (Optuna, eight settings a round; the
+    paper: 32), kept in OUT/search and resumed there. 0 for none: the settings are those above."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Text over whose validation part removed nodes are averaged; no more is read than needed."""
+    mean_sequences: int = 512
+    """Sequences to average over."""
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    """All other settings."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.tasks) - set(names())):
+            raise ValueError(
+                f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(names())}"
+            )
+        if self.search_rounds < 0:
+            raise ValueError(f"search_rounds={self.search_rounds} must not be negative")
+        if self.search_rounds and (self.k_coefs or self.lrs):
+            raise ValueError("k_coefs and lrs are what the search chooses: leave them out")
+        if not self.targets or not self.seeds:
+            raise ValueError("a sweep needs at least one target and one seed")
+        tuple(self.settings())  # refused now, not after the model is loaded
+
+    def settings(self) -> Iterator[PruningConfig]:
+        """Every combination."""
+        base = self.pruning
+        for target, k_coef, lr, seed in product(
+            self.targets, self.k_coefs or (base.k_coef,), self.lrs or (base.lr,), self.seeds
+        ):
+            yield replace(base, target_loss=target, k_coef=k_coef, lr=lr, seed=seed)
+
+    def run(self) -> None:
+        """Prune, save table and circuits, and say the smallest circuit of every task."""
+        model = model_with_tokenizer(self.model)
+        length = model.config.n_ctx
+        text = validation_text(self.corpus, model.tokenizer, self.mean_sequences, length)
+        means = activation_means(model, text)
+        jobs = [
+            (get(task, model.tokenizer, length), settings)
+            for task in self.tasks or self.solved(model)
+            for settings in self.settings()
+        ]
+        if not jobs:
+            raise ValueError(
+                f"{self.model} does no task to a loss of {max(self.targets)}: name tasks, or "
+                "raise --targets"
+            )
+        if self.search_rounds:
+            found = [self.searched(model, task, config, means) for task, config in jobs]
+        else:
+            found = attempted(model, jobs, means=means)
+        rows: list[dict[str, object]] = []
+        for (task, config), circuit in zip(jobs, found, strict=True):
+            row = row_of(task, config, circuit)
+            if isinstance(circuit, Circuit):
+                name = f"{task.name}-{config.target_loss:g}-{len(rows):04d}"
+                circuit.save(Path(self.out) / "circuits" / name)
+                row["circuit"] = name
+            rows.append(row)
+        frame = pd.DataFrame(rows)
+        write_whole(Path(self.out) / "sweep.csv", frame.to_csv(index=False))
+        say(smallest_of(frame))
+        say(f"{len(frame)} rows in {Path(self.out) / 'sweep.csv'}")
+
+    def solved(self, model: SparseTransformer) -> list[str]:
+        """Tasks that the model does to the largest of the targets."""
+        results = table(model, self.pruning.report_pairs).results
+        return [name for name, result in results.items() if result.loss <= max(self.targets)]
+
+    def searched(
+        self, model: SparseTransformer, task: Task, config: PruningConfig, means: ActivationMeans
+    ) -> Circuit | ValueError:
+        """The best circuit of a search over settings, or why there is none."""
+        from tl_sparse.circuits.search import search  # slow to import, and seldom needed
+        from tl_sparse.circuits.search_study import SearchConfig
+
+        folder = Path(self.out) / "search"
+        folder.mkdir(parents=True, exist_ok=True)
+        storage = folder / f"{task.name}-{config.target_loss:g}-seed{config.seed}.db"
+        rounds = SearchConfig(rounds=self.search_rounds, seed=config.seed)
+        try:
+            best = search(model, task, config, rounds, means=means, storage=storage).best
+        except ValueError as error:
+            return error
+        return best or ValueError("no trial reached the target loss")
+
+
+def row_of(task: Task, config: PruningConfig, circuit: Circuit | ValueError) -> dict[str, object]:
+    """A circuit's row of sweep.csv; settings are those that it was found with."""
+    settings = dict(circuit.config) if isinstance(circuit, Circuit) else vars(config)
+    row: dict[str, object] = {
+        "task": task.name, "target_loss": config.target_loss, "seed": config.seed,
+        "k_coef": settings["k_coef"], "lr": settings["lr"], "penalty": settings["penalty"],
+    }  # fmt: skip
+    if not isinstance(circuit, Circuit):
+        return row | {"failure": str(circuit)}
+    return row | {
+        "nodes": circuit.n_nodes, "edges": circuit.n_edges, "loss": circuit.loss,
+        "loss_calibrated": circuit.loss_calibrated, "accuracy": circuit.accuracy,
+        "selection_loss": circuit.selection_loss, "model_loss": circuit.model_loss,
+        "seconds": circuit.seconds, "failure": "",
+    }  # fmt: skip
+
+
+def smallest_of(frame: pd.DataFrame) -> str:
+    """The circuit with the fewest nodes of every task and target, as text."""
+    if "nodes" not in frame or not frame["nodes"].notna().any():
+        return "no circuit was found: " + "; ".join(dict.fromkeys(frame["failure"]))
+    known = frame.dropna(subset=["nodes"])
+    best = known.loc[known.groupby(["task", "target_loss"], sort=False)["nodes"].idxmin()]
+    columns = ["task", "target_loss", "nodes", "edges", "loss", "accuracy", "seed", "k_coef", "lr"]
+    return str(best[columns].to_string(index=False, float_format="{:.4g}".format))
+
+
+@dataclass(frozen=True)
+class FrontierOf:
+    """Validation loss against the geometric mean of the circuits' edges, for several models."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of saved models, or names of bundled ones; all with one tokenizer."""
+    out: str = "frontier"
+    """Folder for frontier.csv, tasks.csv and frontier.html."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to compare on; default those that all the models do."""
+    groups: tuple[str, ...] = ()
+    """A label for each model: models with the same one are seeds of one setting, drawn as a point
+    with error bars."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Text whose validation part losses and means are taken over; no more is read than needed."""
+    sequences: int = 512
+    """Sequences of it."""
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    """The search for every circuit."""
+
+    def run(self) -> None:
+        """Measure, prune, write the files and say the table."""
+        if not self.models:
+            raise ValueError("name at least one model")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("a model is named twice")
+        if self.groups and len(self.groups) != len(self.models):
+            raise ValueError(f"{len(self.groups)} groups for {len(self.models)} models")
+        first = model_with_tokenizer(self.models[0])
+        text = validation_text(self.corpus, first.tokenizer, self.sequences, first.config.n_ctx)
+        found = frontier(
+            {name: name for name in self.models},
+            text,
+            config=self.pruning,
+            tasks=self.tasks or "common",
+            groups=dict(zip(self.models, self.groups, strict=True)) if self.groups else None,
+            pairs=self.pruning.report_pairs,
+        )
+        out = Path(self.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "frontier.csv", found.to_dataframe().to_csv(index=False))
+        write_whole(out / "tasks.csv", found.interpretability.to_dataframe().to_csv(index=False))
+        figure = found.to_plotly()
+        write_whole(out / "frontier.html", figure.to_html(include_plotlyjs=True))
+        say(repr(found))
+        for (name, task), why in found.failures.items():
+            say(f"No circuit for {task} in {name}: {why}")
+        say(f"Figure: {out / 'frontier.html'}")

@@ -1,0 +1,80 @@
+"""``PlantedModel``: a model that somebody wrote by hand, and the circuit that is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from tl_sparse.ablation import ActivationMeans
+from tl_sparse.model import SparseTransformer
+from tl_sparse.sites import NodeIndex
+from tl_sparse.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedModel:
+    """A model whose circuit for a task is known by construction, among distractors."""
+
+    model: SparseTransformer
+    """The model, with its tokenizer."""
+    task: Task
+    """What the circuit is for."""
+    means: ActivationMeans
+    """Means of every node over the text that the model stands in for having learned."""
+    kept: Bool[Tensor, " node"]
+    """The circuit's nodes, and no others."""
+    nodes: pd.DataFrame
+    """A row per node of the circuit: the columns of ``NodeIndex.nodes``, and its role in words."""
+    edges: pd.DataFrame
+    """A row per edge as it was written into the model, in the columns of ``circuit_edges``."""
+    description: str
+    """What the model does and how."""
+
+    @property
+    def index(self) -> NodeIndex:
+        """All nodes of the model."""
+        return self.means.index
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """How a set of nodes differs from the planted circuit."""
+
+    missing: pd.DataFrame
+    """Planted nodes that are not in the set, as in ``PlantedModel.nodes``."""
+    extra: pd.DataFrame
+    """Nodes of the set that were not planted, as in ``NodeIndex.nodes``."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the set is the planted circuit."""
+        return not len(self.missing) and not len(self.extra)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(frame)} {name}: "
+            + ", ".join(f"{r.layer}.{r.site}.{r.channel}" for r in frame.itertuples())
+            for name, frame in (("missing", self.missing), ("extra", self.extra))
+            if len(frame)
+        ]
+        return "; ".join(parts) or "exactly the planted nodes"
+
+
+def recovery(planted: PlantedModel, kept: Bool[Tensor, " node"]) -> Recovery:
+    """Which planted nodes a set of nodes lacks, and which others it has.
+
+    Raises:
+        ValueError: ``kept`` is not one entry per node.
+    """
+    if kept.shape != planted.kept.shape:
+        raise ValueError(
+            f"kept must have one entry for each of {planted.index.n_nodes} nodes, not "
+            f"{tuple(kept.shape)}"
+        )
+    kept = kept.cpu()
+    missing = torch.nonzero(planted.kept & ~kept).flatten().tolist()
+    return Recovery(planted.nodes.loc[missing], planted.index.nodes(kept & ~planted.kept))
