@@ -58,7 +58,7 @@ def hard_concrete(
     config: PruningConfig | None = None,
     *,
     means: ActivationMeans,
-    lr: float = 0.1,
+    lr: float = 0.3,
     initial: float = 2.0,
     progress: bool = True,
 ) -> Circuit:
