@@ -10,7 +10,8 @@ from tl_sparse.checkpoints import fingerprint
 from tl_sparse.circuits import answer_margins
 from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
 from tl_sparse.circuits.edge_search import fewest, remove_greedily, straight_through
-from tl_sparse.circuits.problem import PruningConfig, frozen, measured, pose
+from tl_sparse.circuits.problem import frozen, measured, pose
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.config import ActivationDensity
 
 SEARCH = PruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)

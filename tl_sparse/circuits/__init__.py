@@ -18,10 +18,10 @@ from tl_sparse.circuits.margins import answer_margins as answer_margins
 from tl_sparse.circuits.masked import masked_losses as masked_losses
 from tl_sparse.circuits.masked import masked_margins as masked_margins
 from tl_sparse.circuits.node_masks import NodeMasks as NodeMasks
-from tl_sparse.circuits.problem import PruningConfig as PruningConfig
 from tl_sparse.circuits.problem import PruningFailed as PruningFailed
 from tl_sparse.circuits.pruning import prune as prune
 from tl_sparse.circuits.pruning import prune_many as prune_many
+from tl_sparse.circuits.pruning_config import PruningConfig as PruningConfig
 from tl_sparse.circuits.search import search as search
 from tl_sparse.circuits.search_result import SearchResult as SearchResult
 from tl_sparse.circuits.search_study import SearchConfig as SearchConfig

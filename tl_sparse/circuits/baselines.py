@@ -27,7 +27,6 @@ from tl_sparse.circuits.margins import answer_margins
 from tl_sparse.circuits.masked import check_fired
 from tl_sparse.circuits.node_masks import mix_hooks
 from tl_sparse.circuits.problem import (
-    PruningConfig,
     PruningProblem,
     frozen,
     frozen_norms_of,
@@ -36,6 +35,7 @@ from tl_sparse.circuits.problem import (
     smallest,
 )
 from tl_sparse.circuits.pruning import refined
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.tasks import Task, TaskBatch
 
 METHODS = ("attribution", "integrated_gradients", "exact", "restore", "random")

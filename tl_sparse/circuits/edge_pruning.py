@@ -37,7 +37,8 @@ from tl_sparse.circuits.edge_weights import (
     some_pairs,
 )
 from tl_sparse.circuits.margins import answer_margins
-from tl_sparse.circuits.problem import PruningConfig, frozen, selection_and_training
+from tl_sparse.circuits.problem import frozen, selection_and_training
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.sites import MATRICES, NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 

@@ -28,8 +28,9 @@ from tl_sparse.circuits.interpretability import (
     geometric_mean,
     interpretability,
 )
-from tl_sparse.circuits.problem import PruningConfig, pose
+from tl_sparse.circuits.problem import pose
 from tl_sparse.circuits.pruning import prune_many
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.tasks import Task, get, names, table
 
 BATCH = 64  # sequences of one forward pass

@@ -19,13 +19,13 @@ from tl_sparse.ablation import ActivationMeans, Donors
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
 from tl_sparse.circuits.problem import (
-    PruningConfig,
     PruningFailed,
     PruningProblem,
     frozen,
     pose,
 )
 from tl_sparse.circuits.pruning import MARGIN, SNAPSHOTS, TrainingPool, clipped, finished
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.tasks import Task
 
 TEMPERATURE = 2 / 3

@@ -21,7 +21,6 @@ from tl_sparse.circuits.masked import ROWS, check_fired, joined, masked_losses
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, units
 from tl_sparse.circuits.problem import (
     ROUNDING,
-    PruningConfig,
     PruningFailed,
     PruningProblem,
     frozen,
@@ -30,6 +29,7 @@ from tl_sparse.circuits.problem import (
     pose_many,
     smallest,
 )
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.model import SparseTransformer
 from tl_sparse.tasks import Task, TaskBatch
 
@@ -108,8 +108,8 @@ def prune_many(
     for i, problem in enumerate(problems):
         config = problem.config
         rows = min(config.batch_pairs, len(problem.train) // 2)
-        donors = id(problem.values) if isinstance(problem.values, Donors) else None
-        key = (config.steps, rows, config.tie_qk, config.freeze_norm, donors)
+        source = id(problem.values) if isinstance(problem.values, Donors) else None
+        key = (config.steps, rows, config.tie_qk, config.freeze_norm, source)
         alike.setdefault(key, []).append(i)
     found: dict[int, Circuit | PruningFailed] = {}
     for (_, pairs, *_), members in alike.items():

@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from tl_sparse.ablation import ActivationMeans, Donors
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.margins import answer_margins
-from tl_sparse.circuits.problem import PruningConfig, PruningFailed, PruningProblem, frozen, pose
+from tl_sparse.circuits.problem import PruningFailed, PruningProblem, frozen, pose
 from tl_sparse.circuits.pruning import prune_many
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
 from tl_sparse.circuits.search_study import (
     RANGES,

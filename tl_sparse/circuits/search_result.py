@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.problem import PruningConfig
+from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_study import SearchConfig
 
 COLUMNS = {

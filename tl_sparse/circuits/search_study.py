@@ -26,7 +26,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from tl_sparse.circuits.problem import PruningConfig
+from tl_sparse.circuits.pruning_config import PruningConfig
 
 Objective = Literal["nodes", "nodes_and_loss"]
 Sampler = Literal["tpe", "nsga2", "random"]

@@ -79,7 +79,8 @@ def running_text(
     """
     rng = random.Random(seed)
     pool = WORDS["train"] + WORDS["held_out"]
-    wanted, ids = sequences * (N_CTX - 1), []
+    wanted = sequences * (N_CTX - 1)
+    ids: list[int] = []
     while len(ids) < wanted:
         quote = rng.choice(["single", "double"])
         call = OPENING[quote] + words(rng, pool, MAX_INSIDE) + STOP + CLOSING[quote]

@@ -1,0 +1,88 @@
+"""``PruningConfig``: how a circuit is searched for (Gao et al. 2025, appendix A.5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Penalty = Literal["adaptive", "fixed"]
+Ablation = Literal["mean", "task_mean", "zero", "resample"]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How a circuit is searched for."""
+
+    target_loss: float = 0.15
+    """Task loss (nats, two-way; chance is ln 2 = 0.693) that the circuit has to reach."""
+    steps: int = 300
+    """Mask training steps."""
+    batch_pairs: int = 16
+    """Prompt pairs per step (the paper: 64). Few are noisier, which finds circuits as small or
+    smaller in less time."""
+    lr: float = 0.03
+    """AdamW's learning rate, decayed linearly to 0 (the paper's search centre: 0.003)."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    weight_decay: float = 0.0
+    """AdamW's decay of τ. It pulls every τ to the gate's threshold; the paper's centre is 0.001."""
+    warmup_frac: float = 0.0
+    """Share of the steps in which the learning rate rises from 0 (the paper's centre: 0.05)."""
+    k_coef: float = 1e-3
+    """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
+    begins."""
+    penalty: Penalty = "adaptive"
+    """adaptive: raise the price while the training loss is below target, lower it while it is
+    above, which needs no search. fixed: the paper's constant price."""
+    adapt_rate: float = 0.03
+    """Largest relative change of the adaptive price per step."""
+    init_bias: float = 0.1
+    """Mean of the initial τ: every gate starts open."""
+    init_scale: float = 0.01
+    """Standard deviation of the initial τ."""
+    temperature: float = 1.0
+    """Temperature of the gate's surrogate gradient."""
+    ablation: Ablation = "mean"
+    """What removed nodes are set to. mean: their means over the pretraining distribution (the
+    paper's). task_mean: their means over the task's training prompts. zero. resample: what they are
+    on other sequences (``donors``), drawn anew in every step."""
+    freeze_norm: bool = False
+    """Hold every norm's scale at what it is in the whole model on the same prompt. Without it,
+    ablation shrinks the stream and the norms amplify what is kept (Drori 2026)."""
+    tie_qk: bool = False
+    """A query channel and the key channel that it meets are kept or removed together. The paper's
+    authors say that they should have (§A.5, footnote 17)."""
+    refine: bool = True
+    """After the number of nodes is chosen, remove single nodes for as long as the loss on the
+    selection pairs stays at the target."""
+    selection_pairs: int = 128
+    """Pairs (of the train split, not trained on) on which the number of nodes is chosen."""
+    report_pairs: int = 128
+    """Pairs of the held-out split on which the circuit's results are reported."""
+    seed: int = 0
+    """Seed of τ and of the prompts."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_loss < math.log(2):
+            raise ValueError(f"target_loss={self.target_loss} must lie between 0 and ln 2 (chance)")
+        for name in ("steps", "batch_pairs", "selection_pairs", "report_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "k_coef", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "adapt_rate", "init_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        for name in ("beta1", "beta2", "warmup_frac"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name, choices in (("penalty", Penalty), ("ablation", Ablation)):
+            known = get_args(choices)
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}"
+                )
