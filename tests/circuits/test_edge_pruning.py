@@ -258,23 +258,41 @@ def test_greedy_removal_ends_where_none_can_go_alone():
     keep, minimal = remove_greedily(
         torch.ones(40, dtype=torch.bool),
         lambda keep: torch.arange(40.0),  # 2 is thought to matter least but for two others
-        loss_of, 0.5, 8, False,
+        loss_of, 0.5, max_passes=8, patience=64, progress=False,
     )  # fmt: skip
     assert torch.nonzero(keep).flatten().tolist() == [2, 5, 7]
     assert minimal
     assert len(seen) < 40  # groups, not edges
 
 
-def test_greedy_removal_says_that_it_was_cut_short():
-    calls = iter(range(100))
+@pytest.mark.parametrize(("patience", "minimal"), [(3, False), (64, True)])
+def test_a_pass_ends_early_after_many_edges_that_could_not_go(patience, minimal):
+    """All but the last edge are needed; ranked by their number, it is found only with patience."""
+    keep, found = remove_greedily(
+        torch.ones(12, dtype=torch.bool), lambda keep: torch.arange(12.0),
+        lambda keep: 0.0 if bool(keep[:11].all()) else 1.0, 0.5,
+        max_passes=8, patience=patience, progress=False,
+    )  # fmt: skip
+    assert found == minimal
+    assert bool(keep[11]) == (not minimal)
 
-    def loss_of(keep):  # only a lone edge may go, and only once in a while
-        return 0.0 if int((~keep).sum()) <= 1 + next(calls) // 20 else 1.0
 
-    _, minimal = remove_greedily(
-        torch.ones(8, dtype=torch.bool), lambda keep: torch.arange(8.0), loss_of, 0.5, 1, False
-    )
-    assert not minimal
+def test_effects_are_estimated_anew_in_every_pass():
+    """Edge 1 can go only once edge 0 has gone, which the first estimate puts behind it."""
+    estimates = []
+
+    def effect_of(keep):
+        estimates.append(keep.clone())
+        return torch.tensor([1.0, 0.0, 2.0])
+
+    keep, minimal = remove_greedily(
+        torch.ones(3, dtype=torch.bool), effect_of,
+        lambda keep: 0.0 if keep[2] and (keep[1] or not keep[0]) else 1.0, 0.5,
+        max_passes=8, patience=64, progress=False,
+    )  # fmt: skip
+    assert keep.tolist() == [False, False, True]
+    assert minimal
+    assert [each.tolist() for each in estimates[1:]] == [[False, True, True], [False, False, True]]
 
 
 def test_a_gate_is_hard_forward_and_soft_backward():

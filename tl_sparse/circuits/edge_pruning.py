@@ -143,12 +143,12 @@ class EdgeProblem:
         batch = some_pairs(self.train, start, start + pairs)
         return F.softplus(-self.margins(batch, gates, self.circuit.kept)).mean()
 
-    def importance(self, keep: Bool[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-        """|d loss / d gate| of each edge: what its removal does to the loss, to first order."""
+    def effect(self, keep: Bool[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+        """-d loss / d gate of each edge: what its removal adds to the loss, to first order."""
         gates = keep.float().requires_grad_(True)
         batch = some_pairs(self.train, 0, SCORED_PAIRS)
         loss = F.softplus(-self.margins(batch, gates, self.circuit.kept)).mean()
-        return torch.autograd.grad(loss, gates)[0].abs()
+        return -torch.autograd.grad(loss, gates)[0]
 
     def solved(self, progress: bool) -> EdgePruning:
         """Choose edges, drop nodes, and measure on held-out prompts.
@@ -163,7 +163,7 @@ class EdgeProblem:
                 f"the circuit itself has loss {whole:.3f} on {self.circuit.task}, above the target "
                 f"{target}: no edge can go"
             )
-        score, minimal = self.importance(keep), False
+        score, minimal = self.effect(keep), False
         if config.method == "learned":
             snapshots = train_gates(
                 self.loss_at, len(keep), target, config,
@@ -174,8 +174,9 @@ class EdgeProblem:
             score = score if tau is None else tau
         if config.method == "greedy" or config.refine:
             keep, minimal = remove_greedily(
-                keep, self.importance, self.loss, target, config.max_passes, progress
-            )
+                keep, self.effect, self.loss, target,
+                max_passes=config.max_passes, patience=config.patience, progress=progress,
+            )  # fmt: skip
         return self.finished(keep, self.thinned(keep), score, minimal)
 
     def joining(

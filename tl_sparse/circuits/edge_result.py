@@ -28,8 +28,8 @@ class EdgePruning:
     """The circuit whose edges were pruned."""
     edges: pd.DataFrame
     """The circuit's edges, and for each: kept (it still joins two kept nodes), removed (the target
-    gets a constant instead; edges of dropped nodes are neither), score (τ, or the attributed
-    importance: nats of loss per removed edge, to first order)."""
+    gets a constant instead; edges of dropped nodes are neither), score (τ, or what
+    removing it alone would add to the loss in nats, to first order)."""
     kept_nodes: Bool[Tensor, " node"]
     """The circuit's nodes less those that no kept edge needs."""
     weights: EdgeWeights

@@ -56,7 +56,10 @@ class EdgePruningConfig:
     refine: bool = True
     """Whether learned edges are thinned out greedily afterwards."""
     max_passes: int = 8
-    """Greedy passes at most; each tries every edge that is left."""
+    """Greedy passes at most."""
+    patience: int = 64
+    """Single edges in a row that could not go after which a greedy pass ends. A circuit with more
+    edges left need not be minimal then."""
     selection_pairs: int = 128
     """Pairs (of the train split, not trained on) on which the loss has to stay at the target."""
     report_pairs: int = 128
@@ -70,7 +73,14 @@ class EdgePruningConfig:
             raise ValueError(f"method={self.method!r} is unknown; choose from {known}")
         if self.target_loss is not None and not self.target_loss > 0:
             raise ValueError(f"target_loss={self.target_loss} must be positive")
-        for name in ("steps", "batch_pairs", "max_passes", "selection_pairs", "report_pairs"):
+        for name in (
+            "steps",
+            "batch_pairs",
+            "max_passes",
+            "patience",
+            "selection_pairs",
+            "report_pairs",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("lr", "k_coef", "temperature"):
@@ -162,41 +172,43 @@ def fewest(
 
 def remove_greedily(
     keep: Bool[Tensor, " edge"],
-    importance_of: Callable[[Bool[Tensor, " edge"]], Float[Tensor, " edge"]],
+    effect_of: Callable[[Bool[Tensor, " edge"]], Float[Tensor, " edge"]],
     loss_of: LossOf,
     target: float,
+    *,
     max_passes: int,
+    patience: int,
     progress: bool,
 ) -> tuple[Bool[Tensor, " edge"], bool]:
-    """Remove edges, the least important first, as long as the loss stays at most the target.
+    """Remove edges, those first whose removal should raise the loss least, as long as the loss
+    stays at most the target.
 
-    Edges are tried in groups, which double in size when they can go and are halved until single
-    edges when they cannot. Passes follow with importances measured anew, until one of them finds
-    that no edge that is left can go alone.
+    Edges are tried in groups, which double in size when they can go and are halved down to single
+    edges when they cannot. Passes follow with effects estimated anew, until one of them removes
+    none. A pass ends early once ``patience`` single edges in a row could not go.
 
     Returns:
-        Edges to keep, and whether the last pass removed none (else ``max_passes`` ended it).
+        Edges to keep, and whether each of them was tried alone in the last pass and could not go.
     """
     for _ in range(max_passes):
-        rank = importance_of(keep)
         left = torch.nonzero(keep).flatten()
-        order = left[rank[left].argsort(stable=True)]
-        at, size, removed = 0, max(1, len(order) // 4), False
+        order = left[effect_of(keep)[left].argsort(stable=True)]
+        at, size, removed, failed = 0, max(1, len(order) // 4), False, 0
         bar = tqdm(total=len(order), desc="greedy", leave=False, disable=not progress)
-        while at < len(order):
+        while at < len(order) and failed < patience:
             group = order[at : at + size]
             fewer = keep.clone()
             fewer[group] = False
             if loss_of(fewer) <= target:
-                keep, removed = fewer, True
+                keep, removed, failed = fewer, True, 0
                 at, size = at + len(group), 2 * size
                 bar.update(len(group))
             elif len(group) == 1:
-                at, size = at + 1, 1
+                at, size, failed = at + 1, 1, failed + 1
                 bar.update(1)
             else:
                 size = len(group) // 2
         bar.close()
         if not removed:
-            return keep, True
+            return keep, at == len(order)
     return keep, not bool(keep.any())
