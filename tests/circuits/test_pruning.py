@@ -273,7 +273,7 @@ def test_tau_is_trained_as_written_down(posed, penalty):
 def test_a_collapsed_mask_is_told(planted, marks, random_tokens):
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    search = replace(SEARCH, penalty="fixed", k_coef=100.0, steps=5, lr=0.3)
+    search = replace(SEARCH, penalty="fixed", k_coef=100.0, steps=5, lr=0.3, on_collapse="fail")
     with pytest.raises(
         PruningFailed, match=r"the mask collapsed.*\b0 gates were open.*lower k_coef"
     ) as failure:

@@ -110,7 +110,7 @@ def test_a_job_that_fails_takes_no_other_with_it(planted, marks, late, random_to
     """Also across groups; failures stand in the places of their jobs."""
     model, chain = planted()
     means = activation_means(model, random_tokens)
-    hopeless = replace(SEARCH, penalty="fixed", k_coef=100.0, lr=0.3)
+    hopeless = replace(SEARCH, penalty="fixed", k_coef=100.0, lr=0.3, on_collapse="fail")
     configs = [hopeless, SEARCH, replace(hopeless, steps=3), replace(SEARCH, batch_pairs=7)]
     jobs = [(task, config) for config, task in zip(configs, [marks, late] * 2, strict=True)]
     found = prune_many(model, jobs, means=means, progress=False)
@@ -126,7 +126,7 @@ def test_a_target_missed_by_rounding_fails_that_job_alone(
     """Losses a hair's breadth below the target do not count, at any stage of the search."""
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    close = replace(SEARCH, steps=1, target_loss=0.2)
+    close = replace(SEARCH, steps=1, target_loss=0.2, on_collapse="fail")
 
     def nearly(model, batch, index, keep, values, *, hooks=(), max_rows=0):
         return torch.full((len(keep),), 0.2 - 5e-7)
@@ -134,6 +134,7 @@ def test_a_target_missed_by_rounding_fails_that_job_alone(
     monkeypatch.setattr("tl_sparse.circuits.problem.masked_losses", nearly)
     (found,) = prune_many(model, [(marks, close)], means=means, progress=False)
     assert isinstance(found, PruningFailed)
+    assert "none of its 1 stages" in str(found)
 
 
 def test_a_job_that_cannot_be_posed_is_told_before_any_training(

@@ -95,7 +95,7 @@ def test_an_excluded_query_takes_its_key_along(attentive, marks, random_tokens):
     exclude = kept_of(means.index, [(0, "attn_q", 2)])
     circuit = prune(model, marks, SEARCH, means=means, exclude=exclude, progress=False)
     assert named(circuit) == chain
-    search = replace(SEARCH, tie_qk=True, steps=5)
+    search = replace(SEARCH, tie_qk=True, steps=5, on_collapse="fail")
     with pytest.raises(PruningFailed):
         prune(model, marks, search, means=means, exclude=exclude, progress=False)
 
@@ -123,8 +123,10 @@ def test_without_a_node_that_is_needed_there_is_no_circuit(planted, marks, rando
     model, _ = planted()
     means = activation_means(model, random_tokens)
     exclude = kept_of(means.index, [(1, "mlp_neuron", 5)])
-    with pytest.raises(PruningFailed, match="the mask collapsed"):
-        prune(model, marks, replace(SEARCH, steps=5), means=means, exclude=exclude, progress=False)
+    for on_collapse in ("fail", "eliminate"):
+        search = replace(SEARCH, steps=2, on_collapse=on_collapse)
+        with pytest.raises(PruningFailed, match="the mask collapsed"):
+            prune(model, marks, search, means=means, exclude=exclude, progress=False)
 
 
 # --------------------------------------------------------------------------------------------------

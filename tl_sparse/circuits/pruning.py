@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.ablation import ActivationMeans, Donors, Freeze, FwdHook, Replacement
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.elimination import eliminated
 from tl_sparse.circuits.margins import PackedBatch, packed_margins, row_margins
 from tl_sparse.circuits.masked import ROWS, check_fired, joined, masked_losses
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, units
@@ -70,7 +71,8 @@ def prune(
     Raises:
         ValueError: ``means`` of another model, the model itself does not reach the target, the task
             has a single pair, or edges are not defined for the model.
-        PruningFailed: the mask collapsed: all its open gates together miss the target loss.
+        PruningFailed: the mask collapsed, all its open gates together miss the target loss, and
+            ``on_collapse`` is ``fail`` or elimination did not end.
     """
     (found,) = prune_many(
         model, [(task, config or PruningConfig())], means=means, donors=donors, exclude=exclude,
@@ -131,9 +133,20 @@ def finished(
 ) -> Circuit | PruningFailed:
     """The circuit that trained masks come to, or why there is none."""
     began = time.perf_counter()
+    curve = None
     try:
-        tau = choose_mask(problem, stages)
-        kept, curve = choose_nodes(problem, tau)
+        try:
+            tau = choose_mask(problem, stages)
+            kept, curve = choose_nodes(problem, tau)
+        except PruningFailed:
+            if problem.config.on_collapse == "fail":
+                raise
+            tau = torch.stack(stages).mean(0)
+            kept = eliminated(problem, tau.argsort(stable=True))
+            if not problem.reached(kept[None])[0]:
+                raise
+            # the scores of a circuit's nodes are not negative
+            tau = torch.where(kept, tau.clamp(min=0.0), tau)
     except PruningFailed as failure:
         return failure
     if problem.config.refine:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Penalty = Literal["adaptive", "fixed"]
 Ablation = Literal["mean", "task_mean", "zero", "resample"]
+OnCollapse = Literal["eliminate", "fail"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class PruningConfig:
     refine: bool = True
     """After the number of nodes is chosen, remove single nodes for as long as the loss on the
     selection pairs stays at the target."""
+    on_collapse: OnCollapse = "eliminate"
+    """What is done when the price broke the circuit at every stage of training. eliminate: start
+    from the whole model and remove nodes in the order that was learned, which takes longer. fail:
+    raise PruningFailed."""
     selection_pairs: int = 128
     """Pairs (of the train split, not trained on) on which the number of nodes is chosen."""
     report_pairs: int = 128
@@ -80,7 +85,11 @@ class PruningConfig:
         for name in ("beta1", "beta2", "warmup_frac"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for name, choices in (("penalty", Penalty), ("ablation", Ablation)):
+        for name, choices in (
+            ("penalty", Penalty),
+            ("ablation", Ablation),
+            ("on_collapse", OnCollapse),
+        ):
             known = get_args(choices)
             if getattr(self, name) not in known:
                 raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,8 @@ def search(
         ):  # fmt: skip
             while trials := worker.ask(config, wanted):
                 configs = [config_of(trial, base, wanted) for trial in trials]
-                jobs = [(task, each) for each in configs]
+                # a setting that collapses says so at once; elimination would find the rest's circuit
+                jobs = [(task, replace(each, on_collapse="fail")) for each in configs]
                 found = prune_many(model, jobs, means=means, donors=donors, progress=False)
                 known = frame_of(study)
                 for trial, settings, circuit in zip(trials, configs, found, strict=True):

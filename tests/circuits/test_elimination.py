@@ -1,0 +1,90 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tl_sparse.ablation import activation_means
+from tl_sparse.circuits import PruningConfig, PruningFailed, elimination, prune
+from tl_sparse.circuits.elimination import SHARES, eliminated
+from tl_sparse.circuits.node_masks import units
+from tl_sparse.circuits.problem import pose
+
+SEARCH = PruningConfig(steps=5, batch_pairs=8, selection_pairs=32, report_pairs=24)
+HOPELESS = replace(SEARCH, penalty="fixed", k_coef=100.0, lr=0.3)
+
+
+def named(circuit):
+    return set(circuit.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
+
+
+@pytest.fixture
+def posed(planted, marks, random_tokens):
+    model, chain = planted()
+    return pose(model, marks, SEARCH, means=activation_means(model, random_tokens)), chain
+
+
+def additive(monkeypatch, cost):
+    """A loss to which every removed node adds its cost; returns the sizes that were tried."""
+    tried = []
+
+    def losses(model, batch, index, keep, values, *, hooks=(), max_rows=0):
+        tried.extend(keep.sum(1).tolist())
+        return ((~keep) * cost).sum(1).float()
+
+    monkeypatch.setattr(elimination, "masked_losses", losses)
+    return tried
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tie_qk", [False, True])
+def test_nodes_are_removed_as_one_by_one_in_their_order(posed, monkeypatch, tie_qk, seed):
+    """Against trying every unit in turn, in three passes with rising limits."""
+    problem = replace(posed[0], config=replace(SEARCH, tie_qk=tie_qk))
+    draw = torch.Generator().manual_seed(seed)
+    n = problem.index.n_nodes
+    # many that cost nothing, some that cost a little, a few that cost all there is
+    cost = torch.tensor([0.0, 0.0, 0.0, 1e-3, 2e-2, 1.0])[torch.randint(6, (n,), generator=draw)]
+    order = torch.randperm(n, generator=draw)
+    tried = additive(monkeypatch, cost.double())
+    kept = eliminated(problem, order)
+    unit = units(problem.index, tie_qk)
+    by_hand = torch.ones(n, dtype=torch.bool)
+    for share in SHARES:
+        for node in order:
+            fewer = by_hand & (unit != unit[node])
+            if float(((~fewer) * cost.double()).sum()) <= share * 0.15 + 1e-9:
+                by_hand = fewer
+    assert torch.equal(kept, by_hand)
+    assert float(cost[~kept].sum()) == pytest.approx(0.15, abs=0.02)
+    assert kept[cost == 1].all()
+    assert len(tried) < 3 * n
+
+
+def test_excluded_nodes_are_not_among_the_rest(posed, monkeypatch):
+    problem, _ = posed
+    exclude = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
+    exclude[::3] = True
+    additive(monkeypatch, (~exclude).double())  # no other can go
+    kept = eliminated(replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes))
+    assert torch.equal(kept, ~exclude)
+
+
+def test_it_gives_up_after_many_trials(posed, monkeypatch):
+    monkeypatch.setattr(elimination, "MOST", 10)
+    with pytest.raises(PruningFailed, match="did not end within 10 trials; lower k_coef"):
+        eliminated(posed[0], torch.arange(posed[0].index.n_nodes))
+
+
+@pytest.mark.parametrize("change", [{}, {"ablation": "zero"}, {"freeze_norm": True}])
+def test_a_collapsed_mask_is_made_up_for(planted, marks, random_tokens, change):
+    """A price that closes every gate at once: the chain is found all the same."""
+    model, chain = planted()
+    means = activation_means(model, random_tokens)
+    search = replace(HOPELESS, **change)
+    circuit = prune(model, marks, search, means=means, progress=False)
+    assert named(circuit) == chain
+    assert circuit.selection_loss <= 0.15
+    assert (circuit.tau[circuit.kept] >= 0).all()
+    assert circuit.n_nodes <= circuit.n_active
+    with pytest.raises(PruningFailed, match="the mask collapsed"):
+        prune(model, marks, replace(search, on_collapse="fail"), means=means, progress=False)
