@@ -2,16 +2,21 @@
 
 from importlib.metadata import version
 
+from tl_sparse import analyses as analyses
+from tl_sparse import circuits as circuits
 from tl_sparse import data as data
 from tl_sparse import openai as openai
+from tl_sparse import planted as planted
 from tl_sparse import tasks as tasks
 from tl_sparse.ablation import ActivationMeans as ActivationMeans
 from tl_sparse.ablation import ablation_hooks as ablation_hooks
+from tl_sparse.ablation import activation_donors as activation_donors
 from tl_sparse.ablation import activation_means as activation_means
 from tl_sparse.circuits import Circuit as Circuit
 from tl_sparse.circuits import PruningConfig as PruningConfig
 from tl_sparse.circuits import PruningFailed as PruningFailed
 from tl_sparse.circuits import prune as prune
+from tl_sparse.circuits import prune_many as prune_many
 from tl_sparse.config import ActivationDensity as ActivationDensity
 from tl_sparse.config import SparseTransformerConfig as SparseTransformerConfig
 from tl_sparse.model import SparseTransformer as SparseTransformer
@@ -41,9 +46,14 @@ __all__ = [
     "TrainingResult",
     "WeightMasks",
     "ablation_hooks",
+    "activation_donors",
     "activation_means",
+    "analyses",
+    "circuits",
     "data",
     "openai",
+    "planted",
     "prune",
+    "prune_many",
     "tasks",
 ]

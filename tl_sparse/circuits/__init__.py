@@ -11,9 +11,13 @@ from tl_sparse.circuits.edge_search import EdgePruningConfig as EdgePruningConfi
 from tl_sparse.circuits.edges import circuit_edges as circuit_edges
 from tl_sparse.circuits.edges import count_edges as count_edges
 from tl_sparse.circuits.edges import random_edges as random_edges
+from tl_sparse.circuits.frontier import Frontier as Frontier
+from tl_sparse.circuits.frontier import frontier as frontier
 from tl_sparse.circuits.hard_concrete import hard_concrete as hard_concrete
 from tl_sparse.circuits.importance import NodeScores as NodeScores
 from tl_sparse.circuits.importance import ablation_importance as ablation_importance
+from tl_sparse.circuits.interpretability import InterpretabilityResult as InterpretabilityResult
+from tl_sparse.circuits.interpretability import interpretability as interpretability
 from tl_sparse.circuits.margins import answer_margins as answer_margins
 from tl_sparse.circuits.masked import masked_losses as masked_losses
 from tl_sparse.circuits.masked import masked_margins as masked_margins
@@ -27,8 +31,10 @@ from tl_sparse.circuits.search_result import SearchResult as SearchResult
 from tl_sparse.circuits.search_study import SearchConfig as SearchConfig
 
 __all__ = [
-    "Calibration", "Circuit", "EdgePruning", "EdgePruningConfig", "NodeMasks", "PruningConfig",
-    "PruningFailed", "SearchConfig", "SearchResult", "answer_margins", "circuit_edges",
-    "count_edges", "masked_losses", "masked_margins", "prune", "prune_edges", "prune_many",
-    "random_edges", "search",
+    "Calibration", "Circuit", "CompiledCircuit", "EdgePruning", "EdgePruningConfig", "Frontier",
+    "InterpretabilityResult", "NodeMasks", "NodeScores", "PruningConfig", "PruningFailed",
+    "SearchConfig", "SearchResult", "ablation_importance", "answer_margins", "circuit_edges",
+    "circuit_from_ranking", "count_edges", "frontier", "hard_concrete", "interpretability",
+    "masked_losses", "masked_margins", "prune", "prune_edges", "prune_many", "random_edges",
+    "rank_nodes", "search",
 ]  # fmt: skip

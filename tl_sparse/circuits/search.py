@@ -108,7 +108,7 @@ def search(
         ):  # fmt: skip
             while trials := worker.ask(config, wanted):
                 configs = [config_of(trial, base, wanted) for trial in trials]
-                # a setting that collapses says so at once; elimination would find the rest's circuit
+                # a setting whose masks collapse says so at once
                 jobs = [(task, replace(each, on_collapse="fail")) for each in configs]
                 found = prune_many(model, jobs, means=means, donors=donors, progress=False)
                 known = frame_of(study)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.data import TokenizedCorpus
 from tl_sparse.study.config import Cell, StudyConfig
-from tl_sparse.study.units import Unit, UnitRecord, read_unit
+from tl_sparse.study.units import Kind, Unit, UnitRecord, chosen, read_unit
 
 Sort = Literal["sparse", "dense"]
 Method = Literal["learned", "attribution"]
@@ -110,7 +110,7 @@ def plan(config: StudyConfig, corpus: TokenizedCorpus) -> Plan:
 
 def corpus_unit(config: StudyConfig) -> Unit:
     """The making of the text; its record is in the cache, not in the study."""
-    return Unit("corpus", "corpus", _plain(asdict(config.corpus)))
+    return _unit("corpus", "corpus", asdict(config.corpus), chosen(config.corpus))
 
 
 def _models(config: StudyConfig, corpus: TokenizedCorpus, out: Path) -> Iterator[ModelUnit]:
@@ -138,14 +138,13 @@ def _model(
     dense = sort == "dense"
     architecture = config.architecture(cell, seed, len(corpus.tokenizer), dense)
     run = config.sparse_run(cell, seed) if goal is None else config.dense_run(seed, goal)
-    settings = {
-        "architecture": architecture.to_dict(),
-        "training": asdict(run),
-        "corpus": corpus.fingerprint,
-        "pairs": config.pruning.report_pairs,
-    }
-    name = f"{cell.name}{'-dense' if dense else ''}-seed{seed}"
-    unit = Unit("model", name, _plain(settings))
+    rest = {"corpus": corpus.fingerprint, "pairs": config.pruning.report_pairs}
+    unit = _unit(
+        "model",
+        f"{cell.name}{'-dense' if dense else ''}-seed{seed}",
+        {"architecture": architecture.to_dict(), "training": asdict(run)} | rest,
+        {"architecture": chosen(architecture), "training": chosen(run)} | rest,
+    )
     return ModelUnit(cell, sort, seed, unit, read_unit(unit, out))
 
 
@@ -161,15 +160,13 @@ def _circuits(config: StudyConfig, model: ModelUnit, out: Path) -> Iterator[Circ
                 # a ranking is taken as it is; a learned mask may be refined
                 refine = config.pruning.refine and method == "learned"
                 search = replace(config.pruning, target_loss=target, refine=refine)
-                settings = {
-                    "model": model.unit.settings,
-                    "task": task,
-                    "method": method,
-                    "pruning": asdict(search),
-                    "mean_sequences": config.mean_sequences,
-                }
-                name = f"{model.name}-{task}-{target:g}-{method}"
-                unit = Unit("circuit", name, _plain(settings))
+                rest = {"task": task, "method": method, "mean_sequences": config.mean_sequences}
+                unit = _unit(
+                    "circuit",
+                    f"{model.name}-{task}-{target:g}-{method}",
+                    {"model": model.unit.settings, "pruning": asdict(search)} | rest,
+                    {"model": model.unit.chosen, "pruning": chosen(search)} | rest,
+                )
                 yield CircuitUnit(model, task, search, method, unit, read_unit(unit, out))
 
 
@@ -182,12 +179,16 @@ def _necessities(
             continue
         if circuit.record is None or circuit.record.failure is not None:
             continue
-        settings = {"circuit": circuit.unit.settings, "controls": config.controls}
-        unit = Unit("necessity", circuit.unit.name, _plain(settings))
+        rest = {"controls": config.controls}
+        unit = _unit(
+            "necessity",
+            circuit.unit.name,
+            {"circuit": circuit.unit.settings} | rest,
+            {"circuit": circuit.unit.chosen} | rest,
+        )
         yield NecessityUnit(circuit, unit, read_unit(unit, out))
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back: tuples become lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
+def _unit(kind: Kind, name: str, settings: dict[str, Any], chosen: dict[str, Any]) -> Unit:
+    """A unit, its settings as they will be read back: tuples become lists."""
+    return Unit(kind, name, json.loads(json.dumps(settings)), json.loads(json.dumps(chosen)))

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -47,12 +47,15 @@ class Unit:
     name: str
     """For people; the start of its folder's name."""
     settings: Mapping[str, Any]
-    """All that the result depends on, as plain JSON. Other settings make another unit."""
+    """All that the result depends on, as plain JSON."""
+    chosen: Mapping[str, Any]
+    """Those that differ from their defaults. Other ones make another unit; an option that a later
+    version adds does not, as long as it is left alone."""
 
     @property
     def key(self) -> str:
-        """Name and a hash of the settings."""
-        text = json.dumps(self.settings, sort_keys=True)
+        """Name and a hash of the settings that were chosen."""
+        text = json.dumps(self.chosen, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def folder(self, out: Path) -> Path:
@@ -86,7 +89,8 @@ def read_unit(unit: Unit, out: Path) -> UnitRecord | None:
     """The record of a finished unit; None of one that is not.
 
     Raises:
-        ValueError: its file is broken or of another format.
+        ValueError: its file is broken or of another format, or it was made by a version with other
+            defaults.
     """
     path = unit.folder(out) / RECORD
     if not path.is_file():
@@ -97,7 +101,38 @@ def read_unit(unit: Unit, out: Path) -> UnitRecord | None:
     expected = {"settings", "result", "failure", "seconds", "versions"}
     if set(values) != expected:
         raise ValueError(f"{path} must hold {', '.join(sorted(expected))}")
-    return UnitRecord(**values)
+    record = UnitRecord(**values)
+    if differing := differences(record.settings, unit.settings):
+        raise ValueError(
+            f"{path} was made by a version with other defaults ({'; '.join(differing)}): set them "
+            "as they were, or use another folder"
+        )
+    return record
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    """Settings that both have and that differ, in words."""
+    found = []
+    for name in sorted(set(stored) & set(now)):
+        old, new = stored[name], now[name]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{at}{name}.")
+        elif old != new:
+            found.append(f"{at}{name} was {old!r}, now {new!r}")
+    return found
+
+
+def chosen(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, and of those in it, that differ from their defaults."""
+    found = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        default = each.default
+        if each.default_factory is not MISSING:
+            default = each.default_factory()
+        if default is MISSING or value != default:
+            found[each.name] = chosen(value) if is_dataclass(value) else value
+    return found
 
 
 def write_record(folder: Path, record: UnitRecord) -> None:
