@@ -20,7 +20,7 @@ from tl_sparse.circuits.problem import pose, pose_many
 from tl_sparse.circuits.pruning import choose_nodes, refined, train_masks
 from tl_sparse.sites import SITE_NAMES
 
-SEARCH = PruningConfig(steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05)
+SEARCH = PruningConfig(steps=24, batch_pairs=8, selection_pairs=16, report_pairs=16, lr=0.06)
 
 
 def named(circuit):

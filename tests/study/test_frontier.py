@@ -1,4 +1,5 @@
 import math
+from importlib import import_module
 
 import pandas as pd
 import pytest
@@ -11,6 +12,8 @@ from tl_sparse.circuits.frontier import frontier, grouped, token_loss
 from tl_sparse.tasks import get
 from tl_sparse.views.frontier import frontier_figure
 
+# the package has the function under the name of its module
+FRONTIER = import_module("tl_sparse.circuits.frontier")
 QUICK = PruningConfig(steps=40, batch_pairs=8, selection_pairs=16, report_pairs=8)
 
 
@@ -55,7 +58,7 @@ def test_circuits_that_are_not_found_are_told(solver, tokens, monkeypatch):
         return [ValueError("collapsed") for _ in jobs]
 
     found = frontier({"a": solver()}, tokens, config=QUICK, pairs=8, progress=False)
-    monkeypatch.setattr("tl_sparse.circuits.frontier.prune_many", failing)
+    monkeypatch.setattr(FRONTIER, "prune_many", failing)
     with pytest.raises(ValueError, match=r"no circuit was found.*for_while in m: collapsed"):
         frontier({"m": solver()}, tokens, config=QUICK, pairs=8)
     both = frontier({"a": solver(), "b": solver()}, tokens, circuits=dict(found.circuits),
@@ -66,7 +69,7 @@ def test_circuits_that_are_not_found_are_told(solver, tokens, monkeypatch):
 
 
 def test_models_that_do_nothing_in_common_are_not_pruned(solver, tokens, monkeypatch):
-    monkeypatch.setattr("tl_sparse.circuits.frontier.prune_many", None)
+    monkeypatch.setattr(FRONTIER, "prune_many", None)
     with pytest.raises(ValueError, match=r"by all models .*a: for_while; idle: none"):
         frontier({"a": solver(), "idle": solver(weight=0.0)}, tokens, config=QUICK, pairs=8)
 
@@ -100,21 +103,24 @@ def test_models_with_other_tokenizers_are_not_compared(solver, tokens):
 def test_groups_have_means_and_spreads_over_their_models():
     rows = pd.DataFrame(
         {
-            "group": ["a", "b", "a", "a"],
-            "validation_loss": [1.0, 5.0, 2.0, 3.0],
-            "edges": [10.0, 7.0, 1000.0, math.nan],
-            "nodes": [4.0, 3.0, 9.0, 6.0],
+            "group": ["a", "b", "a", "a", "c"],
+            "validation_loss": [1.0, 5.0, 2.0, 30.0, 4.0],
+            "edges": [10.0, 7.0, 1000.0, math.nan, math.nan],
+            "nodes": [4.0, 3.0, 9.0, math.nan, math.nan],
         }
     )
     found = grouped(rows).set_index("group")
-    assert list(found.index) == ["a", "b"]
-    assert found.loc["a", "models"] == 3
-    assert found.loc["a", "validation_loss"] == 2.0
-    assert found.loc["a", "validation_loss_sd"] == 1.0
+    assert list(found.index) == ["a", "b", "c"]
+    # the third model of a has no size: it counts neither there nor in the loss
+    assert list(found["models"]) == [2, 1, 0]
+    assert found.loc["a", "validation_loss"] == 1.5
+    assert found.loc["a", "validation_loss_sd"] == pytest.approx(math.sqrt(0.5))
+    assert found.loc["c", "validation_loss"] == 4.0
+    assert math.isnan(found.loc["c", "edges"])
     assert found.loc["a", "edges"] == pytest.approx(100.0)
     spread = math.log(1000 / 10) / math.sqrt(2)  # of two numbers: their distance over sqrt 2
     assert found.loc["a", "edges_factor"] == pytest.approx(math.exp(spread))
-    assert found.loc["a", "nodes"] == pytest.approx((4 * 9 * 6) ** (1 / 3))
+    assert found.loc["a", "nodes"] == pytest.approx(6.0)
     assert found.loc["b", "edges"] == pytest.approx(7.0)
     assert math.isnan(found.loc["b", "edges_factor"])
 

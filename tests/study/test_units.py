@@ -5,15 +5,30 @@ import time
 
 import pytest
 
+from tl_sparse.recipes import TrainingConfig
+from tl_sparse.sparsity import SparsityConfig
 from tl_sparse.study import units
-from tl_sparse.study.units import Unit, UnitRecord, claimed, holder, read_unit, write_record
+from tl_sparse.study.units import (
+    Unit,
+    UnitRecord,
+    chosen,
+    claimed,
+    holder,
+    read_unit,
+    write_record,
+)
 
-ONE = Unit("circuit", "one", {"steps": 3, "task": "a"})
+
+def unit(**settings):
+    return Unit("circuit", "one", settings, settings)
 
 
-def finish(unit, out, **changes):
-    unit.folder(out).mkdir(parents=True)
-    write_record(unit.folder(out), UnitRecord(unit.settings, {"nodes": 4}, None, 1.5, **changes))
+ONE = unit(steps=3, task="a")
+
+
+def finish(one, out):
+    one.folder(out).mkdir(parents=True)
+    write_record(one.folder(out), UnitRecord(one.settings, {"nodes": 4}, None, 1.5))
 
 
 def claims(out):
@@ -27,9 +42,9 @@ def make_stale(out):
 
 
 def test_other_settings_are_another_unit(tmp_path):
-    other = Unit("circuit", "one", {"steps": 4, "task": "a"})
+    other = unit(steps=4, task="a")
     assert ONE.folder(tmp_path) != other.folder(tmp_path)
-    same = Unit("circuit", "one", {"task": "a", "steps": 3})  # the order of keys means nothing
+    same = unit(task="a", steps=3)  # the order of keys means nothing
     assert ONE.folder(tmp_path) == same.folder(tmp_path)
 
 
@@ -55,13 +70,36 @@ def test_a_unit_of_another_format_is_refused(tmp_path):
         read_unit(ONE, tmp_path)
 
 
+def test_an_option_that_a_later_version_adds_changes_nothing(tmp_path):
+    finish(ONE, tmp_path)
+    later = Unit("circuit", "one", ONE.settings | {"added": True}, ONE.chosen)
+    assert read_unit(later, tmp_path).result == {"nodes": 4}
+
+
+def test_a_default_that_a_later_version_changes_is_told(tmp_path):
+    old = Unit("circuit", "one", {"pruning": {"steps": 3, "lr": 0.1}}, {})
+    finish(old, tmp_path)
+    later = Unit("circuit", "one", {"pruning": {"steps": 4, "lr": 0.1}}, {})
+    with pytest.raises(ValueError, match=r"other defaults \(pruning.steps was 3, now 4\)"):
+        read_unit(later, tmp_path)
+
+
+def test_what_is_chosen_is_what_differs_from_the_defaults():
+    assert chosen(TrainingConfig()) == {}
+    assert chosen(TrainingConfig(steps=7)) == {"steps": 7}
+    assert chosen(TrainingConfig(sparsity=None)) == {"sparsity": None}
+    # another one than the recipe's, though all of its own fields are at their defaults
+    assert chosen(TrainingConfig(sparsity=SparsityConfig())) == {"sparsity": {}}
+    assert chosen(TrainingConfig(sparsity=SparsityConfig(floor=2))) == {"sparsity": {"floor": 2}}
+
+
 def test_a_claim_keeps_others_out_until_it_is_given_up(tmp_path):
     with claimed(ONE, tmp_path) as mine:
         assert mine
         assert f"process {os.getpid()} " in holder(ONE, tmp_path)
         with claimed(ONE, tmp_path) as theirs:
             assert not theirs
-        other = Unit("circuit", "two", {})
+        other = Unit("circuit", "two", {}, {})
         with claimed(other, tmp_path) as free:
             assert free
     assert claims(tmp_path) == []

@@ -23,11 +23,11 @@ def test_points_bars_and_series_are_drawn():
     # what is not positive has no place on a logarithmic axis
     assert set(by_panel) == {("s", "x"), ("s", "x2"), ("t", "x2")}
     trace = by_panel["s", "x"]
-    assert list(trace.x) == [1.0, 2.0]
-    np.testing.assert_allclose(trace.error_y.array, [0.0, 20.0])
-    np.testing.assert_allclose(trace.error_y.arrayminus, [0.0, 10.0])
-    np.testing.assert_allclose(trace.error_x.array, [0.0, 0.5])
-    assert trace.text[1] == "&lt;b&gt;"
+    assert list(trace.x) == [2.0, 1.0]
+    np.testing.assert_allclose(trace.error_y.array, [20.0, 0.0])
+    np.testing.assert_allclose(trace.error_y.arrayminus, [10.0, 0.0])
+    np.testing.assert_allclose(trace.error_x.array, [0.5, 0.0])
+    assert trace.text[0] == "&lt;b&gt;"
     assert trace.showlegend
     assert not by_panel["s", "x2"].showlegend  # one entry a series
     assert by_panel["s", "x2"].marker.color == trace.marker.color

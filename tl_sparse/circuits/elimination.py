@@ -55,6 +55,8 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
     if problem.exclude is not None:
         kept &= ~problem.exclude.to(order.device)
     whole = losses(kept[None])[0]
+    if whole > config.target_loss:
+        return kept  # without the excluded nodes the target is missed: nothing more can go
     ranked = list(dict.fromkeys(unit[order].tolist()))  # units, each once
     for share in SHARES:
         limit = whole + share * (config.target_loss - whole)

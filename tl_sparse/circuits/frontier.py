@@ -168,23 +168,24 @@ def grouped(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per group, in order: group, models, validation_loss, validation_loss_sd, and for
     edges and nodes the geometric mean and ``_factor``.
 
-    Spreads are standard deviations over the group's models (n - 1), for sizes of their logarithm:
-    the bar goes from mean / factor to mean × factor. Models without a number are left out of the
-    sizes. NaN where fewer than two are left.
+    Models without a size are left out (``models`` is how many are left), unless all of a group are.
+    Spreads are standard deviations over models (n - 1), for sizes of their logarithm: the bar goes
+    from mean / factor to mean × factor. NaN of fewer than two models.
     """
     out = []
     for group, same in rows.groupby("group", sort=False):
+        known = same.dropna(subset=["edges", "nodes"])
+        losses = (same if known.empty else known)["validation_loss"]
         row = {
             "group": group,
-            "models": len(same),
-            "validation_loss": same["validation_loss"].mean(),
-            "validation_loss_sd": same["validation_loss"].std(),
+            "models": len(known),
+            "validation_loss": losses.mean(),
+            "validation_loss_sd": losses.std(),
         }
         for size in ("edges", "nodes"):
-            known = same[size].dropna()
-            row[size] = geometric_mean(known)
-            positive = len(known) > 1 and bool((known > 0).all())
-            row[f"{size}_factor"] = math.exp(np.log(known).std()) if positive else math.nan
+            row[size] = geometric_mean(known[size])
+            positive = len(known) > 1 and bool((known[size] > 0).all())
+            row[f"{size}_factor"] = math.exp(np.log(known[size]).std()) if positive else math.nan
         out.append(row)
     return pd.DataFrame(out)
 

@@ -39,7 +39,7 @@ class Panel:
     log_y: bool = True
     """Logarithmic vertical axis."""
     joined: bool = True
-    """Join the points of a series by lines."""
+    """Join the points of a series by lines, in the order of their rows."""
     level: tuple[float, str] | None = None
     """A horizontal line and its words."""
 
@@ -134,7 +134,6 @@ def _drawable(panel: Panel) -> pd.DataFrame:
 def _trace(
     points: pd.DataFrame, name: str, place: int, joined: bool, in_legend: bool
 ) -> go.Scatter:
-    points = points.sort_values("x")
     colour = COLOURS[place % len(COLOURS)]
     return go.Scatter(
         x=points["x"], y=points["y"], name=escape(printable(name)), legendgroup=name,
