@@ -96,7 +96,7 @@ def prune_many(
     """:func:`prune` for many settings, seeds and tasks, whose masks train in shared forward passes.
 
     Every job is as if it were alone, but for rounding. Jobs share a pass if they have the same
-    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and kind of replacement, up to
+    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and donors, up to
     ``max_rows`` prompts. A circuit's ``seconds`` are its share of the training it took part in.
 
     Returns:
