@@ -47,9 +47,7 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
                 f"the mask collapsed on {problem.task.name}, and removing nodes one after another "
                 f"did not end within {MOST} trials; lower k_coef, or train for more steps"
             )
-        return masked_losses(
-            problem.model, few, index, keep, problem.values, hooks=hooks
-        ).tolist()
+        return masked_losses(problem.model, few, index, keep, problem.values, hooks=hooks).tolist()
 
     kept = torch.ones(index.n_nodes, dtype=torch.bool, device=order.device)
     if problem.exclude is not None:
