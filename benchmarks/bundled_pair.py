@@ -10,6 +10,9 @@ every circuit, since a sparse matrix has few edges between any nodes:
   dense circuit's nodes then do, how many edges join them, and whether pruning finds a circuit at
   all.
 
+With ``--prune-edges TARGET`` the edges of the circuits at that target are pruned too
+(``prune_edges``, the same target), since many edges of a dense circuit may carry next to nothing.
+
 Circuits are kept in a folder, so that an interrupted run goes on where it stopped.
 
     OMP_NUM_THREADS=1 python benchmarks/bundled_pair.py --out bundled_pair
@@ -35,6 +38,7 @@ from tl_sparse.circuits import (
     answer_margins,
     count_edges,
     masked_losses,
+    prune_edges,
     prune_many,
     random_edges,
 )
@@ -60,6 +64,7 @@ def main() -> None:
         "--solved", type=float, default=0.15, help="loss below which a task is done"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prune-edges", type=float, help="target whose circuits' edges are pruned")
     parser.add_argument("--out", default="bundled_pair")
     args = parser.parse_args()
     out = Path(args.out)
@@ -89,6 +94,14 @@ def main() -> None:
                     rows.append(row | {"why_not": circuit})
                     continue
                 rows.append(row | described(circuit) | random_control(model, task, circuit, args))
+                if target == args.prune_edges:
+                    fewer = prune_edges(model, circuit, task, progress=False)
+                    rows[-1] |= {
+                        "pruned_edges": fewer.n_edges,
+                        "pruned_edges_nodes": int(fewer.kept_nodes.sum()),
+                        "pruned_edges_loss": float(fewer.losses.mean()),
+                        "pruned_edges_seconds": fewer.seconds,
+                    }
                 if name == "dense":
                     rows[-1] |= pruned_twin(models, means, task, circuit, args)
             pd.DataFrame(rows).to_csv(out / "rows.csv", index=False)
@@ -210,6 +223,10 @@ def summarised(table: pd.DataFrame) -> pd.DataFrame:
             mean = {m: geometric_mean(both[size, m].astype(float)) for m in MODELS}
             row |= {f"{size} {m}": value for m, value in mean.items()}
             row[f"{size} ratio"] = mean["dense"] / mean["sparse"]
+        if "pruned_edges" in both and both["pruned_edges"].notna().all(axis=None):
+            mean = {m: geometric_mean(both["pruned_edges", m].astype(float)) for m in MODELS}
+            row |= {f"pruned_edges {m}": value for m, value in mean.items()}
+            row["pruned_edges ratio"] = mean["dense"] / mean["sparse"]
         row["twin_edges dense"] = geometric_mean(both["twin_edges", "dense"].astype(float))
         row["twin_whole_loss dense"] = float(both["twin_whole_loss", "dense"].mean())
         rows.append(row)

@@ -108,8 +108,12 @@ def search(
         ):  # fmt: skip
             while trials := worker.ask(config, wanted):
                 configs = [config_of(trial, base, wanted) for trial in trials]
-                # a setting whose masks collapse says so at once
-                jobs = [(task, replace(each, on_collapse="fail")) for each in configs]
+                # a suggestion whose mask collapses says so at once; the base stays as it is, so
+                # that the search finds what pruning without one finds
+                jobs = [
+                    (task, each if each == base else replace(each, on_collapse="fail"))
+                    for each in configs
+                ]
                 found = prune_many(model, jobs, means=means, donors=donors, progress=False)
                 known = frame_of(study)
                 for trial, settings, circuit in zip(trials, configs, found, strict=True):
