@@ -45,7 +45,7 @@ def size_against_target(result: StudyResult) -> StudyFigure | None:
     table = _curves(result, ("sparse", "dense"), ("learned",))
     return _curve_figure(
         "figure2", "Circuit size against target loss, sparse and loss-matched dense models", table,
-        "The tasks at each target are those that all compared models do at it",
+        _which_tasks(result),
     )  # fmt: skip
 
 
@@ -57,8 +57,7 @@ def learned_against_attribution(result: StudyResult) -> StudyFigure | None:
     return _curve_figure(
         "figure31", "Learned masks against attribution pruning", table,
         "Attribution keeps the nodes of the largest |gradient x (activation - mean)|, and none is "
-        "removed one by one afterwards. The tasks at each target are those for which both methods "
-        "find a circuit in all models",
+        f"removed one by one afterwards. {_which_tasks(result)}",
     )  # fmt: skip
 
 
@@ -176,6 +175,12 @@ def _series(one: ModelUnit, method: str, n_cells: int, n_methods: int) -> str:
     return ", ".join([*words, *([method] if n_methods > 1 else [])])
 
 
+def _which_tasks(result: StudyResult) -> str:
+    if result.config.compare_tasks:
+        return "Models without a circuit for each of them at a target are left out there."
+    return "At each target only those count for which all compared models have a circuit."
+
+
 def _curve_figure(name: str, title: str, table: pd.DataFrame, over: str) -> StudyFigure | None:
     if table.empty:
         return None
@@ -197,7 +202,9 @@ def _curve_figure(name: str, title: str, table: pd.DataFrame, over: str) -> Stud
             Panel(size, "target loss (nats)", f"{size} (geometric mean)", points, log_x=True)
         )
     tasks = dict.fromkeys(task for row in table["over"] for task in row.split(", "))
-    note = f"{over}, at most {', '.join(tasks)}. {BARS}"
+    counts = sorted(set(table["models"]))
+    told = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+    note = f"Tasks: {', '.join(tasks)}. {over} A point is {told} seed(s). {BARS}"
     return StudyFigure(name, panels_figure(title, panels, note), table)
 
 
