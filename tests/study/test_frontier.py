@@ -28,7 +28,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(solver, tokens):
     by_hand = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     )
-    assert token_loss(model, tokens) == pytest.approx(float(by_hand), rel=1e-5)
+    assert token_loss(model, tokens) == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_models_and_folders_are_pruned_on_what_they_do(solver, tokens, tmp_path):
