@@ -37,6 +37,7 @@ from tl_sparse.tasks import Task, TaskBatch
 SNAPSHOTS = 24  # stages of the mask among which the smallest one that reaches the target is chosen
 MARGIN = 0.8  # the adaptive price aims below the target, so that bisection has something to remove
 AT_ONCE = 2048  # prompts of one training step, all masks together
+LARGEST = 500  # nodes of a circuit that is still refined: the time grows with their square
 SCREEN = 32  # pairs on which nodes are tried one by one; what is removed is checked on all
 
 
@@ -149,7 +150,7 @@ def finished(
             tau = torch.where(kept, tau.clamp(min=0.0), tau)
     except PruningFailed as failure:
         return failure
-    if problem.config.refine:
+    if problem.config.refine and int(kept.sum()) <= LARGEST:
         kept = refined(problem, kept)
     seconds += time.perf_counter() - began
     n_active = int((tau >= 0).sum())

@@ -58,7 +58,7 @@ class PruningConfig:
     authors say that they should have (§A.5, footnote 17)."""
     refine: bool = True
     """After the number of nodes is chosen, remove single nodes for as long as the loss on the
-    selection pairs stays at the target."""
+    selection pairs stays at the target. Circuits of more than 500 nodes are left as they are."""
     on_collapse: OnCollapse = "eliminate"
     """What is done when the price broke the circuit at every stage of training. eliminate: start
     from the whole model and remove nodes in the order that was learned, which takes longer. fail:
