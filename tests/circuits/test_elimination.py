@@ -5,6 +5,7 @@ import torch
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, elimination, prune
+from tl_sparse.circuits import problem as problems
 from tl_sparse.circuits.elimination import SHARES, eliminated
 from tl_sparse.circuits.node_masks import units
 from tl_sparse.circuits.problem import pose
@@ -31,7 +32,7 @@ def additive(monkeypatch, cost):
         tried.extend(keep.sum(1).tolist())
         return ((~keep) * cost).sum(1).float()
 
-    monkeypatch.setattr(elimination, "masked_losses", losses)
+    monkeypatch.setattr(problems, "masked_losses", losses)
     return tried
 
 

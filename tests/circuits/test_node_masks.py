@@ -247,10 +247,10 @@ def test_tying_needs_both_sites(planted, sites):
 @pytest.mark.parametrize("tie_qk", [False, True])
 def test_the_gates_of_excluded_nodes_are_closed_and_learn_nothing(planted, tie_qk):
     index = NodeIndex.of(planted()[0])
-    exclude = torch.zeros(index.n_nodes)
+    exclude = torch.zeros(index.n_nodes, dtype=torch.bool)
     (q, k), _ = slices_of(index, "attn_q", "attn_k")
     closed = {0, q.start + 3, k.start + 3, index.n_nodes - 1}
-    exclude[sorted(closed)] = 1
+    exclude[sorted(closed)] = True
     masks = masks_of(index, torch.zeros(index.n_nodes), exclude=exclude, tie_qk=tie_qk)
     gates = masks.gates()[0]
     assert set(torch.nonzero(gates == 0).flatten().tolist()) == closed

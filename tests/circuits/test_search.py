@@ -8,16 +8,25 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
+import optuna
 import pandas as pd
 import pytest
 import torch
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, prune, search_study
 from tl_sparse.circuits.problem import measured, pose
 from tl_sparse.circuits.search import search, values_of
 from tl_sparse.circuits.search_result import best_of, not_beaten
-from tl_sparse.circuits.search_study import RANGES, SearchConfig, settings_of, space, starts
+from tl_sparse.circuits.search_study import (
+    RANGES,
+    SearchConfig,
+    retried,
+    settings_of,
+    space,
+    starts,
+)
 
 SEARCH = importlib.import_module("tl_sparse.circuits.search")  # not the function
 BASE = PruningConfig(steps=10, batch_pairs=8, selection_pairs=16, report_pairs=8)
@@ -259,13 +268,29 @@ def test_a_storage_of_another_search_is_refused(setting, pruned, tmp_path, chang
         search(model, task, base, config, means=means, storage=file, progress=False)
 
 
+@pytest.mark.parametrize("error", [OperationalError, IntegrityError])
+def test_a_file_that_another_process_is_just_making_is_tried_again(error, monkeypatch):
+    """SQLite says that the tables are locked, or that the row is there already."""
+    waits = []
+    monkeypatch.setattr("tl_sparse.circuits.search_study.time.sleep", waits.append)
+    study = optuna.create_study()
+    answers = iter([error("insert", {}, Exception()), error("insert", {}, Exception()), study])
+
+    def make():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert retried(make) is study
+    assert len(waits) == 2
+
+
 def test_a_file_that_is_no_study_is_refused(setting, pruned, tmp_path):
     text, other = tmp_path / "text.db", tmp_path / "other.db"
     text.write_text("no database at all, but long enough to be looked at " * 40)
     with pytest.raises(ValueError, match="holds no search"):
         run(setting, storage=text)
-    import optuna
-
     optuna.create_study(study_name="tl_sparse", storage=f"sqlite:///{other}").optimize(
         lambda trial: trial.suggest_float("x", 0, 1), n_trials=1
     )

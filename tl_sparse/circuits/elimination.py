@@ -7,14 +7,15 @@ this starts from the whole model instead, in the order that was learned, and nee
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparse.ablation import FwdHook
-from tl_sparse.circuits.masked import masked_losses
-from tl_sparse.circuits.node_masks import units
-from tl_sparse.circuits.problem import PruningFailed, PruningProblem, frozen_norms_of
+from tl_sparse.circuits.node_masks import ranked_units, unit_ranks, units
+from tl_sparse.circuits.problem import PruningFailed, PruningProblem
 
 SHARES = (0.1, 0.3, 1.0)  # of the way from the whole model's loss to the target, pass by pass
 AT_ONCE = 6  # numbers of removed nodes tried side by side
@@ -33,11 +34,12 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
     Raises:
         PruningFailed: a few thousand masks were tried, and there is no end.
     """
-    index, config = problem.index, problem.config
-    few = problem.selection.pairs(0, min(PAIRS, len(problem.selection) // 2))
-    hooks: tuple[FwdHook, ...] = frozen_norms_of(problem.model, few) if config.freeze_norm else ()
+    index, config, few = problem.index, problem.config, problem.on_few(PAIRS)
     unit = units(index, config.tie_qk).to(order.device)
     tried = 0
+
+    def within(limit: float, keep: Bool[Tensor, "mask node"]) -> list[bool]:
+        return [loss <= limit for loss in losses(keep)]
 
     def losses(keep: Bool[Tensor, "mask node"]) -> list[float]:
         nonlocal tried
@@ -47,7 +49,7 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
                 f"the mask collapsed on {problem.task.name}, and removing nodes one after another "
                 f"did not end within {MOST} trials; lower k_coef, or train for more steps"
             )
-        return masked_losses(problem.model, few, index, keep, problem.values, hooks=hooks).tolist()
+        return few.losses(keep).tolist()
 
     kept = torch.ones(index.n_nodes, dtype=torch.bool, device=order.device)
     if problem.exclude is not None:
@@ -55,24 +57,51 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
     whole = losses(kept[None])[0]
     if whole > config.target_loss:
         return kept  # without the excluded nodes the target is missed: nothing more can go
-    ranked = list(dict.fromkeys(unit[order].tolist()))  # units, each once
+    ranked = ranked_units(unit, order)
     for share in SHARES:
         limit = whole + share * (config.target_loss - whole)
-        present = set(unit[kept].tolist())
-        todo = torch.tensor([u for u in ranked if u in present], device=order.device)
+        todo = ranked[torch.isin(ranked, unit[kept])]
         while len(todo):
-            rank = torch.full((int(unit.max()) + 1,), len(todo), device=order.device)
-            rank[todo] = torch.arange(len(todo), device=order.device)
-            low, high = 0, len(todo) + 1  # that many can go, so many cannot
-            while high - low > 1:
-                width = max(1, (high - low) // AT_ONCE)
-                sizes = torch.arange(low + width, high, width, device=order.device)[:AT_ONCE]
-                keep = kept[None] & (rank[unit][None] >= sizes[:, None])
-                for size, loss in zip(sizes.tolist(), losses(keep), strict=True):
-                    if loss > limit:
-                        high = size
-                        break
-                    low = size
-            kept = kept & (rank[unit] >= low)
-            todo = todo[low + 1 :]  # the one at `low` stays
+            kept, gone = without_first(
+                kept,
+                unit_ranks(unit, todo),
+                len(todo),
+                grid=evenly_between,
+                fits=partial(within, limit),
+            )
+            todo = todo[gone + 1 :]  # the one at `gone` stays
     return kept
+
+
+def without_first(
+    kept: Bool[Tensor, " node"],
+    rank: Int[Tensor, " node"],
+    most: int,
+    *,
+    grid: Callable[[int, int], list[int]],
+    fits: Callable[[Bool[Tensor, "mask node"]], list[bool]],
+) -> tuple[Bool[Tensor, " node"], int]:
+    """The nodes kept less those of the first ranks, as many ranks as fit, at most ``most``.
+
+    Bisected: ``grid(low, high)`` are the numbers of ranks strictly between two that are tried side
+    by side, and what comes after one that does not fit is not looked at.
+
+    Returns:
+        The nodes that are left, and how many ranks went.
+    """
+    low, high = 0, most + 1  # that many can go, so many cannot
+    while high - low > 1:
+        sizes = grid(low, high)
+        keep = kept[None] & (rank[None] >= torch.tensor(sizes).to(rank)[:, None])
+        for size, right in zip(sizes, fits(keep), strict=True):
+            if not right:
+                high = size
+                break
+            low = size
+    return kept & (rank >= low), low
+
+
+def evenly_between(low: int, high: int) -> list[int]:
+    """Up to ``AT_ONCE`` numbers strictly between two, evenly spaced from the lower one."""
+    width = max(1, (high - low) // AT_ONCE)
+    return list(range(low + width, high, width))[:AT_ONCE]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation import Donors
@@ -50,7 +50,7 @@ class NodeMasks(nn.Module):
         temperature: Sequence[float],
         seeds: Sequence[int],
         tie_qk: bool = False,
-        exclude: Float[Tensor, " node"] | None = None,
+        exclude: Bool[Tensor, " node"] | None = None,
     ) -> None:
         """Open gates, all but the excluded ones.
 
@@ -62,7 +62,7 @@ class NodeMasks(nn.Module):
             temperature: Temperature of each mask's surrogate gradient.
             seeds: Seed of each mask's initial τ.
             tie_qk: A query channel and the key channel that it meets share one τ.
-            exclude: 1 for nodes whose gates are always closed.
+            exclude: Nodes whose gates are always closed.
         """
         super().__init__()
         self.index = index
@@ -82,7 +82,7 @@ class NodeMasks(nn.Module):
     def node_tau(self) -> Float[Tensor, "mask node"]:
         """τ of every node; -1 for excluded ones."""
         tau = self.tau if self.tau.shape[1] == self.index.n_nodes else self.tau[:, self.unit]
-        return tau if self.excluded is None else torch.where(self.excluded > 0, -1.0, tau)
+        return tau if self.excluded is None else torch.where(self.excluded, -1.0, tau)
 
     def gates(self) -> Float[Tensor, "mask node"]:
         """0 or 1 per mask and node, differentiable through the surrogate."""
@@ -127,6 +127,22 @@ def units(index: NodeIndex, tie_qk: bool) -> Int[Tensor, " node"]:
         q, k = (index.slices[index.hook(layer, name)] for name in ("attn_q", "attn_k"))
         unit[k] = unit[q]
     return unit.unique(return_inverse=True)[1]
+
+
+def ranked_units(
+    unit: Int[Tensor, " node"], order: Int[Tensor, " ranked"]
+) -> Int[Tensor, " ranked_unit"]:
+    """The units of nodes in an order, each once, at its first node's place."""
+    return torch.tensor(list(dict.fromkeys(unit[order].tolist())), dtype=torch.int64).to(unit)
+
+
+def unit_ranks(
+    unit: Int[Tensor, " node"], ranked: Int[Tensor, " ranked_unit"]
+) -> Int[Tensor, " node"]:
+    """The place of each node's unit in an order of units; those not in it come last."""
+    rank = torch.full((int(unit.max()) + 1,), len(ranked), device=unit.device)
+    rank[ranked] = torch.arange(len(ranked), device=unit.device)
+    return rank[unit]
 
 
 def mix_hooks(

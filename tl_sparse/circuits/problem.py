@@ -31,7 +31,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.margins import answer_margins
 from tl_sparse.circuits.masked import masked_losses
-from tl_sparse.circuits.node_masks import units
+from tl_sparse.circuits.node_masks import ranked_units, unit_ranks, units
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
@@ -90,6 +90,12 @@ class PruningProblem:
         """Whether each mask's loss on the selection pairs is at most the target."""
         # rounding differs between ways to batch the same prompts
         return [loss <= self.config.target_loss - ROUNDING for loss in self.losses(keep).tolist()]
+
+    def on_few(self, pairs: int) -> PruningProblem:
+        """The same problem with the first selection pairs alone, for what is tried often."""
+        few = self.selection.pairs(0, min(pairs, len(self.selection) // 2))
+        hooks = frozen_norms_of(self.model, few) if self.config.freeze_norm else ()
+        return replace(self, selection=few, selection_hooks=hooks)
 
     def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
         """Mean loss on the selection pairs under each of many masks."""
@@ -246,16 +252,8 @@ def smallest(
     """
     index, target = problem.index, problem.config.target_loss
     unit = units(index, problem.config.tie_qk).to(order.device)
-    taken = unit[order]
-    first = torch.zeros_like(taken, dtype=torch.bool)
-    seen, places = taken.unique(return_inverse=True)
-    at = torch.full((len(seen),), len(taken), device=order.device)
-    at = at.scatter_reduce(0, places, torch.arange(len(taken), device=order.device), "amin")
-    first[at] = True
-    ranked = taken[first]  # units, each once, in the order of their first nodes
-    rank = torch.full((int(unit.max()) + 1,), len(ranked), device=order.device)
-    rank[ranked] = torch.arange(len(ranked), device=order.device)
-    position = rank[unit]  # of every node; those that are no candidates come last
+    ranked = ranked_units(unit, order)
+    position = unit_ranks(unit, ranked)
 
     def masks(sizes: list[int]) -> Bool[Tensor, "size node"]:
         return position[None] < torch.tensor(sizes, device=order.device)[:, None]

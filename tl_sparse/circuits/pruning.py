@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from tl_sparse.ablation import ActivationMeans, Donors, Freeze, FwdHook, Replacement
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.elimination import eliminated
+from tl_sparse.circuits.elimination import eliminated, without_first
 from tl_sparse.circuits.margins import PackedBatch, packed_margins, row_margins
-from tl_sparse.circuits.masked import ROWS, check_fired, joined, masked_losses
-from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, units
+from tl_sparse.circuits.masked import check_fired, joined
+from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, unit_ranks, units
 from tl_sparse.circuits.problem import (
     ROUNDING,
     PruningFailed,
@@ -107,16 +107,16 @@ def prune_many(
         ValueError: as :func:`prune`, for any of the jobs, before anything is trained.
     """
     problems = pose_many(model, jobs, means, donors, exclude)
-    alike: dict[tuple[object, ...], list[int]] = {}
+    alike: dict[tuple[int, tuple[object, ...]], list[int]] = {}
     for i, problem in enumerate(problems):
         config = problem.config
-        rows = min(config.batch_pairs, len(problem.train) // 2)
+        pairs = min(config.batch_pairs, len(problem.train) // 2)
         source = id(problem.values) if isinstance(problem.values, Donors) else None
-        key = (config.steps, rows, config.tie_qk, config.freeze_norm, source)
-        alike.setdefault(key, []).append(i)
+        same = (config.steps, config.tie_qk, config.freeze_norm, source)
+        alike.setdefault((pairs, same), []).append(i)
     found: dict[int, Circuit | PruningFailed] = {}
-    for (_, pairs, *_), members in alike.items():
-        size = max(1, max_rows // (2 * int(str(pairs))))
+    for (pairs, _), members in alike.items():
+        size = max(1, max_rows // (2 * pairs))
         for start in range(0, len(members), size):
             group = [problems[i] for i in members[start : start + size]]
             began = time.perf_counter()
@@ -150,7 +150,7 @@ def finished(
             tau = torch.where(kept, tau.clamp(min=0.0), tau)
     except PruningFailed as failure:
         return failure
-    if problem.config.refine and int(kept.sum()) <= LARGEST:
+    if problem.config.refine:
         kept = refined(problem, kept)
     seconds += time.perf_counter() - began
     n_active = int((tau >= 0).sum())
@@ -182,7 +182,7 @@ def train_masks(
         temperature=[c.temperature for c in configs],
         seeds=[c.seed for c in configs],
         tie_qk=first.tie_qk,
-        exclude=None if exclude is None else exclude.float().to(device),
+        exclude=None if exclude is None else exclude.to(device),
     )
     optimizer = RowAdamW(
         masks.tau, [c.beta1 for c in configs], [c.beta2 for c in configs],
@@ -362,32 +362,24 @@ def refined(problem: PruningProblem, kept: Bool[Tensor, " node"]) -> Bool[Tensor
 
     In each round every node is removed alone on a few selection pairs; then as many of the least
     needed ones as the target on all selection pairs allows are removed together. It ends when not
-    even the least needed node can go. With ``tie_qk`` tied nodes go together.
+    even the least needed node can go. With ``tie_qk`` tied nodes go together. More than ``LARGEST``
+    nodes are left as they are.
     """
-    index, config = problem.index, problem.config
-    unit = units(index, config.tie_qk).to(kept.device)
-    few = problem.selection.pairs(0, min(SCREEN, len(problem.selection) // 2))
-    hooks: tuple[FwdHook, ...] = ()
-    if config.freeze_norm:
-        hooks = frozen_norms_of(problem.model, few)
+    if int(kept.sum()) > LARGEST:
+        return kept
+    few = problem.on_few(SCREEN)
+    unit = units(problem.index, problem.config.tie_qk).to(kept.device)
     while True:
         present = unit[kept].unique()
-        alone = kept[None] & (unit[None] != present[:, None])
-        losses = masked_losses(
-            problem.model, few, index, alone, problem.values, hooks=hooks, max_rows=ROWS
-        )
+        losses = few.losses(kept[None] & (unit[None] != present[:, None]))
         order = present[losses.argsort(stable=True)]
-        rank = torch.full((int(unit.max()) + 1,), len(order), device=kept.device)
-        rank[order] = torch.arange(len(order), device=kept.device)
-        low, high = 0, len(order) + 1  # that many can go, so many cannot
-        while high - low > 1:
-            sizes = sorted({low + 1, *(low + (high - low) * i // 4 for i in (1, 2, 3))} - {low})
-            keep = kept[None] & (rank[unit][None] >= torch.tensor(sizes).to(rank)[:, None])
-            for size, right in zip(sizes, problem.reached(keep), strict=True):
-                if not right:
-                    high = size
-                    break
-                low = size
-        if low == 0:
+        kept, gone = without_first(
+            kept, unit_ranks(unit, order), len(order), grid=quarters, fits=problem.reached
+        )
+        if not gone:
             return kept
-        kept = kept & (rank[unit] >= low)
+
+
+def quarters(low: int, high: int) -> list[int]:
+    """The number after ``low``, where most rounds end, and the quarters between two numbers."""
+    return sorted({low + 1, *(low + (high - low) * i // 4 for i in (1, 2, 3))} - {low})

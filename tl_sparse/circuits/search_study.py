@@ -24,7 +24,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from tl_sparse.circuits.pruning_config import PruningConfig
 
@@ -240,11 +240,12 @@ def create(storage: Path | None, sampler: SlotSampler) -> optuna.Study:
 
 
 def retried(make: Callable[[], optuna.Study]) -> optuna.Study:
-    """What ``make`` makes; of two processes that make the same tables at once, one has to wait."""
+    """What ``make`` makes; of two processes that make the same tables at once, one has to wait: it
+    finds them locked, or finds a row there that it meant to write."""
     for _ in range(TRIES - 1):
         try:
             return make()
-        except OperationalError:
+        except DBAPIError:
             time.sleep(0.5)
     return make()
 
