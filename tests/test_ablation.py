@@ -407,3 +407,17 @@ def test_hooks_work_on_half_precision_and_with_gradients(small_model, many):
     logits.float().sum().backward()
     assert model.W_U.grad.abs().sum() > 0
     assert model.blocks[0].attn.W_Q.grad.abs().sum() == 0
+
+
+def test_means_and_donors_of_any_hooks(small_model, many):
+    model = small_model()
+    index = NodeIndex.over(model, {"blocks.0.attn.hook_z": model.cfg.n_heads * model.cfg.d_head})
+    _, cache = model.run_with_cache(many)
+    z = cache["blocks.0.attn.hook_z"]
+    means = activation_means(model, many, index=index)
+    torch.testing.assert_close(means.values, z.flatten(2).mean((0, 1)))
+    donors = activation_donors(model, many, index=index)
+    assert torch.equal(donors.activations["blocks.0.attn.hook_z"], z)
+    for taken in (activation_means, activation_donors):
+        with pytest.raises(ValueError, match="not both"):
+            taken(model, many, ("attn_q",), index=index)

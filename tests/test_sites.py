@@ -182,3 +182,19 @@ def test_missing_hook_is_named(small_model):
     with pytest.raises(ValueError, match=r"PlainModel has no hook 'blocks.1.mlp.hook_post'"):
         NodeIndex.of(plain)
     assert NodeIndex.of(plain, sites=("attn_q",)).sites == ("attn_q",)
+
+
+def test_the_channels_of_any_hooks_can_be_nodes(small_model):
+    model = small_model()
+    index = NodeIndex.over(model, {"blocks.1.mlp.hook_post": 12, "blocks.0.attn.hook_z": 8}, 4)
+    assert index.n_nodes == 20
+    assert index.slices["blocks.0.attn.hook_z"] == slice(12, 20)
+    frame = index.nodes(torch.arange(20) == 13)
+    assert frame[["site", "channel", "hook"]].values.tolist() == [
+        ["blocks.0.attn.hook_z", 1, "blocks.0.attn.hook_z"]
+    ]
+    assert index.hook(0, "blocks.0.attn.hook_z") == "blocks.0.attn.hook_z"
+    with pytest.raises(ValueError, match="no hook 'nowhere'"):
+        NodeIndex.over(model, {"nowhere": 3})
+    with pytest.raises(ValueError, match="no hooks"):
+        NodeIndex.over(model, {})

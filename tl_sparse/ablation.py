@@ -45,12 +45,14 @@ def activation_means(
     sites: tuple[str, ...] | None = None,
     batch_size: int = 64,
     last: Int[Tensor, " sequence"] | None = None,
+    index: NodeIndex | None = None,
 ) -> ActivationMeans:
     """Means of every node over ``tokens``, by hooks on the model's own forward pass.
 
     Works on a SparseTransformer and on any TransformerLens model whose sites have hooks; ``sites``
-    defaults to the eight of every layer that the model has. With ``last``, the place of every
-    sequence's last token, what follows it (padding on the right) is not counted.
+    defaults to the eight of every layer that the model has, ``index`` names other nodes instead.
+    With ``last``, the place of every sequence's last token, what follows it (padding on the right)
+    is not counted.
 
     Raises:
         ValueError: unknown site, no tokens, or a site whose hook never fired.
@@ -59,7 +61,9 @@ def activation_means(
         raise ValueError("no tokens to take means over")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    index = NodeIndex.of(model, sites)
+    if index is not None and sites is not None:
+        raise ValueError("give sites= or index=, not both")
+    index = NodeIndex.of(model, sites) if index is None else index
     device = next(model.parameters()).device
     if last is None:
         last = torch.full((len(tokens),), tokens.shape[1] - 1)
@@ -142,18 +146,21 @@ def activation_donors(
     model: nn.Module,
     tokens: Int[Tensor, "sequence pos"],
     sites: tuple[str, ...] | None = None,
+    index: NodeIndex | None = None,
 ) -> Donors:
     """The activations of every node on each of ``tokens``, to resample removed nodes from.
 
-    Memory: sequences x positions x nodes floats. The sequences should be as long as the longest
-    prompt.
+    ``index`` names other nodes than those of ``sites``. Memory: sequences x positions x nodes
+    floats. The sequences should be as long as the longest prompt.
 
     Raises:
         ValueError: unknown site, no tokens, or a site whose hook never fired.
     """
     if tokens.numel() == 0:
         raise ValueError("no tokens to take donors from")
-    index = NodeIndex.of(model, sites)
+    if index is not None and sites is not None:
+        raise ValueError("give sites= or index=, not both")
+    index = NodeIndex.of(model, sites) if index is None else index
     found: dict[str, Tensor] = {}
 
     def record(x: Tensor, hook: Any = None, *, name: str) -> None:

@@ -7,13 +7,14 @@ final residual stream hold some too if asked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 Kind = Literal["residual", "head", "neuron"]
@@ -194,6 +195,26 @@ class NodeIndex:
             d_head=cfg.d_head,
         )
 
+    @classmethod
+    def over(cls, model: nn.Module, widths: Mapping[str, int], d_head: int = 1) -> NodeIndex:
+        """The channels of any hooks, which stand in for sites: a dictionary's features, heads ...
+
+        Args:
+            model: A model of TransformerLens' kind.
+            widths: Hook name → channels.
+            d_head: Channels of each head, for hooks that come by head.
+
+        Raises:
+            ValueError: no hooks, or one that the model does not have.
+        """
+        hook_dict: Any = model.hook_dict
+        if not widths:
+            raise ValueError("no hooks: name at least one")
+        if unknown := [name for name in widths if name not in hook_dict]:
+            raise ValueError(f"{type(model).__name__} has no hook {', '.join(map(repr, unknown))}")
+        names = tuple(widths)
+        return cls(1, names, (names,), tuple(widths.values()), d_head)
+
     @cached_property
     def n_nodes(self) -> int:
         """Nodes in the whole model."""
@@ -216,7 +237,7 @@ class NodeIndex:
         Raises:
             ValueError: unknown site, or one that the index or the layer does not have.
         """
-        name = site(site_name).name
+        name = site_name if site_name in self.sites else site(site_name).name
         found = self.hooks[layer][self.sites.index(name)] if name in self.sites else None
         if found is None:
             raise ValueError(
@@ -228,7 +249,7 @@ class NodeIndex:
         """Sites whose channels are nodes in a layer."""
         return tuple(name for name, hook in zip(self.sites, self.hooks[layer], strict=True) if hook)
 
-    def flat(self, values: dict[str, Tensor]) -> Float[Tensor, " node"]:
+    def flat(self, values: dict[str, Tensor]) -> Shaped[Tensor, " node"]:
         """Per-hook channel vectors → one vector over all nodes."""
         return torch.cat([values[hook].reshape(-1) for hook in self.slices])
 

@@ -142,6 +142,14 @@ def test_pairs_slices_by_pair_and_keeps_the_padding(tokenizer):
     assert len(batch.pairs(6, 100)) == 4
 
 
+def test_select_takes_pairs_in_any_order(tokenizer):
+    batch = tasks.get("bracket_counting", tokenizer).batch(8, split="train", seed=0)
+    part = batch.select([5, 1])
+    assert part.prompts == batch.prompts[10:12] + batch.prompts[2:4]
+    assert torch.equal(part.tokens, batch.tokens[[10, 11, 2, 3]])
+    assert torch.equal(part.answer, batch.answer[[10, 11, 2, 3]])
+
+
 def test_to_moves_every_tensor(tokenizer):
     batch = tasks.get("bracket_counting", tokenizer).batch(2, split="train", seed=0).to("meta")
     for tensor in (batch.tokens, batch.last, batch.answer, batch.other):

@@ -79,15 +79,19 @@ class TaskBatch:
 
     def pairs(self, start: int, stop: int) -> "TaskBatch":
         """The pairs `start` to `stop - 1` as a batch of the same padded length."""
-        rows = slice(2 * start, 2 * stop)
+        return self.select(range(len(self) // 2)[start:stop])
+
+    def select(self, pairs: Sequence[int]) -> "TaskBatch":
+        """Some of the pairs, in any order, as a batch of the same padded length."""
+        rows = [2 * pair + member for pair in pairs for member in (0, 1)]
         return replace(
             self,
             tokens=self.tokens[rows],
             last=self.last[rows],
             answer=self.answer[rows],
             other=self.other[rows],
-            prompts=self.prompts[rows],
-            answers=self.answers[rows],
+            prompts=tuple(self.prompts[row] for row in rows),
+            answers=tuple(self.answers[row] for row in rows),
         )
 
 
@@ -161,6 +165,9 @@ class Task:
     """Draws one pair of prompts (A, B) for a split, or holds all there are."""
     may_shorten: bool = True
     """Whether a long prompt may lose whole lines at its start."""
+    wrong_ids: tuple[int, int] | None = None
+    """Ids of the wrong next token of member A and of member B; None if each is wrong by the other's
+    answer."""
 
     @classmethod
     def bind(
@@ -326,7 +333,7 @@ class Task:
             tokens=torch.tensor(rows),
             last=torch.tensor([len(ids) for ids in members]),
             answer=torch.tensor([i for pair in pairs for i in pair.answer_ids]),
-            other=torch.tensor([i for pair in pairs for i in pair.answer_ids[::-1]]),
+            other=torch.tensor([i for p in pairs for i in self.wrong_ids or p.answer_ids[::-1]]),
             prompts=tuple(self.tokenizer.batch_decode(members)),
             answers=tuple(answer for pair in pairs for answer in pair.answers),
         )
