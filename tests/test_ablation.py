@@ -11,6 +11,7 @@ from tl_sparse.ablation import (
     frozen_norm_hooks,
     node_view,
     norm_hooks,
+    positional_means,
 )
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
@@ -118,6 +119,8 @@ def test_no_tokens_are_refused(small_model):
         activation_means(small_model(), none)
     with pytest.raises(ValueError, match="no tokens to take donors from"):
         activation_donors(small_model(), none)
+    with pytest.raises(ValueError, match="no tokens to take means over"):
+        positional_means(small_model(), none)
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
@@ -142,6 +145,8 @@ def test_padding_does_not_count(any_model, many, batch_size):
 def test_a_batch_of_nothing_is_refused(small_model, many):
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         activation_means(small_model(), many, batch_size=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        positional_means(small_model(), many, batch_size=0)
 
 
 def test_an_unknown_site_names_the_choices(small_model, many):
@@ -328,6 +333,31 @@ def test_removed_nodes_are_what_they_are_on_the_donor_of_the_same_row(any_model,
     other = any_model.run_with_hooks(tokens, return_type="logits", fwd_hooks=turned)
     assert torch.equal(other[2], found[2])
     assert (other[:2] - found[:2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_positional_means_are_the_cached_activations_means_at_each_position(
+    any_model, many, batch_size
+):
+    donors = positional_means(any_model, many, batch_size=batch_size)
+    with torch.no_grad():
+        _, cache = any_model.run_with_cache(many)
+    assert set(donors.activations) == set(NodeIndex.of(any_model).slices)
+    assert len(donors) == 1
+    for name, found in donors.activations.items():
+        expected = cache[name].mean(0, keepdim=True)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert donors.model_fingerprint == fingerprint(any_model)
+
+
+def test_prompts_take_positional_means_of_their_own_places(any_model, many):
+    donors = positional_means(any_model, many).take(torch.zeros(3, dtype=torch.int64))
+    index = donors.index
+    hooks = ablation_hooks(index, kept(index, False), donors)
+    with torch.no_grad():
+        same = any_model.run_with_hooks(many[:3, :5], fwd_hooks=hooks)
+        longer = any_model.run_with_hooks(many[:3], fwd_hooks=hooks)
+    torch.testing.assert_close(same, longer[:, :5], atol=1e-5, rtol=1e-5)
 
 
 def test_too_few_donors_or_too_short_ones_are_refused(small_model, many):

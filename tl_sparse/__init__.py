@@ -5,6 +5,7 @@ from importlib.metadata import version
 from tl_sparse import analyses as analyses
 from tl_sparse import circuits as circuits
 from tl_sparse import data as data
+from tl_sparse import faithfulness as faithfulness
 from tl_sparse import openai as openai
 from tl_sparse import planted as planted
 from tl_sparse import tasks as tasks
@@ -19,6 +20,9 @@ from tl_sparse.circuits import prune as prune
 from tl_sparse.circuits import prune_many as prune_many
 from tl_sparse.config import ActivationDensity as ActivationDensity
 from tl_sparse.config import SparseTransformerConfig as SparseTransformerConfig
+from tl_sparse.faithfulness import FaithfulnessReport as FaithfulnessReport
+from tl_sparse.faithfulness import evaluate as evaluate
+from tl_sparse.faithfulness import faithful_prune as faithful_prune
 from tl_sparse.model import SparseTransformer as SparseTransformer
 from tl_sparse.recipes import TrainingConfig as TrainingConfig
 from tl_sparse.sites import NodeIndex as NodeIndex
@@ -34,6 +38,7 @@ __all__ = [
     "ActivationDensity",
     "ActivationMeans",
     "Circuit",
+    "FaithfulnessReport",
     "NodeIndex",
     "PruningConfig",
     "PruningFailed",
@@ -51,6 +56,9 @@ __all__ = [
     "analyses",
     "circuits",
     "data",
+    "evaluate",
+    "faithful_prune",
+    "faithfulness",
     "openai",
     "planted",
     "prune",

@@ -176,6 +176,43 @@ def activation_donors(
     return Donors(index, found, digest(tokens), fingerprint(model))
 
 
+@torch.no_grad()
+def positional_means(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    index: NodeIndex | None = None,
+    batch_size: int = 64,
+) -> Donors:
+    """The mean of every node over ``tokens`` at each position, as a single donor sequence.
+
+    ``index`` defaults to the eight sites of every layer. For a batch of prompts, ``take`` it once a
+    prompt: ``donors.take(torch.zeros(len(batch), dtype=torch.int64))``.
+
+    Raises:
+        ValueError: no tokens, or a site whose hook never fired.
+    """
+    if tokens.numel() == 0:
+        raise ValueError("no tokens to take means over")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    index = NodeIndex.of(model) if index is None else index
+    totals: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def add(x: Tensor, hook: Any = None, *, name: str) -> None:
+        totals[name] = totals.get(name, 0.0) + x.detach().double().sum(0, keepdim=True)
+        rows[name] = rows.get(name, 0) + len(x)
+
+    run: Any = model
+    hooks = [(name, partial(add, name=name)) for name in index.slices]
+    for sequences in tokens.to(next(model.parameters()).device).split(batch_size):
+        run.run_with_hooks(sequences, return_type=None, fwd_hooks=hooks)
+    if missing := set(index.slices) - set(totals):
+        raise ValueError(f"hooks {', '.join(sorted(missing))} never fired on this model")
+    means = {name: (total / rows[name]).float() for name, total in totals.items()}
+    return Donors(index, means, digest(tokens), fingerprint(model))
+
+
 def norm_hooks(model: nn.Module) -> list[str]:
     """Names of the hooks through which the scales of the model's norms go."""
     points: Any = model

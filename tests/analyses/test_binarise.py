@@ -142,7 +142,7 @@ def test_observed_activations_are_those_at_real_positions(chain):
     model, task, circuit = chain
     batch = task.batch(5, split="train", seed=0)
     places = torch.nonzero(circuit.kept).flatten()
-    seen = observed(model, circuit, places, batch, circuit.hooks())
+    seen = observed(model, circuit.index, places, batch, circuit.hooks())
     with model.hooks(fwd_hooks=circuit.hooks()):
         _, cache = model.run_with_cache(batch.tokens)
     real = torch.arange(batch.tokens.shape[1]) <= batch.last[:, None]

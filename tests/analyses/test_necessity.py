@@ -5,7 +5,14 @@ import torch
 
 from tl_sparse.ablation import ablation_hooks
 from tl_sparse.analyses import necessity
-from tl_sparse.analyses.necessity import CONTROLS, NEAREST, control, displacement
+from tl_sparse.analyses.necessity import (
+    CONTROLS,
+    NEAREST,
+    control,
+    degrees,
+    displacement,
+    nearest_values,
+)
 from tl_sparse.circuits import answer_margins
 from tl_sparse.sites import NodeIndex
 
@@ -23,10 +30,10 @@ def test_the_planted_chain_is_necessary_and_random_nodes_are_not(chain):
     assert found.n_nodes == 6
     frame = found.to_dataframe()
     assert frame["kind"].value_counts().to_dict() == {
-        "none": 1, "circuit": 1, "outside": 6, "anywhere": 6, "matched": 6,
+        "none": 1, "circuit": 1, "outside": 6, "anywhere": 6, "matched": 6, "degree": 6,
     }  # fmt: skip
     assert frame.loc[frame["kind"] == "circuit", "shared"].tolist() == [6]
-    assert (frame.loc[frame["kind"].isin(["outside", "matched"]), "shared"] == 0).all()
+    assert (frame.loc[frame["kind"].isin(["outside", "matched", "degree"]), "shared"] == 0).all()
     assert (frame.loc[frame["kind"] != "none", "n_nodes"] == 6).all()
 
 
@@ -65,7 +72,7 @@ def test_controls_have_the_circuits_numbers_everywhere(chain, kind):
     assert (max(shared) > 0) == (kind == "anywhere")
 
 
-@pytest.mark.parametrize("kind", ["outside", "matched"])
+@pytest.mark.parametrize("kind", ["outside", "matched", "degree"])
 def test_a_site_with_few_nodes_outside_gives_all_it_has(chain, kind):
     _, _, circuit = chain
     kept = circuit.kept.clone()
@@ -90,6 +97,62 @@ def test_matched_nodes_move_as_much_as_the_circuits(small_model):
     assert {int(torch.nonzero(mask)) for mask in drawn} == set(near.tolist())
 
 
+def test_equal_values_are_drawn_alike_and_none_twice():
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.zeros(40)
+    drawn = [nearest_values(torch.zeros(3), pool, generator) for _ in range(200)]
+    assert all(len(set(one.tolist())) == 3 for one in drawn)
+    assert len(torch.cat(drawn).unique()) == 40
+    assert len(nearest_values(torch.zeros(9), torch.zeros(4), generator)) == 4
+
+
+def test_degrees_count_the_nonzero_weights_of_every_node(small_model):
+    model = small_model("concat", zeros=0.6)
+    index = NodeIndex.of(model, (*NodeIndex.of(model).sites, "embed", "final_resid"))
+    found = degrees(model, index)
+    attn, mlp = model.blocks[1].attn, model.blocks[1].mlp
+    d_head = model.config.d_head
+    by_hand = {
+        (1, "attn_in", 2): sum(int((w[:, 2] != 0).sum()) for w in (attn.W_Q, attn.W_K, attn.W_V)),
+        (1, "attn_in", model.config.d_model + 1): sum(
+            int((w[:, 1] != 0).sum()) for w in (attn.W_Q_pos, attn.W_K_pos, attn.W_V_pos)
+        ),
+        (1, "attn_q", d_head + 1): int((attn.W_Q[1, :, 1] != 0).sum())
+        + int((attn.W_Q_pos[1, :, 1] != 0).sum()),
+        (1, "attn_v", 0): int((attn.W_V[0, :, 0] != 0).sum())
+        + int((attn.W_V_pos[0, :, 0] != 0).sum())
+        + int((attn.W_O[0, 0] != 0).sum()),
+        (1, "attn_out", 3): int((attn.W_O[..., 3] != 0).sum()),
+        (1, "mlp_neuron", 5): int((mlp.W_in[:, 5] != 0).sum())
+        + int((mlp.W_in_pos[:, 5] != 0).sum())
+        + int((mlp.W_out[5] != 0).sum()),
+        (0, "embed", 3): int((model.W_E[:, 3] != 0).sum()),
+        (1, "final_resid", 3): int((model.W_U[3] != 0).sum()),
+    }
+    for (layer, site, channel), degree in by_hand.items():
+        piece = index.slices[index.hook(layer, site)]
+        assert found[piece.start + channel] == degree, (layer, site, channel)
+
+
+def test_degree_controls_have_weights_as_the_circuits_nodes_have(small_model):
+    index = NodeIndex.of(small_model(), ("mlp_neuron",))
+    kept = torch.zeros(index.n_nodes, dtype=torch.bool)
+    kept[0] = True
+    alike = torch.ones(index.n_nodes)
+    alike[0] = 7.0
+    alike[[10, 11, 12, 13, 14]] = torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0])
+    generator = torch.Generator().manual_seed(1)
+    drawn = [control("degree", index, kept, alike, generator) for _ in range(40)]
+    assert {int(torch.nonzero(mask)) for mask in drawn} == {10, 11, 12, 13, 14}
+
+
+def test_degrees_are_of_sites_alone(small_model):
+    model = small_model()
+    index = NodeIndex.over(model, {"blocks.0.attn.hook_z": 16})
+    with pytest.raises(ValueError, match="hook_z"):
+        degrees(model, index)
+
+
 def test_displacement_is_the_mean_distance_from_the_value(chain):
     model, task, circuit = chain
     batch = task.batch(6, split="held_out", seed=0)
@@ -106,7 +169,7 @@ def test_tables_and_figure(chain):
     model, task, circuit = chain
     found = necessity(model, circuit, task, n_controls=3, pairs=4)
     examples = found.examples()
-    assert len(examples) == 11 * 8
+    assert len(examples) == 14 * 8
     one = examples[(examples["kind"] == "outside") & (examples["draw"] == 1)]
     assert one["prompt"].tolist() == list(found.prompts)
     row = found.to_dataframe().query("kind == 'outside' and draw == 1").iloc[0]

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 
 from tl_sparse.ablation import ablation_hooks, activation_donors, frozen_norm_hooks
 from tl_sparse.circuits import answer_margins, masked_losses, masked_margins
-from tl_sparse.circuits.masked import joined, tiled
+from tl_sparse.circuits.masked import gated_margins, joined, tiled
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 
 
@@ -147,3 +148,46 @@ def test_joined_batches_are_padded_to_one_length(marks, small_model):
     parts = [answer_margins(model, b) for b in (short, swapped, long)]
     torch.testing.assert_close(together, torch.cat(parts), atol=1e-5, rtol=1e-5)
     assert joined([short, long]).prompts == short.prompts + long.prompts
+
+
+def mixed_by_hand(model, batch, index, gates, values):
+    """Each activation mixed in a hook of its own, one mask after the other."""
+
+    def mix(x, hook=None, *, gate, value):
+        shape = (-1,) if gate.numel() == x.shape[-1] else x.shape[2:]
+        gate, value = gate.view(shape), value.view(shape)
+        return gate * x + (1 - gate) * value
+
+    found = []
+    for row in gates:
+        hooks = [
+            (name, partial(mix, gate=row[piece], value=values[piece]))
+            for name, piece in index.slices.items()
+        ]
+        found.append(answer_margins(model, batch, hooks))
+    return torch.stack(found)
+
+
+def test_gates_between_0_and_1_mix_activations_with_values(any_model, batch):
+    index = NodeIndex.of(any_model, sites_of(any_model))
+    gates, values = torch.rand(3, index.n_nodes), 0.2 * torch.randn(index.n_nodes)
+    found = masked_margins(any_model, batch, index, gates, values)
+    with torch.no_grad():
+        expected = mixed_by_hand(any_model, batch, index, gates, values)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_have_the_gradient_of_mixing_by_hand(small_model, batch):
+    model = small_model("standard")
+    index = NodeIndex.of(model)
+    values = 0.2 * torch.randn(index.n_nodes)
+    gates = torch.rand(3, index.n_nodes)
+    gates[:, ::5] = 1.0  # open gates have a gradient too
+    gates.requires_grad_()
+    (found,) = torch.autograd.grad(
+        gated_margins(model, batch, index, gates, values, max_rows=30).square().sum(), gates
+    )
+    by_hand = mixed_by_hand(model, batch, index, gates, values)
+    (expected,) = torch.autograd.grad(by_hand.square().sum(), gates)
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

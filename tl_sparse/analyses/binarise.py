@@ -7,7 +7,7 @@ learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from tl_sparse.ablation import FwdHook
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_margins
 from tl_sparse.circuits import Circuit, answer_margins
 from tl_sparse.circuits.problem import frozen
+from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ class BinarisedCircuit:
 
     def hooks(self) -> list[FwdHook]:
         """Hooks of the binarised circuit, for ``run_with_hooks``: the circuit's, then the steps."""
-        return [*self.circuit.hooks(), *steps(self.circuit, self.places, self.low, self.high, 0.0)]
+        return [
+            *self.circuit.hooks(),
+            *steps(self.circuit.index, self.places, self.low, self.high, 0.0),
+        ]
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per held-out prompt: task, prompt, loss_before, loss_first, loss, correct."""
@@ -170,20 +174,21 @@ def binarise(
     places = torch.nonzero(circuit.kept.cpu()).flatten()
     if not len(places):
         raise ValueError(f"the circuit of {circuit.task} keeps no node: nothing to binarise")
-    base = circuit.hooks()
+    base, index = circuit.hooks(), circuit.index
     report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
     pool = min(MAX_POOL, max(SAMPLES, config.steps * config.batch_pairs))
     train = task.batch(pool, split="train", seed=config.seed)
     with frozen(model):
-        seen = observed(model, circuit, places, train.pairs(0, SAMPLES), base)
+        seen = observed(model, index, places, train.pairs(0, SAMPLES), base)
         first = first_values(seen)
         low, high, history = train_values(
-            model, circuit, places, train, first, seen.amax(0) - seen.amin(0), config, progress
-        )
+            model, index, places, train, first, seen.amax(0) - seen.amin(0), config,
+            lambda _: base, progress=progress,
+        )  # fmt: skip
         losses = [
             F.softplus(-prompt_margins(model, report, [*base, *extra]))
-            for extra in ([], steps(circuit, places, *first, 0.0),
-                          steps(circuit, places, low, high, 0.0))
+            for extra in ([], steps(index, places, *first, 0.0),
+                          steps(index, places, low, high, 0.0))
         ]  # fmt: skip
     low, high = torch.minimum(low, high).cpu(), torch.maximum(low, high).cpu()
     return BinarisedCircuit(
@@ -252,26 +257,31 @@ def first_values(
 
 def train_values(
     model: nn.Module,
-    circuit: Circuit,
+    index: NodeIndex,
     places: Int[Tensor, " kept"],
     train: TaskBatch,
     first: tuple[Float[Tensor, " kept"], Float[Tensor, " kept"]],
     spread: Float[Tensor, " kept"],
     config: BinariseConfig,
-    progress: bool,
+    hooks_of: Callable[[TaskBatch], Sequence[FwdHook]],
+    *,
+    progress: bool = False,
 ) -> tuple[Float[Tensor, " kept"], Float[Tensor, " kept"], pd.DataFrame]:
-    """Low and high after training on the task loss with t falling, and the training's history."""
+    """Low and high after training on the task loss with t falling, and the training's history.
+
+    ``hooks_of`` are the circuit's hooks for some prompts.
+    """
     moves = torch.zeros(2, len(places), device=spread.device, requires_grad=True)
     optimizer = torch.optim.Adam([moves], lr=config.lr)
-    base, pool, rows = circuit.hooks(), len(train) // 2, []
-    for step in tqdm(range(config.steps), desc=circuit.task, leave=False, disable=not progress):
+    pool, rows = len(train) // 2, []
+    for step in tqdm(range(config.steps), desc="binarise", leave=False, disable=not progress):
         done = step / config.steps
         t = (1 - done) ** config.power
         optimizer.param_groups[0]["lr"] = config.lr * (1 - done)
         start = (step * config.batch_pairs) % max(1, pool - config.batch_pairs + 1)
         batch = train.pairs(start, start + config.batch_pairs)
         low, high = first[0] + spread * moves[0], first[1] + spread * moves[1]
-        hooks = [*base, *steps(circuit, places, low, high, t)]
+        hooks = [*hooks_of(batch), *steps(index, places, low, high, t)]
         loss = F.softplus(-answer_margins(model, batch, hooks)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -285,7 +295,7 @@ def train_values(
 @torch.no_grad()
 def observed(
     model: nn.Module,
-    circuit: Circuit,
+    index: NodeIndex,
     places: Int[Tensor, " kept"],
     batch: TaskBatch,
     hooks: Sequence[FwdHook],
@@ -295,21 +305,21 @@ def observed(
     columns: dict[str, Tensor] = {}
     readers: list[Any] = [
         (hook, Read(columns, hook, channel))
-        for hook, channel, _ in by_hook(circuit, places)
+        for hook, channel, _ in by_hook(index, places)
     ]  # fmt: skip
     for at in range(0, len(batch) // 2, SAMPLES):
         part = batch.pairs(at, at + SAMPLES)
         answer_margins(model, part, [*hooks, *readers])
-        joined = torch.cat([columns[hook] for hook, _, _ in by_hook(circuit, places)], dim=2)
+        joined = torch.cat([columns[hook] for hook, _, _ in by_hook(index, places)], dim=2)
         position = torch.arange(joined.shape[1], device=joined.device)
         found.append(joined[position <= part.last.to(joined.device)[:, None]])
     return torch.cat(found)
 
 
-def by_hook(circuit: Circuit, places: Int[Tensor, " kept"]) -> list[tuple[str, Tensor, Tensor]]:
+def by_hook(index: NodeIndex, places: Int[Tensor, " kept"]) -> list[tuple[str, Tensor, Tensor]]:
     """(hook name, channels there, which of ``places`` they are), in the order of ``places``."""
     groups = []
-    for hook, piece in circuit.index.slices.items():
+    for hook, piece in index.slices.items():
         here = torch.nonzero((places >= piece.start) & (places < piece.stop)).flatten()
         if len(here):
             groups.append((hook, places[here] - piece.start, here))
@@ -317,7 +327,7 @@ def by_hook(circuit: Circuit, places: Int[Tensor, " kept"]) -> list[tuple[str, T
 
 
 def steps(
-    circuit: Circuit,
+    index: NodeIndex,
     places: Int[Tensor, " kept"],
     low: Float[Tensor, " kept"],
     high: Float[Tensor, " kept"],
@@ -326,7 +336,7 @@ def steps(
     """Hooks that replace the nodes' activations by ψ_t of them."""
     return [
         (hook, Step(channel, low[which], high[which], t))
-        for hook, channel, which in by_hook(circuit, places)
+        for hook, channel, which in by_hook(index, places)
     ]
 
 

@@ -23,6 +23,7 @@ _KINDS = {
     "outside": ("random nodes outside", POSITIVE),
     "anywhere": ("random nodes", "#7ea6e0"),
     "matched": ("matched nodes outside", "#1f9d78"),
+    "degree": ("nodes outside of the same degrees", "#b07aa1"),
 }
 
 

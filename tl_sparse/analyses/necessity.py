@@ -6,6 +6,7 @@ Source: Gao et al. 2025, Figure 32 ("inverse pruning").
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,21 +14,23 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation import node_view
 from tl_sparse.analyses.runs import accuracy, check_belongs
 from tl_sparse.circuits import Circuit, answer_margins
+from tl_sparse.circuits.edges import input_major
 from tl_sparse.circuits.masked import masked_margins
 from tl_sparse.circuits.problem import frozen
-from tl_sparse.sites import NodeIndex
+from tl_sparse.matrices import BLOCK_MATRICES
+from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.tasks import Split, Task, TaskBatch
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-CONTROLS = ("outside", "anywhere", "matched")
+CONTROLS = ("outside", "anywhere", "matched", "degree")
 NEAREST = 5  # candidates among which a matched control node is drawn
 
 
@@ -44,7 +47,8 @@ class Necessity:
     circuit). Kinds: ``none``; ``circuit``; ``outside``, random nodes outside the circuit, as many
     at every layer and site; ``anywhere``, the same drawn from all nodes; ``matched``, outside and
     each close to a circuit node in how much ablating it changes it (mean |x - value| on the
-    prompts). A site with too few nodes outside gives all it has, so ``n_nodes`` may be smaller."""
+    prompts); ``degree``, outside and each close to a circuit node in its number of nonzero weights.
+    A site with too few nodes outside gives all it has, so ``n_nodes`` may be smaller."""
     losses: Float[Tensor, "set prompt"]
     """Two-way cross-entropy (nats) of every prompt under every ablation."""
     prompts: tuple[str, ...]
@@ -132,7 +136,7 @@ def necessity(
     """Inverse pruning: set exactly the circuit's nodes to their values in the whole model.
 
     ``values`` are by default the circuit's means. Beside it ``n_controls`` random sets of each of
-    three kinds (see :class:`Necessity`), all run together. Source: Gao et al. 2025, Figure 32,
+    four kinds (see :class:`Necessity`), all run together. Source: Gao et al. 2025, Figure 32,
     which has random nodes as its control; most nodes of a sparse model are silent on a task, so
     the ``matched`` sets are the harder control.
 
@@ -147,11 +151,12 @@ def necessity(
     batch = task.batch(pairs, split=split, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with frozen(model):
-        moved = displacement(model, index, values, batch)
+        moved, degree = displacement(model, index, values, batch), degrees(model, index)
         cut = [("none", 0, torch.zeros_like(kept)), ("circuit", 0, kept)]
         for kind in CONTROLS:
+            alike = degree if kind == "degree" else moved
             cut += [
-                (kind, draw, control(kind, index, kept, moved, generator))
+                (kind, draw, control(kind, index, kept, alike, generator))
                 for draw in range(n_controls)
             ]
         keep = ~torch.stack([mask for _, _, mask in cut])
@@ -179,10 +184,31 @@ def control(
     kind: str,
     index: NodeIndex,
     kept: Bool[Tensor, " node"],
-    moved: Float[Tensor, " node"],
+    alike: Float[Tensor, " node"],
     generator: torch.Generator,
 ) -> Bool[Tensor, " node"]:
     """A random set of nodes with the circuit's numbers at every layer and site.
+
+    ``alike`` is what each node of a ``matched`` or ``degree`` set has in common with a node of the
+    circuit: how far ablation moves it (:func:`displacement`), or its number of weights
+    (:func:`degrees`).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    widths = torch.tensor([piece.stop - piece.start for piece in index.slices.values()])
+    group = torch.arange(len(widths)).repeat_interleave(widths)
+    return control_units(kind, group, kept, alike, generator)
+
+
+def control_units(
+    kind: str,
+    group: Int[Tensor, " unit"],
+    kept: Bool[Tensor, " unit"],
+    alike: Float[Tensor, " unit"],
+    generator: torch.Generator,
+) -> Bool[Tensor, " unit"]:
+    """:func:`control` for any units in groups, of each of which it has as many as ``kept``.
 
     Raises:
         ValueError: unknown kind.
@@ -190,31 +216,74 @@ def control(
     if kind not in CONTROLS:
         raise ValueError(f"unknown control {kind!r}: choose from {', '.join(CONTROLS)}")
     mask = torch.zeros_like(kept)
-    for piece in index.slices.values():
-        here = kept[piece]
-        if kind == "matched":
-            chosen = _matched(here, moved[piece], generator)
+    for number in group.unique().tolist():
+        here = torch.nonzero(group == number).flatten()
+        inside = here[kept[here]]
+        pool = here if kind == "anywhere" else here[~kept[here]]
+        if kind in ("matched", "degree"):
+            chosen = nearest_values(alike[inside], alike[pool], generator)
         else:
-            pool = torch.nonzero(~here | (kind == "anywhere")).flatten()
-            order = torch.randperm(len(pool), generator=generator)
-            chosen = pool[order[: int(here.sum())]]
-        mask[piece.start + chosen] = True
+            chosen = torch.randperm(len(pool), generator=generator)[: len(inside)]
+        mask[pool[chosen]] = True
     return mask
 
 
-def _matched(here: Tensor, moved: Tensor, generator: torch.Generator) -> Tensor:
-    """For each kept channel one outside, drawn among those that ablation moves about as much."""
-    outside = torch.nonzero(~here).flatten()
-    kept = torch.nonzero(here).flatten()
-    kept = kept[torch.randperm(len(kept), generator=generator)]
+def nearest_values(
+    wanted: Float[Tensor, " wanted"], pool: Float[Tensor, " pool"], generator: torch.Generator
+) -> Int[Tensor, " chosen"]:
+    """For each wanted value a place in the pool, drawn among the nearest values, none twice.
+
+    A pool that is too small is used up.
+    """
+    order = torch.randperm(len(pool), generator=generator)  # equal values in random order
+    order = order[pool[order].argsort(stable=True)]
+    places, values = order.tolist(), pool[order].tolist()
+    turns = torch.randperm(len(wanted), generator=generator)[: len(pool)]
+    draws = torch.rand(len(turns), generator=generator).tolist()
     chosen = []
-    for channel in kept[: len(outside)].tolist():
-        apart = (moved[outside] - moved[channel]).abs()
-        nearest = apart.argsort()[:NEAREST]
-        one = int(nearest[torch.randint(len(nearest), (), generator=generator)])
-        chosen.append(int(outside[one]))
-        outside = torch.cat([outside[:one], outside[one + 1 :]])
+    for value, draw in zip(wanted[turns].tolist(), draws, strict=True):
+        at = bisect_left(values, value)
+        window = range(max(0, at - NEAREST), min(len(values), at + NEAREST))
+        apart = sorted((abs(values[i] - value), i) for i in window)[:NEAREST]
+        one = apart[int(draw * len(apart))][1]
+        chosen.append(places.pop(one))
+        values.pop(one)
     return torch.tensor(chosen, dtype=torch.int64)
+
+
+def degrees(model: nn.Module, index: NodeIndex) -> Float[Tensor, " node"]:
+    """Nonzero weights into and out of every node, by the matrices that write and read its site.
+
+    Raises:
+        ValueError: nodes at a hook that is no site's, so that no matrix is known to meet them.
+    """
+    blocks: Any = model.blocks
+    rows = {
+        name.format(layer=layer): (layer, row)
+        for row in SITES
+        for name in (row.hook, row.plain_hook)
+        for layer in range(len(blocks))
+    }
+    if unknown := [name for name in index.slices if name not in rows]:
+        raise ValueError(f"no weights are known to meet the channels of {', '.join(unknown)}")
+    found = {}
+    for name in index.slices:
+        layer, row = rows[name]
+        into = [_nonzero(model, layer, matrix).sum(0) for matrix in row.written_by]
+        out = [_nonzero(model, layer, matrix).sum(1) for matrix in row.read_by]
+        found[name] = torch.stack([*into, *out]).sum(0).float().cpu()
+    return index.flat(found)
+
+
+def _nonzero(model: nn.Module, layer: int, matrix: str) -> Bool[Tensor, "source target"]:
+    """Which entries of a matrix are not zero; of a gated MLP's two reads, where either is not."""
+    whole: Any = model
+    if matrix not in BLOCK_MATRICES:
+        return getattr(whole, matrix).detach() != 0
+    mlp: Any = getattr(whole.blocks[layer], "mlp", None)
+    if matrix == "W_in" and getattr(mlp, "W_gate", None) is not None:
+        return (mlp.W_in.detach() != 0) | (mlp.W_gate.detach() != 0)
+    return input_major(model, layer, matrix) != 0
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparse.circuits.node_masks import ranked_units, unit_ranks, units
+from tl_sparse.circuits.node_masks import ranked_units, unit_ranks
 from tl_sparse.circuits.problem import PruningFailed, PruningProblem
 
 SHARES = (0.1, 0.3, 1.0)  # of the way from the whole model's loss to the target, pass by pass
@@ -35,7 +35,7 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
         PruningFailed: a few thousand masks were tried, and there is no end.
     """
     index, config, few = problem.index, problem.config, problem.on_few(PAIRS)
-    unit = units(index, config.tie_qk).to(order.device)
+    unit = problem.unit.to(order.device)
     tried = 0
 
     def within(limit: float, keep: Bool[Tensor, "mask node"]) -> list[bool]:

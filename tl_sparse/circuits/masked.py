@@ -25,7 +25,7 @@ def masked_margins(
     model: nn.Module,
     batch: TaskBatch,
     index: NodeIndex,
-    keep: Bool[Tensor, "mask node"],
+    keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"],
     values: Replacement,
     *,
     hooks: Sequence[FwdHook] = (),
@@ -34,25 +34,45 @@ def masked_margins(
     """logit(answer) - logit(other) of every prompt under each of many node masks.
 
     Nodes not kept are set to ``values``, or with :class:`~tl_sparse.ablation.Donors` to what they
-    are on the donor sequence of the same number as the prompt. ``hooks`` run before.
+    are on the donor sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
+    node is then gate * x + (1 - gate) * value. ``hooks`` run before.
 
     Raises:
         ValueError: ``keep`` is not one entry a node, or a hook never fired.
     """
-    if keep.ndim != 2 or keep.shape[1] != index.n_nodes:
-        raise ValueError(f"keep must be [mask, {index.n_nodes} nodes], not {tuple(keep.shape)}")
+    return gated_margins(model, batch, index, keep, values, hooks=hooks, max_rows=max_rows)
+
+
+def gated_margins(
+    model: nn.Module,
+    batch: TaskBatch,
+    index: NodeIndex,
+    gates: Float[Tensor, "mask node"] | Bool[Tensor, "mask node"],
+    values: Replacement,
+    *,
+    hooks: Sequence[FwdHook] = (),
+    max_rows: int = ROWS,
+) -> Float[Tensor, "mask prompt"]:
+    """:func:`masked_margins`, differentiable in the gates.
+
+    Raises:
+        ValueError: ``gates`` is not one entry a node, or a hook never fired.
+    """
+    if gates.ndim != 2 or gates.shape[1] != index.n_nodes:
+        raise ValueError(f"keep must be [mask, {index.n_nodes} nodes], not {tuple(gates.shape)}")
     device = next(model.parameters()).device
     at_once = max(1, max_rows // len(batch))
     packed = None
     if isinstance(model, SparseTransformer) and not hooks and not isinstance(values, Donors):
         packed = PackedBatch.of(batch.to(device))
     found = []
-    for part in keep.to(device).split(at_once) if len(keep) else ():
+    for part in gates.to(device).split(at_once) if len(gates) else ():
         rows = values if isinstance(values, Donors) else values.to(device)[None]
-        cut = ~part.all(0)
+        part = part if part.is_floating_point() else part.float()
+        cut = (part != 1).any(0) | part.requires_grad
         mixes = [
             (name, mix)
-            for name, mix in mix_hooks(index, part.float(), rows)
+            for name, mix in mix_hooks(index, part, rows)
             if bool(cut[index.slices[name]].any())
         ]
         if packed is not None and isinstance(model, SparseTransformer):
@@ -69,7 +89,7 @@ def masked_losses(
     model: nn.Module,
     batch: TaskBatch,
     index: NodeIndex,
-    keep: Bool[Tensor, "mask node"],
+    keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"],
     values: Replacement,
     *,
     hooks: Sequence[FwdHook] = (),

@@ -50,6 +50,7 @@ class NodeMasks(nn.Module):
         temperature: Sequence[float],
         seeds: Sequence[int],
         tie_qk: bool = False,
+        unit: Int[Tensor, " node"] | None = None,
         exclude: Bool[Tensor, " node"] | None = None,
     ) -> None:
         """Open gates, all but the excluded ones.
@@ -62,6 +63,7 @@ class NodeMasks(nn.Module):
             temperature: Temperature of each mask's surrogate gradient.
             seeds: Seed of each mask's initial τ.
             tie_qk: A query channel and the key channel that it meets share one τ.
+            unit: The unit of each node, whose nodes share one τ; in place of ``tie_qk``.
             exclude: Nodes whose gates are always closed.
         """
         super().__init__()
@@ -69,7 +71,7 @@ class NodeMasks(nn.Module):
         self.donors = values if isinstance(values, Donors) else None
         self.register_buffer("values", None if isinstance(values, Donors) else values)
         some = next(iter(values.activations.values())) if isinstance(values, Donors) else values
-        unit = units(index, tie_qk).to(some.device)
+        unit = (units(index, tie_qk) if unit is None else unit).to(some.device)
         self.register_buffer("unit", unit)
         self.register_buffer("temperature", torch.tensor(temperature, device=some.device)[:, None])
         self.register_buffer("excluded", exclude)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -38,6 +39,7 @@ from tl_sparse.tasks import Task, TaskBatch
 
 MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
 ROUNDING = 1e-6  # of a loss
+SCHEME_PAIRS = 24  # selection pairs that are run under schemes
 GRID = 8  # numbers of nodes tried side by side in one round of the bisection
 
 
@@ -80,11 +82,28 @@ class PruningProblem:
     """The whole model's loss on the selection pairs."""
     started: float
     """When the search began, by time.perf_counter."""
+    groups: Int[Tensor, " node"] | None = None
+    """The unit of each node, where nodes are kept and removed together; None: each is one."""
+    schemes: Float[Tensor, "scheme node"] | None = None
+    """What is left of removed nodes, from 0 to 1, in further runs that have to do the task too;
+    None: there are no further runs."""
+    scheme_limit: float = math.inf
+    """Loss that each of these runs has to reach."""
 
     @property
     def index(self) -> NodeIndex:
         """The nodes."""
         return self.means.index
+
+    @property
+    def unit(self) -> Int[Tensor, " node"]:
+        """The unit of each node: nodes of one unit share a gate."""
+        return units(self.index, self.config.tie_qk) if self.groups is None else self.groups
+
+    @cached_property
+    def few(self) -> PruningProblem:
+        """The same problem with the pairs alone on which ``schemes`` have to hold."""
+        return self.on_few(SCHEME_PAIRS)
 
     def reached(self, keep: Bool[Tensor, "mask node"]) -> list[bool]:
         """Whether each mask's loss on the selection pairs is at most the target."""
@@ -98,10 +117,23 @@ class PruningProblem:
         return replace(self, selection=few, selection_hooks=hooks)
 
     def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
-        """Mean loss on the selection pairs under each of many masks."""
-        return masked_losses(
+        """Mean loss on the selection pairs under each of many masks.
+
+        With ``schemes`` the worst of the runs so far, those under schemes in proportion to their
+        limit; what misses the target is not run further.
+        """
+        worst = masked_losses(
             self.model, self.selection, self.index, keep, self.values, hooks=self.selection_hooks
         )
+        for scheme in () if self.schemes is None else self.schemes.to(keep.device):
+            left = worst <= self.config.target_loss - ROUNDING
+            losses = masked_losses(
+                self.model, self.few.selection, self.index, torch.where(keep[left], 1.0, scheme),
+                self.values, hooks=self.few.selection_hooks,
+            )  # fmt: skip
+            share = self.config.target_loss / self.scheme_limit
+            worst[left] = worst[left].maximum(share * losses)
+        return worst
 
 
 def pose(
@@ -112,6 +144,7 @@ def pose(
     means: ActivationMeans,
     donors: Donors | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
+    groups: Int[Tensor, " node"] | None = None,
 ) -> PruningProblem:
     """Check that a circuit can be searched for, and draw the prompts.
 
@@ -122,11 +155,13 @@ def pose(
         means: Means over the pretraining distribution; their index is the set of nodes.
         donors: What ``resample`` takes removed nodes from; none otherwise.
         exclude: Nodes that no circuit may have.
+        groups: The unit of every node, from 0 on, where nodes are kept and removed together, such
+            as the channels of a head.
 
     Raises:
-        ValueError: means, donors or excluded nodes of another model or other nodes, the model
-            itself does not reach the target, the task has a single pair, or edges are not defined
-            for the model.
+        ValueError: means, donors, excluded nodes or groups of another model or other nodes, groups
+            beside ``tie_qk``, the model itself does not reach the target, the task has a single
+            pair, or edges are not defined for the model.
     """
     config = config or PruningConfig()
     started = time.perf_counter()
@@ -145,7 +180,12 @@ def pose(
         )
     if exclude is not None and exclude.shape != (index.n_nodes,):
         raise ValueError(f"exclude must be one entry for each of {index.n_nodes} nodes")
-    unit = units(index, config.tie_qk)
+    if groups is not None and (config.tie_qk or groups.shape != (index.n_nodes,)):
+        raise ValueError(
+            f"groups must be one entry for each of {index.n_nodes} nodes, and without tie_qk, "
+            "whose pairs are groups too"
+        )
+    unit = units(index, config.tie_qk) if groups is None else groups.cpu()
     if exclude is not None:  # of a tied pair neither can be kept without the other
         exclude = (torch.bincount(unit, exclude.cpu().float())[unit] > 0).to(exclude.device)
     # without an edge among them: models whose edges are undefined are refused now
@@ -172,7 +212,7 @@ def pose(
     problem = PruningProblem(
         model=model, task=task, config=config, means=means, values=values, selection=selection,
         train=train, report=report, selection_hooks=frozen_norms[0], report_hooks=frozen_norms[1],
-        exclude=exclude, whole_loss=whole, started=started,
+        exclude=exclude, whole_loss=whole, started=started, groups=groups,
     )  # fmt: skip
     check_solved(problem)
     return problem
@@ -184,6 +224,7 @@ def pose_many(
     means: ActivationMeans,
     donors: Donors | None,
     exclude: Bool[Tensor, " node"] | None,
+    groups: Int[Tensor, " node"] | None = None,
 ) -> list[PruningProblem]:
     """:func:`pose` for many jobs; what some share is drawn and computed once."""
     posed: dict[tuple[object, ...], PruningProblem] = {}
@@ -195,15 +236,21 @@ def pose_many(
             config.freeze_norm, config.tie_qk,
         )  # fmt: skip
         if shared not in posed:
-            posed[shared] = pose(model, task, config, means=means, donors=donors, exclude=exclude)
+            posed[shared] = pose(
+                model, task, config, means=means, donors=donors, exclude=exclude, groups=groups
+            )
         problems.append(replace(posed[shared], config=config))
         check_solved(problems[-1])
     return problems
 
 
 def check_solved(problem: PruningProblem) -> None:
-    """ValueError if the whole model misses the target: no circuit could be said to do the task."""
-    if problem.whole_loss > problem.config.target_loss:
+    """ValueError if the whole model misses the target: no circuit could be said to do the task.
+
+    With ``must_solve`` off it is searched for all the same.
+    """
+    config = problem.config
+    if config.must_solve and problem.whole_loss > config.target_loss:
         raise ValueError(
             f"the whole model has loss {problem.whole_loss:.3f} on {problem.task.name}, above the "
             f"target {problem.config.target_loss}: it does not solve the task"
@@ -250,8 +297,8 @@ def smallest(
     Raises:
         PruningFailed: all candidates together miss the target.
     """
-    index, target = problem.index, problem.config.target_loss
-    unit = units(index, problem.config.tie_qk).to(order.device)
+    target = problem.config.target_loss
+    unit = problem.unit.to(order.device)
     ranked = ranked_units(unit, order)
     position = unit_ranks(unit, ranked)
 

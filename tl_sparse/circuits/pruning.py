@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -19,7 +19,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.elimination import eliminated, without_first
 from tl_sparse.circuits.margins import PackedBatch, packed_margins, row_margins
 from tl_sparse.circuits.masked import check_fired, joined
-from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, unit_ranks, units
+from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, unit_ranks
 from tl_sparse.circuits.problem import (
     ROUNDING,
     PruningFailed,
@@ -91,6 +91,7 @@ def prune_many(
     means: ActivationMeans,
     donors: Donors | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
+    groups: Int[Tensor, " node"] | None = None,
     max_rows: int = AT_ONCE,
     progress: bool = True,
 ) -> list[Circuit | PruningFailed]:
@@ -98,7 +99,8 @@ def prune_many(
 
     Every job is as if it were alone, but for rounding. Jobs share a pass if they have the same
     ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and donors, up to
-    ``max_rows`` prompts. A circuit's ``seconds`` are its share of the training it took part in.
+    ``max_rows`` prompts. Nodes of one of ``groups`` are kept and removed together. A circuit's
+    ``seconds`` are its share of the training it took part in.
 
     Returns:
         For each job its circuit, or why there is none.
@@ -106,7 +108,7 @@ def prune_many(
     Raises:
         ValueError: as :func:`prune`, for any of the jobs, before anything is trained.
     """
-    problems = pose_many(model, jobs, means, donors, exclude)
+    problems = pose_many(model, jobs, means, donors, exclude, groups)
     alike: dict[tuple[int, tuple[object, ...]], list[int]] = {}
     for i, problem in enumerate(problems):
         config = problem.config
@@ -134,39 +136,58 @@ def finished(
 ) -> Circuit | PruningFailed:
     """The circuit that trained masks come to, or why there is none."""
     began = time.perf_counter()
-    curve = None
     try:
-        try:
-            tau = choose_mask(problem, stages)
-            kept, curve = choose_nodes(problem, tau)
-        except PruningFailed:
-            if problem.config.on_collapse == "fail":
-                raise
-            tau = torch.stack(stages).mean(0)
-            kept = eliminated(problem, tau.argsort(stable=True))
-            if not problem.reached(kept[None])[0]:
-                raise
-            # the scores of a circuit's nodes are not negative
-            tau = torch.where(kept, tau.clamp(min=0.0), tau)
+        kept, tau, curve = chosen(problem, stages)
     except PruningFailed as failure:
         return failure
-    if problem.config.refine:
-        kept = refined(problem, kept)
     seconds += time.perf_counter() - began
     n_active = int((tau >= 0).sum())
     return measured(problem, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
+
+
+def chosen(
+    problem: PruningProblem, stages: list[Float[Tensor, " node"]]
+) -> tuple[Bool[Tensor, " node"], Float[Tensor, " node"], pd.DataFrame | None]:
+    """The nodes that trained masks come to, the scores of all, and the losses of numbers tried.
+
+    Raises:
+        PruningFailed: there is none.
+    """
+    curve = None
+    try:
+        tau = choose_mask(problem, stages)
+        kept, curve = choose_nodes(problem, tau)
+    except PruningFailed:
+        if problem.config.on_collapse == "fail":
+            raise
+        tau = torch.stack(stages).mean(0)
+        kept = eliminated(problem, tau.argsort(stable=True))
+        if not problem.reached(kept[None])[0]:
+            raise
+        # the scores of a circuit's nodes are not negative
+        tau = torch.where(kept, tau.clamp(min=0.0), tau)
+    return refined(problem, kept) if problem.config.refine else kept, tau, curve
 
 
 # --------------------------------------------------------------------------------------------------
 # training
 
 
+Objective = Callable[
+    [int, NodeMasks, Float[Tensor, "problem node"]],
+    tuple[Float[Tensor, " problem"], Float[Tensor, " problem"]],
+]
+"""(step, masks, gates) → for each problem what is made small, and the loss that an adaptive price
+keeps at the target."""
+
+
 def train_masks(
-    problems: Sequence[PruningProblem], progress: bool
+    problems: Sequence[PruningProblem], progress: bool, objective: Objective | None = None
 ) -> list[Float[Tensor, "problem node"]]:
     """Train τ: task loss plus price per open gate, gradients clipped to RMS 1, τ clamped.
 
-    A mask per problem, all in the same forward passes. Returns τ at evenly spaced steps, the last
+    A mask per problem, all in the same forward passes; ``objective`` stands in for the task loss.
+    Returns τ at evenly spaced steps, the last
     one included: a circuit that works whole or not at all breaks as the price rises, and once
     broken gives its nodes no gradient by which to come back.
     """
@@ -181,7 +202,7 @@ def train_masks(
         init_scale=[c.init_scale for c in configs],
         temperature=[c.temperature for c in configs],
         seeds=[c.seed for c in configs],
-        tie_qk=first.tie_qk,
+        unit=problems[0].unit,
         exclude=None if exclude is None else exclude.to(device),
     )
     optimizer = RowAdamW(
@@ -194,21 +215,21 @@ def train_masks(
     }
     adaptive = torch.tensor([c.penalty == "adaptive" for c in configs], device=device)
     price, average = column["k_coef"].clone(), column["target_loss"].clone()
-    pool = TrainingPool(problems)
+    objective = objective or TrainingPool(problems).objective
     marks = {first.steps - 1 - i * first.steps // SNAPSHOTS for i in range(SNAPSHOTS)}
     snapshots = []
     names = ", ".join(dict.fromkeys(problem.task.name for problem in problems))
     bar = tqdm(range(first.steps), desc=f"{names:.40}", leave=False, disable=not progress)
     for step in bar:
         gates = masks.gates()
-        loss = pool.losses(step, masks, gates)
+        loss, watched = objective(step, masks, gates)
         (grad,) = torch.autograd.grad((loss + price * gates.sum(1)).sum(), masks.tau)
         warm = ((step + 1) / (column["warmup_frac"] * first.steps).clamp(min=1e-9)).clamp(max=1)
         lr = column["lr"] * (1 - step / first.steps) * warm
         optimizer.step(lr.double()[:, None], clipped(grad))
         masks.clamp()
         with torch.no_grad():
-            average.lerp_(loss.detach(), 0.1)
+            average.lerp_(watched.detach(), 0.1)
             goal = MARGIN * column["target_loss"]
             slack = ((goal - average) / goal).clamp(-1, 1)
             price = torch.where(adaptive, price * torch.exp(column["adapt_rate"] * slack), price)
@@ -266,6 +287,13 @@ class TrainingPool:
             self.generator = torch.Generator().manual_seed(config.seed)
         packs = isinstance(model, SparseTransformer) and not self.frozen and not self.n_donors
         self.packed = PackedBatch.of(self.batch) if packs else None
+
+    def objective(
+        self, step: int, masks: NodeMasks, gates: Float[Tensor, "problem node"]
+    ) -> tuple[Float[Tensor, " problem"], Float[Tensor, " problem"]]:
+        """The task loss, as what is made small and what is watched."""
+        loss = self.losses(step, masks, gates)
+        return loss, loss
 
     def losses(
         self, step: int, masks: NodeMasks, gates: Float[Tensor, "problem node"]
@@ -365,10 +393,11 @@ def refined(problem: PruningProblem, kept: Bool[Tensor, " node"]) -> Bool[Tensor
     even the least needed node can go. With ``tie_qk`` tied nodes go together. More than ``LARGEST``
     nodes are left as they are.
     """
-    if int(kept.sum()) > LARGEST:
+    runs = 1 + (0 if problem.schemes is None else len(problem.schemes))
+    if runs * int(kept.sum()) > LARGEST:
         return kept
     few = problem.on_few(SCREEN)
-    unit = units(problem.index, problem.config.tie_qk).to(kept.device)
+    unit = problem.unit.to(kept.device)
     while True:
         present = unit[kept].unique()
         losses = few.losses(kept[None] & (unit[None] != present[:, None]))

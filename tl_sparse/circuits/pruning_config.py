@@ -63,6 +63,9 @@ class PruningConfig:
     """What is done when the price broke the circuit at every stage of training. eliminate: start
     from the whole model and remove nodes in the order that was learned, which takes longer. fail:
     raise PruningFailed."""
+    must_solve: bool = True
+    """Refuse tasks on which the whole model misses the target. Off for controls, such as nonsense
+    tasks and random models, of which the question is whether they get a circuit all the same."""
     selection_pairs: int = 128
     """Pairs (of the train split, not trained on) on which the number of nodes is chosen."""
     report_pairs: int = 128

@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 import tyro
 
 from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
+from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.models import Info, Tasks, Train
 from tl_sparse.cli.words import say
 from tl_sparse.demo import DemoConfig, run_demo, write_report
@@ -55,7 +56,8 @@ def commands(recipe: str) -> Any:
     start = Train(out="", training=training, recipe=cast(RecipeName, recipe))
     # set afterwards: it stands for a value, but is none that the field may have
     object.__setattr__(start, "out", tyro.MISSING)
-    described = {"demo": DemoConfig, "train": Train, "prune": Prune, "info": Info,
+    described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
+                 "info": Info,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
                  "study": StudyConfig}  # fmt: skip
     defaults = {"train": start}

@@ -16,9 +16,9 @@ from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.circuits.frontier import attempted, frontier
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
-from tl_sparse.demo.report import write_whole
 from tl_sparse.model import SparseTransformer
 from tl_sparse.tasks import Task, get, names, table
+from tl_sparse.whole_files import write_whole
 
 
 def model_with_tokenizer(name: str) -> SparseTransformer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from tl_sparse.demo.study import DemoResult, TrainedModel
 from tl_sparse.matrices import weight_matrices
 from tl_sparse.tasks import get
 from tl_sparse.views import PageCircuit, PageExample, PageReport, report_page
+from tl_sparse.whole_files import write_whole
 
 EXAMPLE_PAIRS = 2
 NAMES = ("sparse", "dense")
@@ -34,13 +34,6 @@ def write_report(result: DemoResult) -> Path:
     write_whole(out / "report.json", json.dumps(summary(result), indent=1, allow_nan=False))
     write_whole(out / "report.html", report_page(page(result)))
     return out / "report.html"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that no reader ever sees a part of it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparse.ablation import ActivationMeans
+from tl_sparse.circuits import Circuit, PruningConfig
+from tl_sparse.circuits.problem import measured, pose
 from tl_sparse.model import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task
@@ -24,7 +26,7 @@ class PlantedModel:
     task: Task
     """What the circuit is for."""
     means: ActivationMeans
-    """Means of every node over the text that the model stands in for having learned."""
+    """Means of every node over ``text``."""
     kept: Bool[Tensor, " node"]
     """The circuit's nodes, and no others."""
     nodes: pd.DataFrame
@@ -33,11 +35,50 @@ class PlantedModel:
     """A row per edge as it was written into the model, in the columns of ``circuit_edges``."""
     description: str
     """What the model does and how."""
+    text: Int[Tensor, "sequence pos"]
+    """Text of the language that the model stands in for having learned."""
 
     @property
     def index(self) -> NodeIndex:
         """All nodes of the model."""
         return self.means.index
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Layer and head of every attention head that has a node in the circuit."""
+        found = self.nodes.dropna(subset="head")[["layer", "head"]].drop_duplicates()
+        return tuple(
+            sorted((int(layer), int(head)) for layer, head in found.itertuples(index=False))
+        )
+
+    @property
+    def mlps(self) -> tuple[int, ...]:
+        """Layers whose MLPs have a neuron in the circuit."""
+        return tuple(sorted(set(self.nodes.loc[self.nodes["site"] == "mlp_neuron", "layer"])))
+
+    def circuit(
+        self, kept: Bool[Tensor, " node"] | None = None, config: PruningConfig | None = None
+    ) -> Circuit:
+        """A set of nodes as a circuit, with what it was measured to do: by default the true one.
+
+        ``config`` says what prompts are drawn; nothing is searched for.
+
+        Raises:
+            ValueError: ``kept`` is not one entry per node, or the model does not reach the config's
+                target.
+        """
+        kept = self.check(self.kept if kept is None else kept)
+        problem = pose(self.model, self.task, config, means=self.means)
+        return measured(problem, kept, 2 * kept.float() - 1, n_active=int(kept.sum()))
+
+    def check(self, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
+        """The mask on the CPU; ValueError if it is not one entry per node."""
+        if kept.shape != self.kept.shape:
+            raise ValueError(
+                f"kept must have one entry for each of {self.index.n_nodes} nodes, not "
+                f"{tuple(kept.shape)}"
+            )
+        return kept.cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +111,6 @@ def recovery(planted: PlantedModel, kept: Bool[Tensor, " node"]) -> Recovery:
     Raises:
         ValueError: ``kept`` is not one entry per node.
     """
-    if kept.shape != planted.kept.shape:
-        raise ValueError(
-            f"kept must have one entry for each of {planted.index.n_nodes} nodes, not "
-            f"{tuple(kept.shape)}"
-        )
-    kept = kept.cpu()
+    kept = planted.check(kept)
     missing = torch.nonzero(planted.kept & ~kept).flatten().tolist()
     return Recovery(planted.nodes.loc[missing], planted.index.nodes(kept & ~planted.kept))

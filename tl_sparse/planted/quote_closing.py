@@ -170,7 +170,8 @@ def quote_closing(distractors: int = 59, seed: int = 0) -> PlantedModel:
     with torch.no_grad():
         write_distractors(model, places, generator)
         write_circuit(model, places)
-    means = activation_means(model, running_text(tokenizer, TEXT, seed))
+    text = running_text(tokenizer, TEXT, seed)
+    means = activation_means(model, text)
     roles = places.roles()
     kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
     for layer, site, channel in roles:
@@ -179,7 +180,7 @@ def quote_closing(distractors: int = 59, seed: int = 0) -> PlantedModel:
     names = nodes[["layer", "site", "channel"]].itertuples(index=False, name=None)
     nodes["role"] = [roles[name] for name in names]
     edges = pd.DataFrame(places.edges(), columns=list(COLUMNS)).astype(COLUMNS)
-    return PlantedModel(model, quote_task(tokenizer), means, kept, nodes, edges, DESCRIPTION)
+    return PlantedModel(model, quote_task(tokenizer), means, kept, nodes, edges, DESCRIPTION, text)
 
 
 def write_distractors(model: SparseTransformer, places: Places, generator: torch.Generator) -> None:

@@ -12,9 +12,9 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from tl_sparse.compat import transformer_lens_version
-from tl_sparse.demo.report import write_whole
 from tl_sparse.study.figures import StudyFigure, metric_of, study_figures
 from tl_sparse.study.results import StudyResult
+from tl_sparse.whole_files import write_whole
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em;

@@ -25,7 +25,7 @@ import torch
 
 from tl_sparse.checkpoints import read_json
 from tl_sparse.compat import transformer_lens_version
-from tl_sparse.demo.report import write_whole
+from tl_sparse.whole_files import write_whole
 
 RECORD, CLAIMS = "unit.json", "claims"
 FORMAT = 1

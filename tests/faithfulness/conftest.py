@@ -1,0 +1,45 @@
+"""Circuits that are known without pruning, and what the suite is run on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.analyses.conftest import (
+    chain,
+    circuit_of,
+    dense_model,
+    dense_planted,
+    marks,
+    planted,
+    random_tokens,
+    words,
+)
+
+__all__ = [
+    "chain", "circuit_of", "dense_model", "dense_planted", "marks", "planted", "random_tokens",
+    "words",
+]  # fmt: skip
+
+
+@pytest.fixture
+def subject_of(random_tokens: Any) -> Callable[..., Any]:
+    """``subject_of(model, task, circuit, **config)``: a Subject, small, with text."""
+
+    def build(model: Any, task: Any, circuit: Any, **config: Any) -> Any:
+        from tl_sparse.faithfulness import EvaluationConfig, subject
+
+        small = {"pairs": 8, "draws": 200, "controls": 4, "subsets": 6, "attack_steps": 6}
+        chosen = EvaluationConfig(**(small | config))
+        return subject(model, circuit, task, chosen, random_tokens)
+
+    return build
+
+
+@pytest.fixture
+def whole(chain: Any, subject_of: Any) -> Any:
+    """The Subject of the chain of six nodes in the planted model."""
+    model, task, circuit = chain
+    torch.manual_seed(0)
+    return subject_of(model, task, circuit)

@@ -1,0 +1,38 @@
+"""A second way to every number: one prompt at a time, by plain hooks and loops."""
+
+import math
+
+
+def slow_margins(model, batch, index, keep, value_of):
+    """Margins of each prompt alone; ``value_of(hook, prompt, positions)`` is [pos, channel]."""
+    import torch
+
+    found = []
+    for i in range(len(batch)):
+        tokens = batch.tokens[i : i + 1, : int(batch.last[i]) + 1]
+
+        def ablate(x, hook=None, *, name, number=i):
+            flat = x.detach().clone().flatten(2)
+            removed = ~keep[index.slices[name]]
+            flat[0][:, removed] = value_of(name, number, x.shape[1])[:, removed]
+            return flat.view(x.shape)
+
+        hooks = [(name, lambda x, hook=None, n=name: ablate(x, name=n)) for name in index.slices]
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+        last = logits[0, -1]
+        found.append(float(last[batch.answer[i]] - last[batch.other[i]]))
+    return found
+
+
+def mean(values):
+    return math.fsum(values) / len(values)
+
+
+def loss(margins):
+    return mean([math.log1p(math.exp(-m)) for m in margins])
+
+
+def fixed(index, values):
+    """Values for :func:`slow_margins` that are the same for all prompts and positions."""
+    return lambda name, number, positions: values[index.slices[name]].expand(positions, -1)

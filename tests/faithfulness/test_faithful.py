@@ -1,0 +1,238 @@
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from tests.faithfulness.test_schemes import noisy
+from tl_sparse.ablation import activation_donors, activation_means
+from tl_sparse.circuits import Circuit, PruningConfig, masked_losses, prune
+from tl_sparse.circuits.node_masks import NodeMasks
+from tl_sparse.circuits.problem import PruningFailed, frozen, pose
+from tl_sparse.faithfulness import subject
+from tl_sparse.faithfulness.faithful import (
+    FaithfulConfig,
+    SchemesObjective,
+    faithful_prune,
+    grown,
+    withstanding,
+)
+
+__all__ = ["noisy"]
+
+SEARCH = PruningConfig(steps=30, batch_pairs=6, selection_pairs=24, report_pairs=16, lr=0.05)
+QUICK = FaithfulConfig(attack_steps=8, rounds=3, schemes=2)
+
+
+@pytest.fixture
+def means(noisy, random_tokens):
+    return activation_means(noisy.model, random_tokens)
+
+
+@pytest.fixture
+def problem(noisy, means):
+    return pose(noisy.model, noisy.task, SEARCH, means=means)
+
+
+def same(mine, theirs):
+    return (
+        torch.equal(mine.kept, theirs.kept)
+        and torch.equal(mine.tau, theirs.tau)
+        and torch.equal(mine.losses, theirs.losses)
+        and mine.edges.equals(theirs.edges)
+        and mine.config == theirs.config
+    )
+
+
+def test_without_weights_it_is_plain_pruning_bit_for_bit(noisy, means):
+    none = FaithfulConfig(stochastic=0.0, adversarial=0.0)
+    mine = faithful_prune(noisy.model, noisy.task, SEARCH, none, means=means, progress=False)
+    theirs = prune(noisy.model, noisy.task, SEARCH, means=means, progress=False)
+    assert same(mine, theirs)
+
+
+def test_weights_next_to_nothing_and_no_schemes_find_the_same_nodes(noisy, means):
+    # through the other code path
+    least = FaithfulConfig(stochastic=1e-9, adversarial=0.0, schemes=0, limit=1e9)
+    mine = faithful_prune(noisy.model, noisy.task, SEARCH, least, means=means, progress=False)
+    theirs = prune(noisy.model, noisy.task, SEARCH, means=means, progress=False)
+    assert torch.equal(mine.kept, theirs.kept)
+    torch.testing.assert_close(mine.tau, theirs.tau, atol=1e-4, rtol=0)
+
+
+def test_the_circuit_reaches_its_limit_under_the_schemes(noisy, means, tmp_path):
+    circuit = faithful_prune(noisy.model, noisy.task, SEARCH, QUICK, means=means, progress=False)
+    record = circuit.config["faithful"]
+    assert {name: record[name] for name in asdict(QUICK)} == asdict(QUICK)
+    assert record["withstood"] == (record["attack_loss"] <= SEARCH.target_loss)
+    assert circuit.selection_loss <= SEARCH.target_loss
+    assert bool((circuit.tau[circuit.kept] >= 0).all())
+    circuit.save(tmp_path / "circuit")
+    again = Circuit.load(tmp_path / "circuit", noisy.model)
+    assert again.config == circuit.config
+    assert torch.equal(again.kept, circuit.kept)
+    # part of the suite: the record does not get in the way
+    assert subject(noisy.model, again, noisy.task).kept.equal(circuit.kept)
+
+
+def test_the_objective_is_its_losses_weighted(problem):
+    faithful = FaithfulConfig(stochastic=0.5, adversarial=2.0, frozen_norm=0.25, limit=0.3)
+    objective = SchemesObjective(problem, faithful)
+    start = objective.schemes.clone()
+    state = objective.generator.get_state()
+    masks = NodeMasks(
+        problem.index, problem.values[None], init_bias=[0.1], init_scale=[0.1],
+        temperature=[1.0], seeds=[0],
+    )  # fmt: skip
+    with torch.no_grad():
+        masks.tau -= 0.15
+    with frozen(problem.model):
+        gates = masks.gates()
+        total, watched = objective.losses(0, masks, gates)
+        torch.autograd.grad(total.sum(), masks.tau)
+    share = torch.Generator()
+    share.set_state(state)
+    p = torch.rand(1, generator=share)
+    random = (torch.rand(1, problem.index.n_nodes, generator=share) < p).float()
+    schemes = torch.cat([torch.zeros_like(random), random, start])
+    keep = torch.where(gates.detach().bool(), 1.0, schemes)
+    pairs = problem.train.pairs(0, SEARCH.batch_pairs)
+    full, stochastic, *adversarial = masked_losses(
+        problem.model, pairs, problem.index, keep, problem.values
+    ).tolist()
+    calm = pose(problem.model, problem.task, replace(SEARCH, freeze_norm=True), means=problem.means)
+    with frozen(problem.model):
+        calm = replace(calm, selection=pairs).on_few(len(pairs)).losses(gates.detach().bool())
+    terms = [full, 0.5 * stochastic, 2 * sum(adversarial) / 2, 0.25 * float(calm)]
+    assert float(total.detach()) == pytest.approx(sum(terms), abs=1e-4)
+    worst = max(full / 0.15, stochastic / 0.3, float(calm) / 0.15, max(adversarial) / 0.3)
+    assert float(watched) == pytest.approx(0.15 * worst, abs=1e-4)
+
+
+def test_adversaries_climb_their_own_loss_while_masks_train(problem):
+    objective = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
+    masks = NodeMasks(
+        problem.index, problem.values[None], init_bias=[-0.5], init_scale=[0.1],
+        temperature=[1.0], seeds=[0],
+    )  # fmt: skip
+    start = objective.schemes.clone().requires_grad_()
+    with frozen(problem.model):
+        gates = masks.gates().detach()
+        alone = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
+        rows = torch.cat([gates, gates + (1 - gates) * start])
+        losses = alone.pool.losses(0, masks, rows)
+        (grad,) = torch.autograd.grad(losses[1:].sum(), start)
+        total, _ = objective.losses(0, masks, masks.gates())
+        torch.autograd.grad(total.sum(), masks.tau)
+    expected = (start + 0.2 * grad.sign()).clamp(0, 1).detach()
+    moved = grad.abs() > 1e-6  # the sign of what is nearly zero is rounding
+    assert int(moved.sum()) > 20
+    torch.testing.assert_close(objective.schemes[moved], expected[moved])
+
+
+def test_nodes_that_an_attack_asks_for_are_added_and_no_others(noisy, problem):
+    (chain,) = torch.nonzero(noisy.circuit.kept, as_tuple=True)
+    part = noisy.circuit.kept.clone()
+    part[chain[2]] = False  # the scheme removes it, and leaves all else
+    scheme = torch.ones(problem.index.n_nodes)
+    scheme[chain[2]] = 0.0
+    held = replace(problem, schemes=scheme[None], scheme_limit=0.15)
+    with frozen(problem.model):
+        assert not held.reached(part[None])[0]
+        found = grown(held, part, scheme)
+    assert torch.equal(found, noisy.circuit.kept)
+
+
+def test_excluded_nodes_are_not_added(noisy, problem):
+    (chain,) = torch.nonzero(noisy.circuit.kept, as_tuple=True)
+    exclude = torch.zeros_like(noisy.circuit.kept)
+    exclude[chain[2]] = True
+    held = replace(
+        problem, schemes=torch.zeros(1, len(exclude)), scheme_limit=0.15, exclude=exclude
+    )
+    with frozen(problem.model):
+        found = grown(held, noisy.circuit.kept & ~exclude, held.schemes[0])
+    assert not bool((found & exclude).any())
+
+
+def test_attacks_go_on_until_they_are_withstood(noisy, problem):
+    held = replace(problem, schemes=torch.zeros(0, problem.index.n_nodes), scheme_limit=0.09)
+    with frozen(problem.model):
+        kept, record = withstanding(held, noisy.circuit.kept, replace(QUICK, rounds=6))
+    assert record["withstood"]
+    assert record["attack_loss"] <= 0.09
+    assert record["attacks"] > 1
+    assert bool(kept[noisy.circuit.kept].all())
+    assert int(kept.sum()) > int(noisy.circuit.kept.sum())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"ablation": "resample"}, {"freeze_norm": True}, {"tie_qk": True}]
+)
+def test_other_ablations_are_attacked_too(noisy, means, random_tokens, setting):
+    search, donors = replace(SEARCH, steps=8, on_collapse="fail", **setting), None
+    if "ablation" in setting:
+        donors = activation_donors(noisy.model, random_tokens)
+    circuit = faithful_prune(
+        noisy.model, noisy.task, search, replace(QUICK, frozen_norm=0.5), means=means,
+        donors=donors, progress=False,
+    )  # fmt: skip
+    assert circuit.config["faithful"]["attacks"] >= 1
+    assert circuit.selection_loss <= SEARCH.target_loss
+    if "tie_qk" in setting:
+        q, k = (circuit.index.slices[circuit.index.hook(0, site)] for site in ("attn_q", "attn_k"))
+        assert torch.equal(circuit.kept[q], circuit.kept[k])
+
+
+def test_a_dense_model_of_transformer_lens_gets_one(dense_planted, marks, random_tokens):
+    model, chain = dense_planted
+    means = activation_means(model, random_tokens)
+    circuit = faithful_prune(model, marks, SEARCH, QUICK, means=means, progress=False)
+    assert circuit.n_nodes >= len(chain)
+    assert circuit.selection_loss <= SEARCH.target_loss
+
+
+def test_a_limit_that_the_model_itself_misses_cannot_be_reached(noisy, means):
+    impossible = replace(QUICK, limit=1e-6)
+    search = replace(SEARCH, on_collapse="fail")
+    with pytest.raises(PruningFailed):
+        faithful_prune(noisy.model, noisy.task, search, impossible, means=means, progress=False)
+
+
+def test_losses_under_schemes_are_the_worst_in_proportion_to_their_limit(noisy, problem):
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(5, problem.index.n_nodes, generator=generator) < 0.9
+    keep |= noisy.circuit.kept
+    schemes = torch.rand(3, problem.index.n_nodes, generator=generator)
+    held = replace(problem, schemes=schemes, scheme_limit=0.3)
+    plain = problem.losses(keep)
+    found = held.losses(keep)
+    for mask, loss, before in zip(keep, found.tolist(), plain.tolist(), strict=True):
+        gates = torch.where(mask, 1.0, schemes)
+        under = masked_losses(
+            problem.model, held.few.selection, problem.index, gates, problem.values
+        )
+        if before <= SEARCH.target_loss:
+            assert loss == pytest.approx(max(before, *(under / 2).tolist()), abs=1e-5)
+    assert bool((found >= plain - 1e-6).all())
+
+
+def test_what_misses_the_target_is_not_run_under_schemes(problem):
+    none = torch.zeros(1, problem.index.n_nodes, dtype=torch.bool)
+    held = replace(problem, schemes=torch.full((1, problem.index.n_nodes), torch.nan))
+    assert float(held.losses(none)) == float(problem.losses(none)) > SEARCH.target_loss
+
+
+def test_the_last_attack_is_no_milder_than_plain_ablation(noisy, means):
+    circuit = faithful_prune(noisy.model, noisy.task, SEARCH, QUICK, means=means, progress=False)
+    few = pose(noisy.model, noisy.task, SEARCH, means=means).few
+    assert circuit.config["faithful"]["attack_loss"] >= float(few.losses(circuit.kept[None])) - 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stochastic", -1.0), ("adversarial", float("nan")), ("schemes", -1), ("adversaries", 0),
+     ("attack_steps", 0), ("limit", 0.0), ("attack_size", float("inf"))],
+)  # fmt: skip
+def test_bad_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        FaithfulConfig(**{name: value})

@@ -1,0 +1,108 @@
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from tl_sparse.faithfulness import EvaluationConfig, FaithfulnessReport, Measure, PartResult
+from tl_sparse.faithfulness.figures import overview_figure
+from tl_sparse.faithfulness.page import report_page
+from tl_sparse.faithfulness.verdict import Thresholds
+
+
+@pytest.fixture
+def report():
+    prompts = ("a <b>", "a", "c", "d")
+    own = Measure("A", "f", "own", 0.9, 0.8, 1.0, 0.1, 0.0, 0.2, "random nodes", torch.rand(4))
+    worse = Measure("A", "f", "zero", -3.0, -4.0, -2.0, examples=torch.rand(4))
+    loss = Measure(
+        "C", "stochastic_loss", "", 0.2, 0.1, 0.3, 0.7, 0.6, 0.8, "random", torch.rand(2)
+    )
+    ratio = Measure("F", "size_ratio", "label_swap", math.inf)
+    table = pd.DataFrame({"layer": [0, 1], "hook": ["x", "<i>"], "loss": [0.5, math.nan]})
+    parts = (
+        PartResult("A", (own, worse), {"curve": table}, ("no text was given",), 1.5),
+        PartResult("C", (loss,)),
+        PartResult("F", (ratio,)),
+    )
+    return FaithfulnessReport(
+        task="quotes <script>", model_name="SparseTransformer", model_fingerprint="ab" * 32,
+        n_units=12, n_universe=400, n_edges=9, target_loss=0.15, prompts=prompts, parts=parts,
+        config=EvaluationConfig(pairs=2), thresholds=Thresholds(), versions={"tl_sparse": "0"},
+    )  # fmt: skip
+
+
+def test_a_report_comes_back_exactly(report, tmp_path):
+    report.save(tmp_path / "r.json")
+    back = FaithfulnessReport.load(tmp_path / "r.json")
+    pd.testing.assert_frame_equal(back.to_dataframe(), report.to_dataframe())
+    pd.testing.assert_frame_equal(back.examples(), report.examples())
+    pd.testing.assert_frame_equal(back.part("A").tables["curve"], report.part("A").tables["curve"])
+    assert back.part("A").notes == report.part("A").notes
+    assert (back.config, back.thresholds, back.prompts) == (
+        report.config, report.thresholds, report.prompts
+    )  # fmt: skip
+    assert back.verdict == report.verdict
+    assert back.checks_frame().equals(report.checks_frame())
+    assert math.isinf(back.part("F").measures[0].value)
+
+
+@pytest.mark.parametrize("break_it", ["schema", "key", "text", "part", "number"])
+def test_broken_files_are_refused(report, tmp_path, break_it):
+    file = tmp_path / "r.json"
+    report.save(file)
+    record = json.loads(file.read_text())
+    if break_it == "schema":
+        record["schema_version"] = 99
+    elif break_it == "key":
+        del record["parts"]
+    elif break_it == "part":
+        record["parts"][0]["part"] = "Z"
+    elif break_it == "number":
+        record["parts"][0]["measures"][0]["value"] = "much"
+    file.write_text("{" if break_it == "text" else json.dumps(record))
+    with pytest.raises(ValueError, match=r"report|JSON"):
+        FaithfulnessReport.load(file)
+    with pytest.raises(FileNotFoundError):
+        FaithfulnessReport.load(tmp_path / "none.json")
+
+
+def test_examples_have_a_row_per_number_and_prompt(report):
+    frame = report.examples()
+    assert len(frame) == 4 + 4 + 2
+    own = frame[(frame["name"] == "f") & (frame["variant"] == "own")]
+    assert tuple(own["prompt"]) == report.prompts
+
+
+def test_parts_that_were_not_run_are_missed(report):
+    with pytest.raises(KeyError, match=r"'B' was not run; these were: A \(sufficiency\)"):
+        report.part("B")
+    with pytest.raises(KeyError, match="no 'g'"):
+        report.part("A").measure("g")
+
+
+def test_the_page_escapes_what_it_shows_and_asks_no_network(report, tmp_path):
+    page = report_page(report)
+    assert "quotes <script>" not in page
+    assert "<i>" not in page.split("<body>")[1]
+    assert "quotes &lt;script&gt;" in page
+    assert "&lt;i&gt;" in page
+    assert "no text was given" in page
+    outside = page.split("<body>")[1]
+    assert "src=" not in outside
+    assert 'href="http' not in outside
+    assert report.write_page(tmp_path / "r.html").read_text() == page
+
+
+def test_numbers_beyond_the_axis_are_drawn_at_its_edge_and_say_their_value(report):
+    figure = overview_figure(report)
+    own = next(t for t in figure.data if t.name == "circuit")
+    assert min(own.x) == -0.5
+    assert any("−3" in text for text in own.hovertext)
+
+
+def test_a_notebook_shows_verdict_and_checks(report):
+    assert "checks passed" in report._repr_html_()
+    assert "sufficient" in report._repr_html_()
+    assert "12 of 400 units" in repr(report)

@@ -1,0 +1,289 @@
+"""``faithful_prune``: circuits that do the task however the rest of the model is ablated.
+
+Plain pruning sees one ablation, in which removed nodes may cancel each other's absence. Here the
+gate of a removed node is what a scheme leaves of it (see
+:mod:`tl_sparse.faithfulness.schemes`), and schemes are drawn at random and sought by an adversary
+while the masks train.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_sparse.ablation import ActivationMeans, Donors
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.masked import gated_margins
+from tl_sparse.circuits.node_masks import NodeMasks
+from tl_sparse.circuits.problem import PruningProblem, frozen, measured, pose
+from tl_sparse.circuits.pruning import TrainingPool, chosen, prune, train_masks
+from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.faithfulness.schemes import Attack, attack, stochastic_schemes
+from tl_sparse.tasks import Task
+
+GROWTH = 1.5  # by how much more units than before are tried at a time
+
+
+@dataclass(frozen=True)
+class FaithfulConfig:
+    """What a circuit has to stand besides the plain ablation of everything else."""
+
+    stochastic: float = 1.0
+    """Weight of the loss under a random scheme, drawn anew in every step."""
+    adversarial: float = 1.0
+    """Weight of the mean loss under the adversaries' schemes."""
+    frozen_norm: float = 0.0
+    """Weight of the loss with every norm held at the whole model's scale. Trained for only: the
+    chosen nodes are not held to it (``PruningConfig.freeze_norm`` does that)."""
+    adversaries: int = 2
+    """Schemes that climb the loss while the masks train, side by side; each goes on where it was in
+    the step before."""
+    attack_size: float = 0.3
+    """Their step in every training step, by the gradient's sign."""
+    limit: float | None = None
+    """Loss that the chosen nodes have to reach under every scheme; None: the target loss."""
+    schemes: int = 4
+    """Random schemes that the chosen nodes are held to."""
+    rounds: int = 8
+    """Fresh attacks on the chosen nodes. After each that breaks the limit, its scheme is one more
+    that they are held to, and nodes are added until they do."""
+    attack_steps: int = 30
+    """Gradient steps of a fresh attack."""
+    attack_restarts: int = 2
+    """Its random starts."""
+
+    def __post_init__(self) -> None:
+        for name in ("stochastic", "adversarial", "frozen_norm", "attack_size"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be finite and at least 0")
+        for name in ("schemes", "rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        for name in ("adversaries", "attack_steps", "attack_restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
+            raise ValueError(f"limit={self.limit} must be finite and positive")
+
+
+def faithful_prune(
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig | None = None,
+    faithful: FaithfulConfig | None = None,
+    *,
+    means: ActivationMeans,
+    donors: Donors | None = None,
+    exclude: Bool[Tensor, " node"] | None = None,
+    progress: bool = True,
+) -> Circuit:
+    """:func:`~tl_sparse.circuits.prune`, against random and adversarial ablation of the rest.
+
+    What is made small in training is the task loss + ``stochastic`` times the loss under a random
+    scheme + ``adversarial`` times the mean loss under schemes that climb it meanwhile +
+    ``frozen_norm`` times the loss with frozen norms + the price of open gates; an adaptive price
+    watches the worst of these losses, each in proportion to its limit. The nodes are then chosen as
+    by ``prune``, held to the plain ablation and to fixed schemes: random ones and the adversaries'
+    last. Then they are attacked afresh, and as long as an attack breaks the limit, the nodes that
+    its gradient asks for are added until they stand it. All of this on training and selection
+    pairs.
+
+    With all weights 0 this is ``prune``, bit for bit. The circuit's ``config`` has the settings
+    under ``faithful``, with the ``attack_loss`` of the last fresh attack (on selection pairs), and
+    whether it was ``withstood``: after the last round it may not be.
+
+    Args:
+        model: The model.
+        task: The task.
+        config: The search; see ``prune``.
+        faithful: What the circuit has to stand.
+        means: Means over the pretraining distribution; their sites are the nodes.
+        donors: What ``ablation="resample"`` takes removed nodes from.
+        exclude: Nodes that the circuit may not have.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: as ``prune``.
+        PruningFailed: as ``prune``; also where no number of nodes stands the schemes.
+    """
+    config, faithful = config or PruningConfig(), faithful or FaithfulConfig()
+    weights = (faithful.stochastic, faithful.adversarial, faithful.frozen_norm)
+    if not any(weights):
+        return prune(
+            model, task, config, means=means, donors=donors, exclude=exclude, progress=progress
+        )
+    problem = pose(model, task, config, means=means, donors=donors, exclude=exclude)
+    began = time.perf_counter()
+    with frozen(model):
+        objective = SchemesObjective(problem, faithful)
+        stages = [rows[0] for rows in train_masks([problem], progress, objective.losses)]
+        held = replace(
+            problem,
+            schemes=objective.fixed_schemes()[:, problem.unit],
+            scheme_limit=faithful.limit or config.target_loss,
+        )
+        kept, tau, curve = chosen(held, stages)
+        n_active = int((tau >= 0).sum())
+        record: dict[str, Any] = asdict(faithful)
+        if faithful.adversarial and faithful.rounds:
+            kept, found = withstanding(held, kept, faithful)
+            # the scores of a circuit's nodes are not negative
+            tau = torch.where(kept, tau.clamp(min=0.0), tau)
+            record |= found
+    return measured(
+        problem, kept, tau, n_active=n_active, curve=curve, seconds=time.perf_counter() - began,
+        config=asdict(config) | {"faithful": record},
+    )  # fmt: skip
+
+
+class SchemesObjective:
+    """The losses of a mask under full, random and adversarial ablation, in one forward pass."""
+
+    def __init__(self, problem: PruningProblem, faithful: FaithfulConfig) -> None:
+        config = problem.config
+        self.faithful = faithful
+        self.limit = faithful.limit or config.target_loss
+        self.target = config.target_loss
+        self.device = next(problem.model.parameters()).device
+        self.unit = problem.unit.to(self.device)
+        self.n_units = int(self.unit.max()) + 1
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.n_random = int(faithful.stochastic > 0)
+        n_adversaries = faithful.adversaries if faithful.adversarial else 0
+        self.schemes = torch.rand(n_adversaries, self.n_units, generator=self.generator)
+        # as many rows of one problem: they take the same prompts in every step
+        self.pool = TrainingPool([problem] * (1 + self.n_random + n_adversaries))
+        self.frozen_pool = None
+        if faithful.frozen_norm:
+            calm = replace(problem, config=replace(config, freeze_norm=True))
+            self.frozen_pool = TrainingPool([calm])
+
+    def losses(
+        self, step: int, masks: NodeMasks, gates: Float[Tensor, "1 node"]
+    ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
+        """The weighted sum, and the worst of its terms in proportion to their limits.
+
+        When the sum's gradient is taken, each adversary takes a step up its own loss.
+        """
+        faithful, target = self.faithful, self.target
+        random, _ = stochastic_schemes(self.n_units, self.n_random, self.generator)
+        none = torch.zeros(1, self.n_units)
+        left = torch.cat([none, random, self.schemes.cpu()]).to(self.device)[:, self.unit]
+        rows = gates + (1 - gates) * left
+        losses = self.pool.losses(step, masks, rows)
+        n_adversaries = len(self.schemes)
+        full, stochastic, adversarial = losses.split([1, self.n_random, n_adversaries])
+        total = full.sum() + faithful.stochastic * stochastic.sum()
+        watched = [full / target, stochastic / self.limit]
+        if n_adversaries:
+            total = total + faithful.adversarial * adversarial.mean()
+            watched.append(adversarial / self.limit)
+            closed = 1 - gates.detach()
+            # the same backward pass serves the masks, which go down, and the schemes, which go up
+            rows.register_hook(lambda grad: self.climb((grad * closed)[-n_adversaries:]))
+        if self.frozen_pool is not None:
+            calm = self.frozen_pool.losses(step, masks, gates)
+            total = total + faithful.frozen_norm * calm.sum()
+            watched.append(calm / target)
+        return total[None], target * torch.cat(watched).detach().max()[None]
+
+    def climb(self, grad: Float[Tensor, "adversary node"]) -> None:
+        """One step of the adversaries' schemes by the sign of their gradient."""
+        by_unit = torch.zeros(len(grad), self.n_units, device=grad.device)
+        by_unit.index_add_(1, self.unit, grad)
+        step = self.faithful.attack_size * by_unit.sign()
+        self.schemes = (self.schemes.to(grad.device) + step).clamp(0.0, 1.0)
+
+    def fixed_schemes(self) -> Float[Tensor, "scheme unit"]:
+        """The schemes that the chosen nodes are held to: random ones and the adversaries' last."""
+        count = self.faithful.schemes if self.faithful.stochastic else 0
+        random, _ = stochastic_schemes(self.n_units, count, self.generator)
+        return torch.cat([random.to(self.device), self.schemes.to(self.device)])
+
+
+def withstanding(
+    problem: PruningProblem, kept: Bool[Tensor, " node"], faithful: FaithfulConfig
+) -> tuple[Bool[Tensor, " node"], dict[str, object]]:
+    """Nodes added until a fresh attack does not break the limit, or the rounds are over.
+
+    Returns:
+        The nodes, and what the last attack came to.
+    """
+    generator = torch.Generator().manual_seed(problem.config.seed + 1)
+    for done in range(faithful.rounds):
+        found = attacked(problem, kept, faithful, generator)
+        loss = float(found.losses)
+        if loss <= problem.scheme_limit:
+            return kept, {"attack_loss": loss, "attacks": done + 1, "withstood": True}
+        assert problem.schemes is not None
+        # what is kept now is removed in this scheme should it be removed later
+        new = torch.where(kept, 0.0, found.schemes[0].to(kept.device)[problem.unit.to(kept.device)])
+        problem = replace(problem, schemes=torch.cat([problem.schemes.to(kept.device), new[None]]))
+        kept = grown(problem, kept, new)
+    loss = float(attacked(problem, kept, faithful, generator).losses)
+    return kept, {
+        "attack_loss": loss, "attacks": faithful.rounds + 1,
+        "withstood": loss <= problem.scheme_limit,
+    }  # fmt: skip
+
+
+def attacked(
+    problem: PruningProblem,
+    kept: Bool[Tensor, " node"],
+    faithful: FaithfulConfig,
+    generator: torch.Generator,
+) -> Attack:
+    """The worst scheme for some nodes on the selection pairs that schemes are run on."""
+    unit, few = problem.unit.to(kept.device), problem.few
+    units = torch.zeros(int(unit.max()) + 1, dtype=torch.bool, device=kept.device)
+    units[unit[kept]] = True
+    return attack(
+        few.model, few.selection, few.index, units[None], unit, few.values,
+        steps=faithful.attack_steps, restarts=faithful.attack_restarts, generator=generator,
+        hooks=few.selection_hooks,
+    )  # fmt: skip
+
+
+def grown(
+    problem: PruningProblem, kept: Bool[Tensor, " node"], scheme: Float[Tensor, " node"]
+) -> Bool[Tensor, " node"]:
+    """The fewest further units with which all runs do the task, by what keeping them promises.
+
+    That is to first order how much the loss under the newest scheme falls when the unit is kept:
+    -(1 - s) dL/ds, summed over its nodes. Kept by other numbers than the fewest may do too: losses
+    need not fall with every unit. With all of them it is the whole model, less excluded nodes.
+    """
+    few, unit = problem.few, problem.unit.to(kept.device)
+    gates = torch.where(kept, 1.0, scheme)[None].requires_grad_()
+    margins = gated_margins(
+        few.model, few.selection, few.index, gates, few.values, hooks=few.selection_hooks
+    )
+    (grad,) = torch.autograd.grad(F.softplus(-margins).mean(), gates)
+    gain = torch.zeros(int(unit.max()) + 1, device=kept.device)
+    gain.index_add_(0, unit, -(1 - gates.detach()[0]) * grad[0])
+    can = ~kept if problem.exclude is None else ~kept & ~problem.exclude.to(kept.device)
+    gain[unit[~can]] = -torch.inf
+    order = gain.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    most = len(unit[can].unique())
+
+    def enough(count: int) -> bool:
+        return few.reached((kept | (can & (rank[unit] < count)))[None])[0]
+
+    low, high = 0, 1
+    while high < most and not enough(high):
+        low, high = high, max(high + 1, int(GROWTH * high))
+    high = min(high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return kept | (can & (rank[unit] < high))

@@ -1,0 +1,148 @@
+"""What every part of the suite returns: measured values with intervals and nulls beside them.
+
+Intervals are percentile bootstraps over prompt pairs: the two prompts of a pair differ in a few
+tokens, so they are drawn together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Statistic = Callable[[Float[Tensor, "draw column"]], Float[Tensor, " draw"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """One number about a circuit, its interval, and the same number of a null."""
+
+    part: str
+    """Letter of the part."""
+    name: str
+    """Name of the metric, see ``METRICS``."""
+    variant: str
+    """Under what: an ablation, a site, a head, a kind of control; empty if there is one only."""
+    value: float
+    """The number."""
+    low: float = math.nan
+    """Lower end of the 95% interval; NaN if the number is not a mean over prompts."""
+    high: float = math.nan
+    """Upper end."""
+    null: float = math.nan
+    """The same number for the null; NaN if there is none."""
+    null_low: float = math.nan
+    """Lower end of the null's 95% range."""
+    null_high: float = math.nan
+    """Upper end."""
+    null_name: str = ""
+    """What the null is."""
+    examples: Float[Tensor, " example"] | None = None
+    """The value of every prompt (rows 2i and 2i+1 are a pair), seed or draw it is made from."""
+
+
+@dataclass(frozen=True, eq=False)
+class PartResult:
+    """What one part of the suite found."""
+
+    part: str
+    """Letter of the part."""
+    measures: tuple[Measure, ...]
+    """Its numbers."""
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Curves and lists, by name."""
+    notes: tuple[str, ...] = ()
+    """What could not be measured, and why."""
+    seconds: float = math.nan
+    """How long it took."""
+
+    def measure(self, name: str, variant: str = "") -> Measure:
+        """The number of that name and variant.
+
+        Raises:
+            KeyError: there is none; those there are are named.
+        """
+        for found in self.measures:
+            if (found.name, found.variant) == (name, variant):
+                return found
+        known = ", ".join(f"{m.name} [{m.variant}]" for m in self.measures)
+        raise KeyError(f"part {self.part} has no {name!r} of variant {variant!r}; it has {known}")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row per number."""
+        columns = [
+            "part", "name", "variant", "value", "low", "high", "null", "null_low", "null_high",
+            "null_name",
+        ]  # fmt: skip
+        rows = [[getattr(m, c) for c in columns] for m in self.measures]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def bootstrap_means(
+    columns: Float[Tensor, "prompt column"], draws: int, seed: int
+) -> Float[Tensor, "draw column"]:
+    """Means of per-prompt values over pairs drawn with replacement, all columns alike.
+
+    Raises:
+        ValueError: an odd number of prompts, or none.
+    """
+    if not len(columns) or len(columns) % 2:
+        raise ValueError(f"{len(columns)} prompts are not pairs")
+    pairs = columns.double().view(-1, 2, columns.shape[1]).mean(1)
+    generator = torch.Generator().manual_seed(seed)
+    # as weights: a matrix product instead of draws x pairs x columns in memory
+    chosen = torch.randint(len(pairs), (draws, len(pairs)), generator=generator)
+    counts = torch.zeros(draws, len(pairs), dtype=torch.float64)
+    counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+    return counts @ pairs / len(pairs)
+
+
+def interval(values: Float[Tensor, " draw"]) -> tuple[float, float]:
+    """Where the middle 95% of values lie; NaN if any of them is."""
+    if not len(values) or not bool(values.isfinite().all()):
+        return math.nan, math.nan
+    low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(low), float(high)
+
+
+def measured_mean(
+    part: str,
+    name: str,
+    variant: str,
+    columns: Sequence[Float[Tensor, " prompt"]],
+    statistic: Statistic | None = None,
+    *,
+    draws: int,
+    seed: int,
+    examples: Float[Tensor, " example"] | None = None,
+    null: Float[Tensor, " draw"] | None = None,
+    null_name: str = "",
+) -> Measure:
+    """A number made from means over prompts, with its interval.
+
+    Args:
+        part: Letter of the part.
+        name: Name of the metric.
+        variant: Under what.
+        columns: Per-prompt values whose means go into the number.
+        statistic: The number from these means; by default the first column's mean itself.
+        draws: Bootstrap draws.
+        seed: Their seed.
+        examples: Values of each prompt, unit or draw to keep; by default the first column.
+        null: The number in every draw of a null; its mean and middle 95% are kept.
+        null_name: What the null is.
+    """
+    table = torch.stack([column.cpu().double() for column in columns], 1)
+    statistic = statistic or (lambda means: means[:, 0])
+    value = float(statistic(table.mean(0, keepdim=True)))
+    low, high = interval(statistic(bootstrap_means(table, draws, seed)))
+    nulls = (math.nan, math.nan, math.nan)
+    if null is not None:
+        nulls = (float(null.double().mean()), *interval(null.cpu()))
+    kept = (table[:, 0] if examples is None else examples).float().cpu()
+    return Measure(part, name, variant, value, low, high, *nulls, null_name, kept)
