@@ -99,7 +99,8 @@ notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
 	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null)" ]; then \
 		echo "no notebooks to run"; \
 	else \
-		set -x; $(OFFLINE) $(VENV)/bin/python -m pytest --nbmake --nbmake-timeout=600 notebooks; \
+		set -x; $(ONE_THREAD) $(OFFLINE) $(VENV)/bin/python -m pytest -n $(WORKERS) --nbmake \
+			--nbmake-timeout=600 notebooks; \
 	fi
 
 clean: ## Remove the environments, caches and built files

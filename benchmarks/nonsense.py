@@ -1,9 +1,11 @@
 """Are circuits of nonsense as small as those of the task? At full budget, by ablation and model.
 
-For each task and bundled model, three null tasks stand beside the real one, at one budget and to
-one target loss: the answers swapped, and twice two arbitrary tokens for answers (Drori 2026). Each
-is searched under mean ablation and under zero ablation. A circuit of nonsense that was found on
-some prompts need not carry over to others, so the accuracy on held-out ones stands beside its size.
+For each task and bundled model, two null tasks stand beside the real one, at one budget and to
+one target loss: the answers swapped, and two arbitrary tokens for answers (Drori 2026). Each is
+searched under mean ablation and under zero ablation. The model does none of the nonsense, so a mask
+has to find it: the budget is larger than pruning needs (800 steps at a small fixed price). A
+circuit of nonsense that was found on some prompts need not carry over to others, so the accuracy on
+held-out ones stands beside its size.
 
     OMP_NUM_THREADS=1 python benchmarks/nonsense.py --out nonsense
 """
@@ -24,7 +26,7 @@ from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.faithfulness import arbitrary_map, label_swap
 from tl_sparse.tasks import get
 
-TASKS = ("single_double_quote", "while_return_true", "with_as", "if_equals", "var_if")
+TASKS = ("single_double_quote", "while_return_true", "with_as")
 
 
 def main() -> None:
@@ -34,7 +36,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--ablations", nargs="+", default=["mean", "zero"])
     parser.add_argument("--target", type=float, default=0.15)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--k-coef", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="nonsense")
     args = parser.parse_args()
@@ -54,12 +57,12 @@ def main() -> None:
                 task = get(task_name, model.tokenizer, length)
                 jobs = {
                     "real": task, "label_swap": label_swap(task),
-                    "arbitrary_map 0": arbitrary_map(task, 0),
-                    "arbitrary_map 1": arbitrary_map(task, 1),
+                    "arbitrary_map": arbitrary_map(task, args.seed),
                 }  # fmt: skip
                 config = PruningConfig(
-                    target_loss=args.target, steps=args.steps, ablation=ablation, seed=args.seed,
-                    on_collapse="fail", must_solve=False,
+                    target_loss=args.target, steps=args.steps, batch_pairs=8, k_coef=args.k_coef,
+                    penalty="fixed", ablation=ablation, seed=args.seed, on_collapse="fail",
+                    must_solve=False,
                 )  # fmt: skip
                 found = prune_many(
                     model, [(job, config) for job in jobs.values()], means=means, progress=False

@@ -388,6 +388,33 @@ def test_pruning_reads_no_more_text_than_it_needs(solver, sixty_sources, tmp_pat
     assert circuit.means.n_tokens == 9 * 48
 
 
+def test_evaluating_leaves_a_report_a_page_and_tables(capsys, solver, sixty_sources, tmp_path):
+    from tl_sparse.faithfulness import FaithfulnessReport
+
+    corpus = ("--corpus.sources", str(sixty_sources))
+    cli.main(
+        ["prune", "--model", str(solver), "--task", "for_while", "--out", str(tmp_path / "c"),
+         *corpus, "--mean-sequences", "9", *QUICK]
+    )  # fmt: skip
+    out = tmp_path / "e"
+    cli.main(
+        ["evaluate", "--model", str(solver), "--circuit", str(tmp_path / "c" / "circuit"),
+         "--out", str(out), *corpus, "--sequences", "9", "--evaluation.parts", "BD",
+         "--evaluation.pairs", "8", "--thresholds.minimality", "0.5"]
+    )  # fmt: skip
+    report = FaithfulnessReport.load(out / "report.json")
+    assert [part.part for part in report.parts] == ["B", "D"]
+    assert report.thresholds.minimality == 0.5
+    assert report.verdict in capsys.readouterr().out
+    assert len(pd.read_csv(out / "numbers.csv")) == len(report.to_dataframe())
+    assert "for_while" in (out / "report.html").read_text(encoding="utf-8")
+    words = refused(
+        capsys, "evaluate", "--model", str(solver), "--circuit", str(tmp_path), "--out", str(out),
+        "--evaluation.parts", "XY",
+    )  # fmt: skip
+    assert "unknown parts X, Y; choose from A (sufficiency)" in words
+
+
 # --------------------------------------------------------------------------------------------------
 # many circuits
 

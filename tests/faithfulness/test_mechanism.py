@@ -26,7 +26,11 @@ def found(uneven):
 
 
 def kept_values(subject, hooks):
-    """Hook → the kept nodes' values, one prompt after the other, cut to its length."""
+    """Hook → the kept nodes' values, one prompt after the other, cut to its length.
+
+    Of what follows the last layer's attention, at the last token alone.
+    """
+    late = ("1.attn.hook_q", "1.hook_attn_out", "mlp.hook_act_in", "hook_post", "1.hook_mlp_out")
     values = {}
     readers = []
     for name, piece in subject.index.slices.items():
@@ -35,7 +39,8 @@ def kept_values(subject, hooks):
             continue
 
         def read(x, hook=None, *, name=name, kept=kept):
-            values.setdefault(name, []).append(x[0].flatten(1)[:, kept].double())
+            here = x[0, -1:] if name.startswith("blocks.1.") and name.endswith(late) else x[0]
+            values.setdefault(name, []).append(here.flatten(1)[:, kept].double())
             return x
 
         readers.append((name, read))

@@ -1,5 +1,6 @@
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +75,16 @@ def test_the_words_say_what_passed_and_what_did_not():
     assert "The circuit does the task alone" in text
     assert "It does not hold that it answers held-out prompts right" in text
     assert "Not measured: whether it does the task however the rest is ablated" in text
+
+
+def test_the_documentation_states_every_check_and_its_threshold():
+    text = (Path(__file__).parents[2] / "docs" / "faithfulness.md").read_text(encoding="utf-8")
+    for criterion in CRITERIA:
+        (row,) = [
+            line for line in text.splitlines()
+            if line.startswith(f"| {criterion.part} | {criterion.key} |")
+        ]  # fmt: skip
+        assert criterion.claim in row
+        assert f"`{criterion.name}`" in row
+        value = getattr(Thresholds(), criterion.bound)
+        assert f"`{criterion.bound}` = {value:.3g} |" in row

@@ -64,9 +64,9 @@ class EvaluationConfig:
     """Target loss of these searches; None: the circuit's own."""
     seeds: int = 20
     """Searches of the real task, each with another seed (part G)."""
-    null_seeds: int = 3
+    null_seeds: int = 2
     """Searches of each null, and of the real task beside them (part F)."""
-    null_steps: int = 300
+    null_steps: int = 200
     """Mask training steps of part F's searches, the real ones too, and of part H's. What the model
     does not do at the start takes longer to find: with few steps a search fails where a longer one
     finds a circuit."""

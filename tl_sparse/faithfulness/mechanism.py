@@ -42,6 +42,11 @@ from tl_sparse.faithfulness.metrics import normalised
 from tl_sparse.faithfulness.patterns import head_patterns
 from tl_sparse.faithfulness.subject import Subject
 
+PAST_ATTENTION = (
+    "attn.hook_q", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_act_in",
+    "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
+)  # fmt: skip
+"""Hooks of the last layer where only the last token's activations can reach the answer."""
 OTHER_PAIRS = "the model's values on another pair of prompts"
 UNIFORM = "attention spread evenly over all tokens so far"
 SHUFFLED = "the model's effects shuffled among the units"
@@ -60,7 +65,8 @@ def mechanism(subject: Subject) -> PartResult:
     Measures:
         - ``fvu``, a variant per hook and ``all``: the fraction of variance unexplained of the kept
           nodes, ``sum (x_circuit - x_model)^2 / sum (x_model - mean)^2`` over kept nodes and real
-          positions of the test prompts, with each node's own mean. Null: x_circuit replaced by the
+          positions of the test prompts, with each node's own mean; of the last layer's queries and
+          of what follows its attention only the last token counts. Null: x_circuit replaced by the
           whole model's values at the same positions of other pairs (about 2 for values that have
           nothing in common, less for what all prompts share).
         - ``pattern_js``, a variant per head and ``mean``, and each with ``, last``: the
@@ -70,7 +76,8 @@ def mechanism(subject: Subject) -> PartResult:
           every token so far as much (the sink keeps its own mass): a circuit that ignores the
           pattern.
         - ``pattern_ratio``, a variant per head: ``pattern_js`` as a share of that null; 1 is as
-          good as uniform attention. Not given for heads that are uniform in the model.
+          good as uniform attention. Of the last layer's heads that at the last token, as nothing
+          else there reaches the answer. Not given for heads that are uniform in the model.
         - ``patternless_heads``: heads of which the circuit keeps values, and no query or no key.
         - ``effect_correlation``, variants ``pearson`` and ``spearman``: over the circuit's units,
           of the drop in mean margin when the unit alone is ablated in the circuit, and in the whole
@@ -110,23 +117,35 @@ def variance(subject: Subject) -> Found:
     whole = node_values(subject, ())
     own = ablation_hooks(index, kept, subject.values)
     circuit = node_values(subject, [*subject.norms, *own])
-    real = torch.arange(whole.shape[1]) <= subject.batch.last.cpu()[:, None]
-    # centred first: sums of squares would lose what little a large constant varies by
-    centre = whole[real].mean(0)
-    whole, circuit = whole - centre, circuit - centre
-    count = real.sum(1).double()
-    squares = ((circuit - whole).square() * real[..., None]).sum(1)
-    second = (whole.square() * real[..., None]).sum(1)
-    first = (whole * real[..., None]).sum(1)
+    last = subject.batch.last.cpu()
     names = index.nodes(kept)
     hooks = names["hook"].to_numpy()
+    late = torch.tensor([reaches_from_last(subject, hook) for hook in hooks])
+    real = torch.arange(whole.shape[1]) <= last[:, None]
+    at_last = torch.arange(whole.shape[1]) == last[:, None]
+    counted = torch.where(late, at_last[..., None], real[..., None]).double()
+    # centred first: sums of squares would lose what little a large constant varies by
+    centre = (whole * counted).sum((0, 1)) / counted.sum((0, 1))
+    whole, circuit = whole - centre, circuit - centre
+    squares = ((circuit - whole).square() * counted).sum(1)
+    second = (whole.square() * counted).sum(1)
+    first = (whole * counted).sum(1)
+    counts = counted.sum(1)
     table = names.assign(
         squares=squares.sum(0).numpy(),
-        variance=(second.sum(0) - first.sum(0).square() / count.sum()).numpy(),
+        variance=(second.sum(0) - first.sum(0).square() / counts.sum(0)).numpy(),
     )
     table["fvu"] = table["squares"] / table["variance"].where(table["variance"] > 0)
+    ends = whole[torch.arange(len(last)), last][:, None]
     others = [
-        unexplained_by_others(whole, real, shift)
+        [
+            torch.where(late, end, through)
+            for through, end in zip(
+                unexplained_by_others(whole, real, shift),
+                unexplained_by_others(ends, torch.ones_like(real[:, :1]), shift),
+                strict=True,
+            )
+        ]
         for shift in range(1, min(SHIFTS, len(whole) // 2 - 1) + 1)
     ]
     found = []
@@ -134,10 +153,12 @@ def variance(subject: Subject) -> Found:
         mine = torch.tensor([hook in ("all", name) for name in hooks])
 
         def ratio(means: Float[Tensor, "draw column"]) -> Float[Tensor, " draw"]:
-            spread = means[:, 1] - means[:, 3:].square().sum(1) / means[:, 2]
+            sums, n = means[:, 2:].chunk(2, 1)
+            spread = means[:, 1] - (sums.square() / n).sum(1)
             return means[:, 0] / torch.where(spread > 0, spread, torch.nan)
 
-        columns = [squares[:, mine].sum(1), second[:, mine].sum(1), count, *first[:, mine].T]
+        columns = [squares[:, mine].sum(1), second[:, mine].sum(1)]
+        columns += [*first[:, mine].T, *counts[:, mine].T]
         null = [error[mine].sum() / spread[mine].sum() for error, spread in others]
         found.append(
             measured_mean(
@@ -149,6 +170,13 @@ def variance(subject: Subject) -> Found:
     still = [m.variant for m in found if math.isnan(m.value)]
     notes = [f"fvu: nothing varies at {', '.join(still)} in the model"] if still else []
     return found, {"fvu": table.reset_index()}, notes
+
+
+def reaches_from_last(subject: Subject, hook: str) -> bool:
+    """Whether what stands at a hook can reach the answer from the prompt's last token alone."""
+    cfg: Any = subject.model.cfg
+    block = f"blocks.{cfg.n_layers - 1}."
+    return hook.startswith(block) and hook.removeprefix(block) in PAST_ATTENTION
 
 
 def node_values(subject: Subject, hooks: Sequence[Any]) -> Float[Tensor, "prompt pos kept"]:
@@ -208,7 +236,12 @@ def attention(subject: Subject) -> Found:
                     seed=config.seed, null=null, null_name=UNIFORM,
                 )
             )  # fmt: skip
-    for name, distance, uniform in zip(names, compared.js, compared.uniform, strict=True):
+    cfg: Any = subject.model.cfg
+    for i, name in enumerate(names):
+        # in the last layer only what the last token attends to can reach the answer
+        at_last = int(frame["layer"].iloc[i]) == cfg.n_layers - 1
+        distance = (compared.js_last if at_last else compared.js)[i]
+        uniform = (compared.uniform_last if at_last else compared.uniform)[i]
         if float(uniform.mean()) < EVEN:
             notes.append(f"pattern_ratio: {name} attends evenly in the model")
             continue

@@ -1,0 +1,102 @@
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from tl_sparse.faithfulness import (
+    EvaluationConfig,
+    FaithfulnessReport,
+    Thresholds,
+    evaluate,
+    head_circuit,
+)
+from tl_sparse.faithfulness.config import PARTS
+
+SMALL = EvaluationConfig(
+    pairs=8, draws=50, controls=3, few_pairs=4, subsets=4, constant_steps=3, optimal_controls=1,
+    relaxation_draws=2, attack_steps=3, attack_pairs=4, attack_restarts=1, attacked_controls=1,
+    search_steps=8, search_pairs=4, null_steps=8, seeds=2, null_seeds=1, rounds=1,
+)  # fmt: skip
+
+
+def test_every_part_runs_and_the_report_comes_back_exactly(chain, random_tokens, tmp_path):
+    model, task, circuit = chain
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = evaluate(model, circuit, task, SMALL, tokens=random_tokens, progress=False)
+    assert [part.part for part in report.parts] == list(PARTS)
+    assert all(part.measures for part in report.parts if part.part != "K")
+    assert report.part("K").notes  # the task has no variants
+    assert all(part.seconds > 0 for part in report.parts)
+    assert (report.n_units, report.n_edges) == (6, circuit.n_edges)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    report.save(tmp_path / "r.json")
+    back = FaithfulnessReport.load(tmp_path / "r.json")
+    pd.testing.assert_frame_equal(back.to_dataframe(), report.to_dataframe())
+    for mine, theirs in zip(report.parts, back.parts, strict=True):
+        assert list(mine.tables) == list(theirs.tables)
+        for name, table in mine.tables.items():
+            pd.testing.assert_frame_equal(theirs.tables[name], table.reset_index(drop=True))
+    assert back.verdict == report.verdict
+    page = report.write_page(tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(f">{letter} · " in page for letter in PARTS)
+
+
+def test_the_same_seed_gives_the_same_numbers(chain, random_tokens):
+    model, task, circuit = chain
+    runs = [
+        evaluate(model, circuit, task, replace(SMALL, parts="ABCFG"), tokens=random_tokens,
+                 progress=False).to_dataframe()
+        for _ in range(2)
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(*runs)
+
+
+def test_parts_run_in_their_order_whatever_is_asked(chain):
+    model, task, circuit = chain
+    report = evaluate(model, circuit, task, replace(SMALL, parts="DA"), progress=False)
+    assert [part.part for part in report.parts] == ["A", "D"]
+    assert any("resample" in note for note in report.part("A").notes)  # no text: said, not hidden
+
+
+@pytest.mark.parametrize("share", ["none", "all"])
+def test_the_empty_circuit_and_the_whole_model_have_reports_too(chain, random_tokens, share):
+    model, task, circuit = chain
+    kept = torch.full_like(circuit.kept, share == "all")
+    circuit = replace(circuit, kept=kept, edges=circuit.edges.iloc[:0])
+    report = evaluate(
+        model, circuit, task, replace(SMALL, parts="ABCDEIJ"), tokens=random_tokens, progress=False
+    )
+    f = report.part("A").measure("f", "own").value
+    assert f == (1.0 if share == "all" else 0.0)
+    assert report._repr_html_()
+
+
+def test_circuits_of_heads_and_of_dense_models_have_reports(dense_planted, marks, random_tokens):
+    model, _ = dense_planted
+    heads = head_circuit(model, marks.name, [(0, 0)], random_tokens)
+    report = evaluate(
+        model, heads, marks, replace(SMALL, parts="ABCDEI"), tokens=random_tokens, progress=False
+    )
+    assert report.n_edges is None
+    assert report.target_loss is None
+    assert math.isfinite(report.part("A").measure("f", "own").value)
+    assert any("edge" in note for note in report.part("I").notes)
+
+
+def test_thresholds_change_the_verdict_and_nothing_else(chain):
+    model, task, circuit = chain
+    config = replace(SMALL, parts="A")
+    strict = evaluate(
+        model, circuit, task, config, thresholds=Thresholds(recovered=2.0), progress=False
+    )
+    plain = evaluate(model, circuit, task, config, progress=False)
+    pd.testing.assert_frame_equal(strict.to_dataframe(), plain.to_dataframe())
+    outcomes = [
+        {check.criterion.key: check.outcome for check in report.checks}["sufficient"]
+        for report in (strict, plain)
+    ]
+    assert outcomes == ["failed", "passed"]
