@@ -40,8 +40,9 @@ from torch import Tensor
 
 import tl_sparse as tls
 from tl_sparse.circuits import PruningConfig, PruningFailed, count_edges, prune
+from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.problem import frozen, pose
-from tl_sparse.circuits.pruning import prune_many, train_masks
+from tl_sparse.circuits.pruning import prune_many
 
 SETTINGS = 32
 

@@ -38,9 +38,9 @@ import torch
 
 import tl_sparse as tls
 from tl_sparse.circuits import PruningConfig, answer_margins
+from tl_sparse.circuits.mask_training import clipped, train_masks
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, mix_hooks
 from tl_sparse.circuits.problem import GRID, frozen, pose
-from tl_sparse.circuits.pruning import clipped, train_masks
 from tl_sparse.planted.quoted_text import CLOSING, quote_task, quoted_tokenizer, running_text
 
 LAYERS, DENSITY, PAIRS = 8, 1 / 64, 2

@@ -3,8 +3,8 @@ import torch
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import NodeMasks
+from tl_sparse.circuits.mask_training import clipped
 from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, mix_hooks, units
-from tl_sparse.circuits.pruning import clipped
 from tl_sparse.config import ActivationDensity
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 

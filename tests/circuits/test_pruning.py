@@ -16,8 +16,9 @@ from tl_sparse.circuits import (
     pruning,
 )
 from tl_sparse.circuits.calibration import calibrated
+from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.problem import pose, selection_and_training
-from tl_sparse.circuits.pruning import choose_mask, choose_nodes, refined, train_masks
+from tl_sparse.circuits.pruning import choose_mask, choose_nodes, refined
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, evaluate_task, task
 
@@ -311,7 +312,7 @@ def test_pruning_leaves_the_model_and_the_users_hooks(
         def stop(grad):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(pruning, "clipped", stop)
+        monkeypatch.setattr("tl_sparse.circuits.mask_training.clipped", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(model, marks, search, means=means, progress=False)
     else:

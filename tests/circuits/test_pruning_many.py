@@ -17,8 +17,9 @@ from tl_sparse.circuits import (
     prune_many,
     pruning,
 )
+from tl_sparse.circuits.mask_training import TrainingPool, train_masks
+from tl_sparse.circuits.node_masks import NodeMasks
 from tl_sparse.circuits.problem import pose, pose_many
-from tl_sparse.circuits.pruning import TrainingPool, train_masks
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, task
 
@@ -181,7 +182,7 @@ def test_tasks_with_the_same_prompts_and_other_answers_keep_theirs(planted, mark
     swapped = replace(train, answer=train.other, other=train.answer, answers=train.answers[::-1])
     both = [first, replace(first, train=swapped)]
     pool = TrainingPool(both)
-    masks = pruning.NodeMasks(
+    masks = NodeMasks(
         first.index, first.values.repeat(2, 1), init_bias=[0.1] * 2, init_scale=[0.0] * 2,
         temperature=[1.0] * 2, seeds=[0] * 2,
     )  # fmt: skip
@@ -199,7 +200,7 @@ def test_every_step_takes_the_next_pairs(request, planted, marks, late, random_t
     configs = [replace(SEARCH, steps=3), replace(SEARCH, steps=3, seed=1)]
     problems = pose_many(model, list(zip([marks, late], configs, strict=True)), means, None, None)
     pool = TrainingPool(problems)
-    masks = pruning.NodeMasks(
+    masks = NodeMasks(
         means.index, means.values.repeat(2, 1), init_bias=[0.1] * 2, init_scale=[0.0] * 2,
         temperature=[1.0] * 2, seeds=[0] * 2,
     )  # fmt: skip

@@ -16,8 +16,9 @@ from tl_sparse.circuits import (
     prune,
     prune_many,
 )
+from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.problem import pose, pose_many
-from tl_sparse.circuits.pruning import choose_nodes, refined, train_masks
+from tl_sparse.circuits.pruning import choose_nodes, refined
 from tl_sparse.sites import SITE_NAMES
 
 SEARCH = PruningConfig(steps=24, batch_pairs=8, selection_pairs=16, report_pairs=16, lr=0.06)

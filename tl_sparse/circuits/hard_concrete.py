@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.ablation import ActivationMeans, Donors
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.mask_training import MARGIN, SNAPSHOTS, TrainingPool, clipped
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
 from tl_sparse.circuits.problem import (
     PruningFailed,
@@ -24,7 +25,7 @@ from tl_sparse.circuits.problem import (
     frozen,
     pose,
 )
-from tl_sparse.circuits.pruning import MARGIN, SNAPSHOTS, TrainingPool, clipped, finished
+from tl_sparse.circuits.pruning import finished
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.tasks import Task
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import ActivationMeans, Donors
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.mask_training import TrainingPool, train_masks
 from tl_sparse.circuits.masked import gated_margins
 from tl_sparse.circuits.node_masks import NodeMasks
 from tl_sparse.circuits.problem import PruningProblem, frozen, measured, pose
-from tl_sparse.circuits.pruning import TrainingPool, chosen, prune, train_masks
+from tl_sparse.circuits.pruning import chosen, prune
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.faithfulness.schemes import Attack, attack, stochastic_schemes
 from tl_sparse.tasks import Task
