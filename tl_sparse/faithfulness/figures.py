@@ -43,16 +43,25 @@ def overview_figure(report: FaithfulnessReport) -> go.Figure:
     rows = max(len(shares), len(losses), 4)
     figure.update_layout(
         title=f"{escape(printable(report.task))}: what was measured, and its nulls",
-        template="plotly_white", height=140 + 22 * rows,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
-    )  # fmt: skip
+        template="plotly_white",
+        height=140 + 22 * rows,
+        legend={
+            "orientation": "h",
+            "yref": "container",
+            "yanchor": "top",
+            "y": 1.0,
+            "xanchor": "right",
+            "x": 1.0,
+        },
+    )
     return figure
 
 
 def is_drawn(m: Measure) -> bool:
     """Whether a number has a value to draw, an interval or a null beside it, and is no count."""
     beside = math.isfinite(m.low) or math.isfinite(m.null)
-    return math.isfinite(m.value) and beside and m.name not in COUNTS
+    other = m.name in COUNTS or m.name.endswith("margin")  # logits are neither shares nor nats
+    return math.isfinite(m.value) and beside and not other
 
 
 def in_nats(m: Measure) -> bool:

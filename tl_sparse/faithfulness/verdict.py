@@ -106,8 +106,10 @@ CRITERIA: tuple[Criterion, ...] = (
               False),
     Criterion("same roles", "has no node whose effect is opposite in the model", "E", "sign_flips",
               "sign_flips", False),
+    # not constant_answer: a constant needs nothing of the prompt, so it is cheap by right
     Criterion("no nonsense", "is smaller than circuits of nonsense", "F", "size_ratio",
-              "size_ratio", False),
+              "size_ratio", False,
+              ("label_swap", "arbitrary_map", "reinitialised", "shuffled_weights")),
     Criterion("seeds", "is found again with other seeds", "G", "success_rate", "success_rate",
               True),
     Criterion("unique", "has no substitute outside itself", "H", "rounds_survived", "rounds",
