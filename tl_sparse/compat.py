@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 import transformer_lens
 from torch import nn
@@ -287,6 +288,27 @@ def logit_lens_tool() -> Any:
             "table aside"
         ) from None
     return logit_lens
+
+
+def patching_result(
+    values: torch.Tensor, rows: pd.DataFrame, metric: str, baseline: torch.Tensor | None
+) -> Any:
+    """TransformerLens 4's ``PatchingResult`` of per-example values [row, example].
+
+    Raises:
+        NotImplementedError: this TransformerLens has none.
+    """
+    try:
+        from transformer_lens.patching import PatchingResult
+    except ImportError:
+        raise NotImplementedError(
+            f"TransformerLens {transformer_lens_version()} has no PatchingResult (4 has); "
+            "to_dataframe() and examples() have the same values"
+        ) from None
+    return PatchingResult(
+        values=values, axis_names=[], index_df=rows, metric_names=[metric], reduced=False,
+        baseline=baseline,
+    )  # fmt: skip
 
 
 def install_legacy_aliases() -> LegacyAliases:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
 from tl_sparse.faithfulness import (
     EvaluationConfig,
     FaithfulnessReport,
@@ -100,3 +101,27 @@ def test_thresholds_change_the_verdict_and_nothing_else(chain):
         for report in (strict, plain)
     ]
     assert outcomes == ["failed", "passed"]
+
+
+def test_transformer_lens_own_statistics_take_the_prompts_values(chain, random_tokens):
+    model, task, circuit = chain
+    report = evaluate(
+        model, circuit, task, replace(SMALL, parts="A"), tokens=random_tokens, progress=False
+    )
+    if HAS_HOOKED_TRANSFORMER:
+        with pytest.raises(NotImplementedError, match="no PatchingResult"):
+            report.patching_result("A", "loss")
+        return
+    result = report.patching_result("A", "loss")
+    variants = result.index_df["variant"].tolist()
+    assert {"own", "zero", "mean", "resample"} <= set(variants)
+    own = report.part("A").measure("loss", "own")
+    row = variants.index("own")
+    assert float(result.mean()[row]) == pytest.approx(own.value, abs=1e-6)
+    low, high = result.bootstrap_ci()
+    assert float(low[row]) <= own.value <= float(high[row])
+    model_loss = report.part("A").measure("model_loss").value
+    assert float(result.effect()[row].mean()) == pytest.approx(own.value - model_loss, abs=1e-6)
+    assert len(result.permutation_pvalue(n_permutations=20)) == len(variants)
+    with pytest.raises(KeyError, match="no 'nothing' by prompt"):
+        report.patching_result("A", "nothing")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from tl_sparse import compat
 from tl_sparse.checkpoints import read_json
 from tl_sparse.faithfulness.config import PARTS, EvaluationConfig
 from tl_sparse.faithfulness.measure import Measure, PartResult
@@ -112,6 +113,34 @@ class FaithfulnessReport:
         if not frames:
             return pd.DataFrame(columns=columns)
         return pd.concat(frames, ignore_index=True)[columns]
+
+    def patching_result(self, part: str, name: str) -> Any:
+        """A metric's per-prompt values, a row per variant, as TransformerLens' ``PatchingResult``.
+
+        Its bootstrap and permutation tests then apply. The baseline of part A's ``loss`` is the
+        whole model's loss. TransformerLens takes prompts to be independent; our intervals draw the
+        two prompts of a pair together.
+
+        Raises:
+            NotImplementedError: the installed TransformerLens is older than 4.
+            KeyError: the part has no such metric with a value per prompt.
+        """
+        found = self.part(part)
+        whole = len(self.prompts)
+        rows = {
+            m.variant: m.examples
+            for m in found.measures
+            if m.name == name and m.examples is not None and len(m.examples) == whole
+        }
+        if not rows:
+            names = sorted({m.name for m in found.measures if m.examples is not None})
+            raise KeyError(f"part {part} has no {name!r} by prompt; it has {', '.join(names)}")
+        baseline = None
+        if (part, name) == ("A", "loss"):
+            baseline = found.measure("model_loss").examples
+        return compat.patching_result(
+            torch.stack(list(rows.values())), pd.DataFrame({"variant": list(rows)}), name, baseline
+        )
 
     def to_plotly(self) -> go.Figure:
         """Every number with an interval, and its null beside it."""
