@@ -26,11 +26,19 @@ import torch
 import tl_sparse as tls
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed
 from tl_sparse.data import CorpusConfig, validation_text
-from tl_sparse.faithfulness import EvaluationConfig, FaithfulnessReport, evaluate, faithful_prune
+from tl_sparse.faithfulness import (
+    EvaluationConfig,
+    FaithfulConfig,
+    FaithfulnessReport,
+    Thresholds,
+    evaluate,
+    faithful_prune,
+)
 from tl_sparse.tasks import Task, evaluate_task, get, names
 
 MODELS = ("sparse", "dense")
 KINDS = ("plain", "faithful")
+LIMIT = FaithfulConfig(limit=Thresholds().partial_loss)  # what the suite asks for under an attack
 
 
 def main() -> None:
@@ -85,9 +93,11 @@ def circuit_of(
     if (folder / "why_not.txt").is_file():
         return (folder / "why_not.txt").read_text()
     folder.mkdir(parents=True, exist_ok=True)
-    find: Any = tls.prune if kind == "plain" else faithful_prune
     try:
-        circuit = find(model, task, config, means=means, progress=False)
+        if kind == "plain":
+            circuit = tls.prune(model, task, config, means=means, progress=False)
+        else:
+            circuit = faithful_prune(model, task, config, LIMIT, means=means, progress=False)
     except (PruningFailed, ValueError) as error:
         (folder / "why_not.txt").write_text(str(error))
         return str(error)

@@ -14,6 +14,7 @@ from tl_sparse.faithfulness import (
     head_circuit,
 )
 from tl_sparse.faithfulness.config import PARTS
+from tl_sparse.faithfulness.evaluate import RUNS
 
 SMALL = EvaluationConfig(
     pairs=8, draws=50, controls=3, few_pairs=4, subsets=4, constant_steps=3, optimal_controls=1,
@@ -92,7 +93,7 @@ def test_thresholds_change_the_verdict_and_nothing_else(chain):
     model, task, circuit = chain
     config = replace(SMALL, parts="A")
     strict = evaluate(
-        model, circuit, task, config, thresholds=Thresholds(recovered=2.0), progress=False
+        model, circuit, task, config, thresholds=Thresholds(loss=1e-9), progress=False
     )
     plain = evaluate(model, circuit, task, config, progress=False)
     pd.testing.assert_frame_equal(strict.to_dataframe(), plain.to_dataframe())
@@ -125,3 +126,40 @@ def test_transformer_lens_own_statistics_take_the_prompts_values(chain, random_t
     assert len(result.permutation_pvalue(n_permutations=20)) == len(variants)
     with pytest.raises(KeyError, match="no 'nothing' by prompt"):
         report.patching_result("A", "nothing")
+
+
+def test_a_circuit_without_target_and_scores_has_a_report(chain, random_tokens):
+    """Released circuits have neither."""
+    model, task, circuit = chain
+    bare = replace(
+        circuit,
+        target_loss=math.nan,
+        tau=torch.full_like(circuit.tau, math.nan),
+        seed=-1,
+        config={},
+    )
+    report = evaluate(
+        model, bare, task, replace(SMALL, parts="AF"), tokens=random_tokens, progress=False
+    )
+    assert "cpr, cmd: these units were not ranked" in report.part("A").notes
+    assert report.part("F").measures
+
+
+def test_what_cannot_be_measured_does_not_lose_the_rest(chain, monkeypatch):
+    def fails(subject):
+        raise ValueError("grouped keys have no matrices")
+
+    model, task, circuit = chain
+    monkeypatch.setitem(RUNS, "F", fails)
+    report = evaluate(model, circuit, task, replace(SMALL, parts="AF"), progress=False)
+    assert report.part("A").measures
+    assert report.part("F").notes == ("not measured: grouped keys have no matrices",)
+    check = next(c for c in report.checks if c.criterion.key == "no nonsense")
+    assert (check.outcome, check.reason) == ("not measured", report.part("F").notes[0])
+
+
+def test_what_has_to_be_read_with_the_numbers_is_said(chain):
+    model, task, circuit = chain
+    resampled = replace(circuit, config=dict(circuit.config) | {"ablation": "resample"})
+    report = evaluate(model, resampled, task, replace(SMALL, parts="D"), progress=False)
+    assert any("found by resampling" in note for note in report.part("D").notes)

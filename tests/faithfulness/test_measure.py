@@ -59,6 +59,14 @@ def test_a_null_is_kept_with_its_range():
     assert (found.null_low, found.null_high) == pytest.approx((0.025, 0.975))
 
 
-def test_what_is_not_finite_has_no_interval():
-    assert all(math.isnan(end) for end in interval(torch.tensor([1.0, math.inf])))
+def test_what_is_undefined_in_a_draw_has_an_interval_without_end():
+    assert interval(torch.tensor([1.0, math.inf])) == (-math.inf, math.inf)
     assert all(math.isnan(end) for end in interval(torch.tensor([])))
+
+
+def test_few_pairs_have_an_interval_without_end():
+    few, enough = (
+        measured_mean("A", "f", "", [torch.rand(2 * pairs)], draws=50, seed=0) for pairs in (7, 8)
+    )
+    assert (few.low, few.high) == (-math.inf, math.inf)
+    assert -math.inf < enough.low <= enough.high < math.inf

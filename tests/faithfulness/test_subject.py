@@ -102,6 +102,8 @@ def test_wrong_heads_hooks_and_groups_are_refused(planted, random_tokens):
         head_circuit(model, "t", [(0, 7)], random_tokens)
     with pytest.raises(ValueError, match="no hook 'nowhere'"):
         hook_circuit(model, "t", {"nowhere": torch.ones(3, dtype=torch.bool)}, random_tokens)
+    with pytest.raises(ValueError, match="hook_z has 8 channels, not 4"):
+        hook_circuit(model, "t", {"blocks.0.attn.hook_z": torch.ones(4) > 0}, random_tokens)
     half = {"blocks.0.attn.hook_z": torch.arange(8) < 2}
     group = {"blocks.0.attn.hook_z": torch.arange(8) // 4}
     with pytest.raises(ValueError, match="kept in part"):

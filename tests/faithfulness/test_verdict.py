@@ -20,21 +20,23 @@ def outcome(found, key):
 def test_every_criterion_has_a_part_and_a_threshold():
     names = {f.name for f in fields(Thresholds)}
     assert {c.bound for c in CRITERIA} == names
-    assert {c.part for c in CRITERIA} == set(PARTS)
+    # J is not judged: swapped at the last token, values of the same answer always keep it
+    assert {c.part for c in CRITERIA} == set(PARTS) - {"J"}
     assert len({c.key for c in CRITERIA}) == len(CRITERIA)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.6, 0.9, "passed"), (0.4, 0.9, "uncertain"), (0.1, 0.4, "failed")],
-)
+    [(0.1, 0.3, "passed"), (0.3, 0.4, "uncertain"), (0.4, 0.6, "failed"),
+     (-math.inf, math.inf, "uncertain")],
+)  # fmt: skip
 def test_the_whole_interval_has_to_pass(low, high, expected):
-    found = checks([part(Measure("A", "loss_recovered", "own", 0.5, low, high))], Thresholds())
+    found = checks([part(Measure("A", "loss", "own", 0.2, low, high))], Thresholds())
     assert outcome(found, "sufficient") == expected
 
 
 def test_a_number_that_is_no_better_than_its_null_does_not_pass():
-    m = Measure("A", "loss_recovered", "own", 0.8, 0.7, 0.9, null=0.9, null_low=0.8, null_high=0.95)
+    m = Measure("A", "loss", "own", 0.2, 0.15, 0.25, null=0.1, null_low=0.05, null_high=0.12)
     assert outcome(checks([part(m)], Thresholds()), "sufficient") == "failed"
 
 
@@ -44,37 +46,58 @@ def test_losses_pass_below_their_threshold():
         assert outcome(checks([part(m)], Thresholds()), "worst subset") == expected
 
 
+VARIANTS = ("zero", "mean", "task_mean", "positional_mean", "resample")
+
+
 def test_of_several_variants_the_worst_counts():
-    good, bad = (
-        Measure("A", "loss_recovered", "zero", 0.9),
-        Measure("A", "loss_recovered", "resample", 0.1),
+    losses = [Measure("A", "loss", name, 0.1) for name in VARIANTS[:-1]]
+    found = checks([part(*losses, Measure("A", "loss", "resample", 0.9))], Thresholds())
+    worst = {c.criterion.key: c for c in found}["any ablation"]
+    assert worst.outcome == "failed"
+    assert "resample" in worst.reason
+    assert "the worst of 5" in worst.reason
+
+
+def test_a_variant_that_was_not_measured_leaves_the_answer_open():
+    losses = [Measure("A", "loss", name, 0.1) for name in VARIANTS[:-1]]
+    found = {c.criterion.key: c for c in checks([part(*losses)], Thresholds())}["any ablation"]
+    assert (found.outcome, found.reason) == ("uncertain", "not measured: resample")
+    bad = part(*losses[:-1], Measure("A", "loss", "positional_mean", 0.9))
+    assert outcome(checks([bad], Thresholds()), "any ablation") == "failed"
+
+
+def test_where_the_model_has_no_margin_shares_of_it_are_not_judged():
+    margins = (
+        Measure("A", "model_margin", "", 1.0, 0.5, 1.5),
+        Measure("A", "empty_margin", "own", 2.0, 1.0, 3.0),
     )
-    found = [
-        c for c in checks([part(good, bad)], Thresholds()) if c.criterion.key == "any ablation"
+    share = PartResult("B", (Measure("B", "necessity", "outside", 1.0, 0.9, 1.1),))
+    assert outcome(checks([share], Thresholds()), "necessary") == "passed"
+    (found,) = [
+        c for c in checks([part(*margins), share], Thresholds()) if c.criterion.key == "necessary"
     ]
-    assert found[0].outcome == "failed"
-    assert "resample" in found[0].reason
-    assert "the worst of 2" in found[0].reason
+    assert found.outcome == "not measured"
+    assert "nothing to explain: the model's mean margin is 1" in found.reason
 
 
 def test_what_was_not_measured_is_said():
     found = checks([part(Measure("E", "other", "", 1.0), notes=("no heads",))], Thresholds())
     assert {check.outcome for check in found} == {"not measured"}
     assert "no heads" in found[0].reason
-    nan = checks([part(Measure("A", "loss_recovered", "own", math.nan))], Thresholds())
+    nan = checks([part(Measure("A", "loss", "own", math.nan))], Thresholds())
     assert outcome(nan, "sufficient") == "not measured"
 
 
 def test_the_words_say_what_passed_and_what_did_not():
     measures = (
-        Measure("A", "loss_recovered", "own", 0.9, 0.8, 1.0),
+        Measure("A", "loss", "own", 0.1, 0.05, 0.2),
         Measure("A", "accuracy", "own", 0.5, 0.4, 0.6),
     )  # fmt: skip
     text = verdict(checks([part(*measures)], Thresholds()), 128)
     assert "1 of 3 checks passed on 128 held-out prompts" in text
     assert "The circuit does the task alone" in text
     assert "It does not hold that it answers held-out prompts right" in text
-    assert "Not measured: whether it does the task however the rest is ablated" in text
+    assert "Not measured: whether it does the task however all of the rest is ablated" in text
 
 
 def test_the_documentation_states_every_check_and_its_threshold():

@@ -62,7 +62,7 @@ def completeness_gaps(subject: Subject) -> list[Measure]:
 def gap(means: Float[Tensor, "draw column"]) -> Float[Tensor, "draw knockout"]:
     """The gaps of mean margins: of ∅ and M, then of every circuit, then of the model."""
     circuit, model = means[:, 2:].chunk(2, dim=1)
-    return (circuit - model).abs() / (means[:, 1:2] - means[:, :1])
+    return (circuit - model).abs() / (means[:, 1:2] - means[:, :1]).abs()
 
 
 def knockout_gaps(

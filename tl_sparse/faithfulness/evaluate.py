@@ -70,13 +70,17 @@ def evaluate(
     """
     whom = subject(model, circuit, task, config, tokens)
     letters = [letter for letter in PARTS if letter in whom.config.parts]
-    found = []
+    found, said = [], caveats(whom)
     bar = tqdm(letters, desc=f"evaluate {task.name}", leave=False, disable=not progress)
     for letter in bar:
         bar.set_postfix_str(PARTS[letter])
         began = time.perf_counter()
-        result = RUNS[letter](whom)
-        found.append(replace(result, seconds=time.perf_counter() - began))
+        try:
+            result = RUNS[letter](whom)
+        except ValueError as error:  # what cannot be measured must not lose the rest
+            result = PartResult(letter, (), notes=(f"not measured: {error}",))
+        notes = (*said, *result.notes)
+        found.append(replace(result, notes=notes, seconds=time.perf_counter() - began))
     edges = circuit.n_edges if isinstance(circuit, Circuit) else None
     return FaithfulnessReport(
         task=task.name,
@@ -96,3 +100,16 @@ def evaluate(
             "torch": version("torch"),
         },
     )
+
+
+def caveats(subject: Subject) -> tuple[str, ...]:
+    """What every number of the report has to be read with."""
+    found = []
+    config = getattr(subject.circuit, "config", {})
+    if config.get("ablation") == "resample":
+        found.append(
+            "the circuit was found by resampling removed nodes; here they are held at their means"
+        )
+    if len(subject.batch) < 2 * subject.config.pairs:
+        found.append(f"{len(subject.batch) // 2} of {subject.config.pairs} pairs: no more are left")
+    return tuple(found)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+FEWEST = 8  # pairs: an interval of fewer would say less than it seems to
 Statistic = Callable[[Float[Tensor, "draw column"]], Float[Tensor, " draw"]]
 
 
@@ -31,7 +32,8 @@ class Measure:
     value: float
     """The number."""
     low: float = math.nan
-    """Lower end of the 95% interval; NaN if the number is not a mean over prompts."""
+    """Lower end of the 95% interval; NaN if the number is not a mean over prompts, -∞ if it is one
+    of too few (below 8 pairs) or undefined in some draws."""
     high: float = math.nan
     """Upper end."""
     null: float = math.nan
@@ -103,9 +105,11 @@ def bootstrap_means(
 
 
 def interval(values: Float[Tensor, " draw"]) -> tuple[float, float]:
-    """Where the middle 95% of values lie; NaN if any of them is."""
-    if not len(values) or not bool(values.isfinite().all()):
+    """Where the middle 95% of values lie; without end if any is undefined, NaN of none at all."""
+    if not len(values):
         return math.nan, math.nan
+    if not bool(values.isfinite().all()):
+        return -math.inf, math.inf
     low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(low), float(high)
 
@@ -141,6 +145,8 @@ def measured_mean(
     statistic = statistic or (lambda means: means[:, 0])
     value = float(statistic(table.mean(0, keepdim=True)))
     low, high = interval(statistic(bootstrap_means(table, draws, seed)))
+    if len(table) < 2 * FEWEST:
+        low, high = -math.inf, math.inf
     nulls = (math.nan, math.nan, math.nan)
     if null is not None:
         nulls = (float(null.double().mean()), *interval(null.cpu()))

@@ -71,7 +71,8 @@ def search_target(subject: Subject) -> float:
     """
     target = subject.config.search_target
     if target is None and isinstance(subject.circuit, Circuit):
-        target = subject.circuit.target_loss
+        own = subject.circuit.target_loss
+        target = None if math.isnan(own) else own
     if target is None:
         batch = subject.discovery.pairs(0, DISCOVERY)
         with frozen(subject.model):

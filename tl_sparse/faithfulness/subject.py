@@ -7,6 +7,7 @@ the channels of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, FwdHook, Replacement, activation_means
+from tl_sparse.ablation import (
+    ActivationMeans,
+    FwdHook,
+    Replacement,
+    activation_donors,
+    activation_means,
+)
 from tl_sparse.checkpoints import fingerprint
 from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.circuits.masked import masked_margins
@@ -75,6 +82,7 @@ def hook_circuit(
         ValueError: an unknown hook, a mask of another width, or a group that is kept in part.
     """
     index = NodeIndex.over(model, {name: len(mask) for name, mask in kept.items()}, d_head)
+    check_widths(model, index, tokens)
     if unknown := sorted(set(groups or {}) - set(kept)):
         raise ValueError(f"groups of {', '.join(unknown)}, which are none of {', '.join(kept)}")
     unit, start = [], 0
@@ -90,6 +98,15 @@ def hook_circuit(
     if not bool(((shares == 0) | (shares == 1)).all()):
         raise ValueError("a group is kept in part: keep all of its channels or none")
     return HookCircuit(task, index, units, flat, means)
+
+
+def check_widths(model: nn.Module, index: NodeIndex, tokens: Int[Tensor, "sequence pos"]) -> None:
+    """ValueError unless every hook has as many channels as the index says."""
+    found = activation_donors(model, tokens[:1], index=index)
+    for name, piece in index.slices.items():
+        width = found.activations[name].flatten(2).shape[2]
+        if width != piece.stop - piece.start:
+            raise ValueError(f"{name} has {width} channels, not {piece.stop - piece.start}")
 
 
 def head_circuit(
@@ -252,7 +269,8 @@ def subject(
     selection, training = selection_and_training(task, found_with)
     seen = set(training.prompts) | set(selection.prompts)
     # another seed than the one whose held-out prompts were reported at discovery
-    drawn = task.batch(SPARE * config.pairs, split="held_out", seed=found_with.seed + 1)
+    seed = found_with.seed + 1 + config.seed
+    drawn = task.batch(SPARE * config.pairs, split="held_out", seed=seed)
     fresh = [
         i for i, pair in enumerate(zip(drawn.prompts[::2], drawn.prompts[1::2], strict=True))
         if not seen & set(pair)
@@ -270,4 +288,6 @@ def pruning_config_of(circuit: Circuit) -> PruningConfig:
     """The pruning config that a circuit was found with, as far as its record tells."""
     known = PruningConfig.__dataclass_fields__
     settings = {name: value for name, value in circuit.config.items() if name in known}
-    return replace(PruningConfig(), **settings | {"target_loss": circuit.target_loss})
+    if 0 < circuit.target_loss < math.log(2):  # a released circuit has none
+        settings["target_loss"] = circuit.target_loss
+    return replace(PruningConfig(), **settings)

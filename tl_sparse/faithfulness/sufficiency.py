@@ -86,12 +86,13 @@ def sufficiency(subject: Subject) -> PartResult:
     found.append(_mean("model_loss", "", subject, [F.softplus(-model)]))
     found.append(_mean("model_margin", "", subject, [model]))
     tables = {}
-    if isinstance(subject.circuit, Circuit):
+    if isinstance(subject.circuit, Circuit) and bool(subject.circuit.tau.isfinite().all()):
         measures, tables["ranking"] = ranking_measures(subject, subject.circuit.tau.cpu().float())
         found += measures
     else:
-        notes.append("calibrated_loss (own): no calibration is stored, so it is fitted too")
         notes.append("cpr, cmd: these units were not ranked")
+    if not isinstance(subject.circuit, Circuit):
+        notes.append("calibrated_loss (own): no calibration is stored, so it is fitted too")
     return PartResult("A", tuple(found), tables, tuple(notes))
 
 

@@ -21,8 +21,9 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 class Thresholds:
     """Where a number is good enough."""
 
-    recovered: float = 0.5
-    """Least share of the loss between nothing and the whole model that the circuit recovers."""
+    loss: float = math.log(2) / 2
+    """Largest loss (nats) of a circuit that does its task, however the rest is ablated; half of
+    chance."""
     accuracy: float = 0.9
     """Least share of held-out prompts that the circuit answers right."""
     necessity: float = 0.5
@@ -32,8 +33,6 @@ class Thresholds:
     margin."""
     minimality: float = 0.9
     """Least share of the circuit's units of which each one matters."""
-    partial_loss: float = math.log(2) / 2
-    """Largest loss (nats) when part of the rest is ablated; half of chance."""
     frozen_share: float = 0.5
     """Least share of the circuit's own margin that is left with the norms held at the model's
     scales."""
@@ -48,13 +47,12 @@ class Thresholds:
     """Largest size of the circuit as a share of a nonsense circuit's."""
     success_rate: float = 0.9
     """Least share of seeds that find a circuit."""
+    overlap: float = 0.5
+    """Least mean overlap (Jaccard) with the circuits of other seeds."""
     bump: float = 0.1
     """Most nats by which re-enabling removed nodes may make the loss worse than both ends."""
     rounds: float = 0.0
     """Most further circuits that are found without the nodes of this one."""
-    meaning: float = 0.5
-    """Least share of the circuit's own margin that is left with its nodes' values swapped between
-    prompts of the same answer."""
     agreement: float = 0.5
     """Least correlation of what a change of the prompt does in circuit and model."""
 
@@ -82,22 +80,21 @@ class Criterion:
 
 
 CRITERIA: tuple[Criterion, ...] = (
-    Criterion("sufficient", "does the task alone, as it was found", "A", "loss_recovered",
-              "recovered", True, ("own",), beats_null=True),
+    Criterion("sufficient", "does the task alone, as it was found", "A", "loss", "loss", False,
+              ("own",), beats_null=True),
     Criterion("accurate", "answers held-out prompts right", "A", "accuracy", "accuracy", True,
               ("own",)),
-    Criterion("any ablation", "does the task however the rest is ablated", "A",
-              "loss_recovered", "recovered", True,
-              ("zero", "mean", "task_mean", "positional_mean", "resample")),
+    Criterion("any ablation", "does the task however all of the rest is ablated", "A", "loss",
+              "loss", False, ("zero", "mean", "task_mean", "positional_mean", "resample")),
     Criterion("necessary", "is needed by the whole model", "B", "necessity", "necessity", True,
               beats_null=True),
     Criterion("complete", "reacts to knockouts as the whole model does", "B", "completeness_gap",
               "completeness_gap", False, ("random",)),
-    Criterion("minimal", "has no nodes to spare", "B", "minimality", "minimality", True),
+    Criterion("minimal", "has few nodes to spare", "B", "minimality", "minimality", True),
     Criterion("random subsets", "holds when random parts of the rest are ablated", "C",
-              "stochastic_loss", "partial_loss", False),
+              "stochastic_loss", "loss", False),
     Criterion("worst subset", "holds when an adversary chooses what of the rest is ablated", "C",
-              "adversarial_loss", "partial_loss", False),
+              "adversarial_loss", "loss", False),
     Criterion("norms", "does not live on norms that amplify what is left", "D", "frozen_share",
               "frozen_share", True),
     Criterion("same values", "has nodes with the values that they have in the model", "E", "fvu",
@@ -107,16 +104,18 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion("same roles", "has no node whose effect is opposite in the model", "E", "sign_flips",
               "sign_flips", False),
     # not constant_answer: a constant needs nothing of the prompt, so it is cheap by right
-    Criterion("no nonsense", "is smaller than circuits of nonsense", "F", "size_ratio",
-              "size_ratio", False,
+    Criterion("no nonsense",
+              "is of a task whose circuits come out smaller than nonsense's (quick searches)",
+              "F", "size_ratio", "size_ratio", False,
               ("label_swap", "arbitrary_map", "reinitialised", "shuffled_weights")),
-    Criterion("seeds", "is found again with other seeds", "G", "success_rate", "success_rate",
-              True),
-    Criterion("unique", "has no substitute outside itself", "H", "rounds_survived", "rounds",
-              False),
-    Criterion("monotone", "does not get worse as the rest comes back", "I", "bump", "bump", False),
-    Criterion("meaning", "computes with what prompts of one answer share", "J", "swap_share",
-              "meaning", True),
+    Criterion("seeds", "is of a task that other seeds find circuits for too (quick searches)", "G",
+              "success_rate", "success_rate", True),
+    Criterion("same nodes", "shares its nodes with the circuits of other seeds", "G", "overlap",
+              "overlap", True, beats_null=True),
+    Criterion("unique", "has no substitute that a quick search finds outside it", "H",
+              "rounds_survived", "rounds", False),
+    Criterion("monotone", "is hardly ever worse than itself and the model as the rest comes back",
+              "I", "bump", "bump", False),
     Criterion("predictions", "predicts what changed prompts do to the model", "K",
               "prediction_agreement", "agreement", True),
 )  # fmt: skip
@@ -135,13 +134,37 @@ class Check:
     """The numbers behind it."""
 
 
+SHARES = ("necessity", "completeness_gap", "minimality", "frozen_share")
+"""Metrics in which m(M) - m(∅) or the like is divided by: without it they say nothing."""
+
+
 def checks(parts: Sequence[PartResult], thresholds: Thresholds) -> tuple[Check, ...]:
     """Every question that the parts at hand may answer."""
     by_letter = {part.part: part for part in parts}
-    return tuple(
-        check(criterion, by_letter[criterion.part], getattr(thresholds, criterion.bound))
-        for criterion in CRITERIA
-        if criterion.part in by_letter
+    empty = nothing_to_explain(by_letter.get("A"))
+    found = []
+    for criterion in CRITERIA:
+        if criterion.part not in by_letter:
+            continue
+        if empty and criterion.name in SHARES:
+            found.append(Check(criterion, "not measured", empty))
+            continue
+        bound = getattr(thresholds, criterion.bound)
+        found.append(check(criterion, by_letter[criterion.part], bound))
+    return tuple(found)
+
+
+def nothing_to_explain(part: PartResult | None) -> str:
+    """Why shares of the model's margin say nothing, if so; needs part A."""
+    if part is None:
+        return ""
+    known = {(m.name, m.variant): m for m in part.measures}
+    model, empty = known.get(("model_margin", "")), known.get(("empty_margin", "own"))
+    if model is None or empty is None or model.low > empty.high:
+        return ""
+    return (
+        f"there is nothing to explain: the model's mean margin is {number(model.value)}, and with "
+        f"everything removed {number(empty.value)}"
     )
 
 
@@ -156,6 +179,10 @@ def check(criterion: Criterion, part: PartResult, bound: float) -> Check:
     if not found:
         return Check(criterion, "not measured", "; ".join(part.notes) or "no such number")
     outcomes = [outcome_of(criterion, m, bound) for m in found]
+    missing = set(criterion.variants or ()) - {m.variant for m in found}
+    if missing and "failed" not in outcomes:
+        names = ", ".join(name for name in criterion.variants or () if name in missing)
+        return Check(criterion, "uncertain", f"not measured: {names}")
     order: tuple[Outcome, ...] = ("failed", "uncertain", "passed")
     worst = min(range(len(found)), key=lambda i: (order.index(outcomes[i]), _slack(criterion,
                 found[i], bound)))  # fmt: skip
