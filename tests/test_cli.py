@@ -143,8 +143,8 @@ def test_recipe_reaches_the_run_and_options_change_it(monkeypatch):
 
 
 def test_an_unknown_command_names_the_commands(capsys):
-    assert "demo, train, prune, info" in refused(capsys, "trian")
-    assert "demo, train, prune, info" in refused(capsys)
+    assert "demo, train, prune, evaluate, info" in refused(capsys, "trian")
+    assert "demo, train, prune, evaluate, info" in refused(capsys)
 
 
 def test_an_unknown_recipe_names_the_recipes(capsys):

@@ -166,7 +166,7 @@ def test_an_interrupted_report_leaves_the_old_files(result_of, tmp_path, monkeyp
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("tl_sparse.demo.report.os.replace", fail)
+    monkeypatch.setattr("tl_sparse.whole_files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(replace(result, failures={("a", "b"): "c"}))
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("report*")}

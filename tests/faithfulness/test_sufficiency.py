@@ -209,7 +209,7 @@ def test_circuits_of_heads_and_of_dense_models_work(
                        constant_steps=3)  # fmt: skip
     found = sufficiency(heads)
     assert [note.partition(":")[0] for note in found.notes] == [
-        "calibrated_loss (own)", "cpr, cmd",
+        "cpr, cmd", "calibrated_loss (own)",
     ]  # fmt: skip
     margins = slow_margins(
         model, heads.batch, heads.index, heads.kept, fixed(heads.index, heads.values)
