@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.model import SparseTransformer
+from tl_sparse.planted.noise import write_noise
 from tl_sparse.planted.planted_model import PlantedModel
 from tl_sparse.planted.quoted_text import (
     CLOSING,
@@ -189,13 +189,7 @@ def write_distractors(model: SparseTransformer, places: Places, generator: torch
     Nobody reads the loud channel but the norms.
     """
 
-    def noise(weight: Float[Tensor, "..."], std: float, fan_in: int | None = None) -> None:
-        values = std * torch.randn(weight.shape, generator=generator)
-        if fan_in is not None:
-            values *= torch.rand(weight.shape, generator=generator) < DENSITY
-            values /= (DENSITY * fan_in) ** 0.5
-        weight.copy_(values)
-
+    noise = partial(write_noise, density=DENSITY, generator=generator)
     parts: Any = model
     own, d_model = places.channels, model.config.d_model
     noise(parts.embed.W_E, 1.0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from tl_sparse.ablation import activation_means
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.model import SparseTransformer
+from tl_sparse.planted.noise import write_noise
 from tl_sparse.planted.planted_model import PlantedModel
 from tl_sparse.tasks import Task
 
@@ -236,13 +238,7 @@ def write_distractors(
     own = [*places.channel.values(), *places.ballast]
     unread = [*places.ballast, *(places.channel[name] for name in sorted(plan.unread))]
 
-    def noise(weight: Float[Tensor, "..."], std: float, fan_in: int | None = None) -> None:
-        values = std * torch.randn(weight.shape, generator=generator)
-        if fan_in is not None:
-            values *= torch.rand(weight.shape, generator=generator) < DENSITY
-            values /= (DENSITY * fan_in) ** 0.5
-        weight.copy_(values)
-
+    noise = partial(write_noise, density=DENSITY, generator=generator)
     parts: Any = model
     noise(parts.embed.W_E, 1.0)
     parts.embed.W_E[:, own] = 0
