@@ -31,21 +31,21 @@ import torch
 import torch.nn.functional as F
 
 import tl_sparse as tls
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import (
     Circuit,
     PruningConfig,
     PruningFailed,
-    answer_margins,
     count_edges,
-    masked_losses,
     prune_edges,
     prune_many,
     random_edges,
 )
-from tl_sparse.circuits.interpretability import geometric_mean
 from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.sparsity.weight_masks import WeightMasks
+from tl_sparse.studies.interpretability import geometric_mean
 from tl_sparse.tasks import Task, evaluate_task, get, names
-from tl_sparse.weight_masks import WeightMasks
 
 DRAWS = 20  # random node sets beside each circuit
 MODELS = ("sparse", "dense")
@@ -143,7 +143,7 @@ def circuits_of(
             continue
         whole = evaluate_task(model, task, args.pairs, split="train", seed=args.seed).loss
         if whole > 0.9 * target:
-            found[target] = f"the whole model's loss is {whole:.3f}"
+            found[target] = f"the full model's loss is {whole:.3f}"
             continue
         jobs[target] = PruningConfig(
             target_loss=target, steps=args.steps, report_pairs=args.pairs, seed=args.seed
@@ -201,12 +201,12 @@ def pruned_twin(
     masks = WeightMasks.top_k(dense, density)
     batch = task.batch(args.pairs, split="held_out", seed=args.seed)
     with masks.applied(dense), torch.no_grad():
-        margins = answer_margins(dense, batch, circuit.hooks())
-        whole = answer_margins(dense, batch)
+        logit_diffs = task_logit_diffs(dense, batch, circuit.hooks())
+        whole = task_logit_diffs(dense, batch)
         edges = count_edges(dense, circuit.index, circuit.kept)
     return {
         "twin_edges": edges,
-        "twin_loss": float(F.softplus(-margins).mean()),
+        "twin_loss": float(F.softplus(-logit_diffs).mean()),
         "twin_whole_loss": float(F.softplus(-whole).mean()),
     }
 

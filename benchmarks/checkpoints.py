@@ -5,7 +5,7 @@ log2 C(n, k) + k * value bits, for n entries of which k are nonzero (a dense ten
 its entries), in float32, float16 and bfloat16, at several densities of the weight matrices.
 
 CPU time, in one process and in interleaved rounds: reading the packed weights, and loading the
-whole model, against ``safetensors.torch.load_file`` of the same tensors stored plainly. Prints a
+full model, against ``safetensors.torch.load_file`` of the same tensors stored plainly. Prints a
 table and writes checkpoints.json.
 
     python benchmarks/checkpoints.py
@@ -26,8 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tl_sparse as tls
-from tl_sparse.checkpoints import from_pretrained, read_weights
-from tl_sparse.packing import set_bits
+from tl_sparse.checkpoints.packed import from_pretrained
+from tl_sparse.storage.packing import set_bits
+from tl_sparse.storage.tensor_files import read_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -1,7 +1,7 @@
 """How much faster is a compiled circuit than the mean-ablated full model?
 
 Prunes a circuit of a bundled model for a task, compiles it, and times, in one process and in
-interleaved rounds, the answer margins of 256 prompts and of one prompt:
+interleaved rounds, the answer logit_diffs of 256 prompts and of one prompt:
 
 - ``full``: the full model without hooks,
 - ``masked``: the full model under the circuit's hooks (unembedding at the last tokens only),
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import tl_sparse as tls
-from tl_sparse.circuits import answer_margins
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.tasks import TaskBatch
 
 
@@ -92,10 +92,10 @@ def measure(name: str, task_name: str, args: argparse.Namespace) -> list[dict[st
     for n in (256, 1):
         part = first(batch, n)
         calls = {
-            "full": lambda part=part: answer_margins(model, part),
-            "masked": lambda part=part: answer_margins(model, part, hooks),
-            "compiled": lambda part=part: compiled.margins(part),
-            "inexact": lambda part=part: inexact.margins(part),
+            "full": lambda part=part: task_logit_diffs(model, part),
+            "masked": lambda part=part: task_logit_diffs(model, part, hooks),
+            "compiled": lambda part=part: compiled.logit_diffs(part),
+            "inexact": lambda part=part: inexact.logit_diffs(part),
         }
         row = {
             "model": name, "task": task_name, "nodes": circuit.n_nodes, "edges": circuit.n_edges,

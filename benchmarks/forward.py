@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import tl_sparse as tls
 from tl_sparse import compat
-from tl_sparse.conversion import to_transformer_lens
+from tl_sparse.checkpoints.transformer_lens import to_transformer_lens
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"n_layers": 2, "d_model": 128, "d_head": 16, "n_ctx": 64, "batch": 32},

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from tl_sparse import planted
+from tl_sparse import ground_truth
 from tl_sparse.circuits import Circuit
 from tl_sparse.faithfulness import EvaluationConfig, HookCircuit, head_circuit
 from tl_sparse.faithfulness.evaluate import evaluate
 from tl_sparse.faithfulness.report import FaithfulnessReport
-from tl_sparse.planted.compiled_programs import PROGRAMS
+from tl_sparse.ground_truth.compiled_programs import PROGRAMS
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,24 @@ class Row:
     """A circuit to test."""
 
     name: str
-    planted: planted.PlantedModel
+    planted: ground_truth.GroundTruthModel
     circuit: Circuit | HookCircuit
     caught_by: tuple[str, ...] = ()
 
 
 def rows(seed: int) -> list[Row]:
     """All circuits."""
-    models = planted.planted_models(seed)
+    models = ground_truth.ground_truth_models(seed)
     found = [Row(f"{name}", model, model.circuit()) for name, model in models.items()]
-    closing = planted.quote_closing(distractors=27, seed=seed)
+    closing = ground_truth.quote_closing(distractors=27, seed=seed)
     found.append(Row("quote_closing", closing, closing.circuit()))
     for name in PROGRAMS:
-        program = planted.compiled(name, seed)
+        program = ground_truth.compiled(name, seed)
         heads = head_circuit(program.model, program.task.name, program.heads, program.text)
         found.append(Row(f"{name}, heads", program, heads))
     found += [
         Row(f"**{false.name}** in {false.model}", false.planted, false.circuit(), false.caught_by)
-        for false in planted.false_circuits(seed, models)
+        for false in ground_truth.false_circuits(seed, models)
     ]
     return found
 

@@ -1,8 +1,8 @@
 """How much faster is the exact importance of all nodes batched than one node after another?
 
-``batched`` is ``ablated_margins``: many single removals a forward, from where each begins. One by
+``batched`` is ``ablated_logit_diffs``: many single removals a forward, from where each begins. One by
 one, each removal is a forward pass of its own over all prompts, twice measured on a random sample
-of nodes and scaled to all: ``margins``, the answer margins under one node's ablation hooks (the
+of nodes and scaled to all: ``logit_diffs``, the answer logit_diffs under one node's ablation hooks (the
 unembedding at the last tokens only), and ``run_with_hooks``, logits everywhere, as anyone would
 write it. Processor seconds, one process; the largest deviation on the sample is reported.
 Prints a table and writes importance.json.
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 import tl_sparse as tls
-from tl_sparse.ablation import ablation_hooks
-from tl_sparse.circuits import answer_margins
-from tl_sparse.circuits.importance import ablated_margins
+from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits.importance import ablated_logit_diffs
 
 
 def text_tokens(model: Any, rows: int = 128, width: int = 64) -> Tensor:
@@ -56,24 +56,24 @@ def measure(name: str, task_name: str, pairs: int, sample: int) -> dict[str, Any
     index, values = means.index, means.values
     batch = tls.tasks.get(task_name, model.tokenizer).batch(pairs, split="train", seed=0)
     some = torch.randperm(index.n_nodes, generator=torch.Generator().manual_seed(0))[:sample]
-    ablated_margins(model, batch, index, values, nodes=some[:4])  # warm up
-    batched, (_, margins) = timed(lambda: ablated_margins(model, batch, index, values))
-    alone = {"margins": 0.0, "run_with_hooks": 0.0}
+    ablated_logit_diffs(model, batch, index, values, nodes=some[:4])  # warm up
+    batched, (_, logit_diffs) = timed(lambda: ablated_logit_diffs(model, batch, index, values))
+    alone = {"logit_diffs": 0.0, "run_with_hooks": 0.0}
     deviation = 0.0
     for node in some.tolist():
         keep = torch.ones(index.n_nodes, dtype=torch.bool)
         keep[node] = False
         hooks = ablation_hooks(index, keep, values)
-        seconds, found = timed(lambda hooks=hooks: answer_margins(model, batch, hooks))
-        alone["margins"] += seconds * index.n_nodes / sample
-        deviation = max(deviation, float((found - margins[node]).abs().max()))
+        seconds, found = timed(lambda hooks=hooks: task_logit_diffs(model, batch, hooks))
+        alone["logit_diffs"] += seconds * index.n_nodes / sample
+        deviation = max(deviation, float((found - logit_diffs[node]).abs().max()))
         seconds, _ = timed(lambda hooks=hooks: model.run_with_hooks(batch.tokens, fwd_hooks=hooks))
         alone["run_with_hooks"] += seconds * index.n_nodes / sample
     return {
         "model": name, "task": task_name, "nodes": index.n_nodes, "prompts": len(batch),
-        "batched s": batched, "margins s": alone["margins"],
+        "batched s": batched, "logit_diffs s": alone["logit_diffs"],
         "run_with_hooks s": alone["run_with_hooks"],
-        "margins / batched": alone["margins"] / batched,
+        "logit_diffs / batched": alone["logit_diffs"] / batched,
         "run_with_hooks / batched": alone["run_with_hooks"] / batched,
         "largest deviation": deviation,
     }  # fmt: skip

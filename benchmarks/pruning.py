@@ -41,8 +41,8 @@ from torch import Tensor
 import tl_sparse as tls
 from tl_sparse.circuits import PruningConfig, PruningFailed, count_edges, prune
 from tl_sparse.circuits.mask_training import train_masks
-from tl_sparse.circuits.problem import frozen, pose
 from tl_sparse.circuits.pruning import prune_many
+from tl_sparse.circuits.pruning_run import frozen, set_up
 
 SETTINGS = 32
 
@@ -68,7 +68,7 @@ class Gate(torch.autograd.Function):
 class Reference:
     """Appendix A.5, one step after the other."""
 
-    pairs, lr, k_coef, weight_decay, warmup = 64, 3e-3, 1e-4, 1e-3, 0.05
+    pairs, lr, l0_penalty, weight_decay, warmup = 64, 3e-3, 1e-4, 1e-3, 0.05
 
     def __init__(self, model: Any, task: Any, means: Any, steps: int, seed: int) -> None:
         self.model, self.steps, self.done = model, steps, 0
@@ -108,7 +108,7 @@ class Reference:
         start = (self.done * self.pairs) % (len(self.train) // 2 - self.pairs + 1)
         gates = Gate.apply(self.tau)
         loss = self.loss(self.train.pairs(start, start + self.pairs), gates)
-        (loss + self.k_coef * gates.sum()).backward()
+        (loss + self.l0_penalty * gates.sum()).backward()
         assert self.tau.grad is not None
         self.tau.grad /= self.tau.grad.pow(2).mean().sqrt().clamp(min=1.0)
         self.optimizer.step()
@@ -194,7 +194,7 @@ def circuits(
 def one_step(name: str, model: Any, task: Any, means: Any, rounds: int) -> dict[str, Any]:
     """Milliseconds of one training step, and the median ratio within a round with its quartiles."""
     few = 4
-    problem = pose(model, task, PruningConfig(steps=few), means=means)
+    problem = set_up(model, task, PruningConfig(steps=few), means=means)
     reference = Reference(model, task, means, 10**6, 0)
     times: dict[str, list[float]] = {"reference": [], "prune": []}
     with frozen(model):
@@ -219,7 +219,7 @@ def sweep(name: str, model: Any, task: Any, means: Any, steps: int, alone: int) 
     """Settings side by side, and a few of them one by one."""
     prices = torch.logspace(-4, -2, SETTINGS // 4).tolist()
     settings = [
-        replace(PruningConfig(steps=steps), k_coef=price, seed=seed)
+        replace(PruningConfig(steps=steps), l0_penalty=price, seed=seed)
         for price in prices
         for seed in range(4)
     ]

@@ -37,11 +37,12 @@ import pandas as pd
 import torch
 
 import tl_sparse as tls
-from tl_sparse.circuits import PruningConfig, answer_margins
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import PruningConfig
 from tl_sparse.circuits.mask_training import clipped, train_masks
-from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, mix_hooks
-from tl_sparse.circuits.problem import GRID, frozen, pose
-from tl_sparse.planted.quoted_text import CLOSING, quote_task, quoted_tokenizer, running_text
+from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, gated_ablation_hooks
+from tl_sparse.circuits.pruning_run import GRID, frozen, set_up
+from tl_sparse.ground_truth.quoted_text import CLOSING, quote_task, quoted_tokenizer, running_text
 
 LAYERS, DENSITY, PAIRS = 8, 1 / 64, 2
 PARTS = ("step", "model", "masks", "update", "ranking", "test")
@@ -66,9 +67,9 @@ def random_model(width: int) -> Any:
         batch = task.batch(PAIRS, split="train", seed=0)
         single, double = (tokenizer.convert_tokens_to_ids(text) for text in CLOSING.values())
         model.unembed.W_U[:, double] = -model.unembed.W_U[:, single]
-        margins = answer_margins(model, batch)
-        # margins so small that their mean decides the loss, with the sign that lowers it
-        size = 0.1 / margins.abs().max() * margins.mean().sign()
+        logit_diffs = task_logit_diffs(model, batch)
+        # logit_diffs so small that their mean decides the loss, with the sign that lowers it
+        size = 0.1 / logit_diffs.abs().max() * logit_diffs.mean().sign()
         model.unembed.W_U[:, [single, double]] *= size
     return model
 
@@ -103,7 +104,7 @@ def measure(width: int) -> dict[str, Any]:
         target_loss=0.69314, steps=few, batch_pairs=PAIRS,
         selection_pairs=PAIRS, report_pairs=PAIRS,
     )  # fmt: skip
-    problem = pose(model, task, config, means=means)
+    problem = set_up(model, task, config, means=means)
     row: dict[str, Any] = {"width": width, "nodes": index.n_nodes}
     rows, positions = 2 * PAIRS, int(batch.last.max()) + 1
 
@@ -117,7 +118,7 @@ def measure(width: int) -> dict[str, Any]:
     activations = {hook: torch.randn(shape) for hook, shape in shapes.items()}
 
     def mask_part() -> None:
-        mixed = mix_hooks(index, masks.gates(), means.values[None])
+        mixed = gated_ablation_hooks(index, masks.gates(), means.values[None])
         outputs = [mix(activations[hook]) for hook, mix in mixed]
         torch.autograd.grad(outputs, masks.tau, [activations[hook] for hook, _ in mixed])
 
@@ -130,7 +131,7 @@ def measure(width: int) -> dict[str, Any]:
             return x.detach().requires_grad_()
 
         hooks = [("hook_embed", differentiable)]
-        answer_margins(model, batch, hooks).sum().backward()
+        task_logit_diffs(model, batch, hooks).sum().backward()
 
     with frozen(model):
         row["masks"] = seconds(mask_part)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tl_sparse as tls
-from tl_sparse.sparsity import project_all
+from tl_sparse.sparsity.projection import project_all
 
 N_CTX, BATCH = 64, 32
 

@@ -27,6 +27,7 @@ import pytest
 import torch
 
 SEED = 0
+pytest_plugins = ("tests.known_circuits",)
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 

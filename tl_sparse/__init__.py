@@ -6,13 +6,13 @@ from tl_sparse import analyses as analyses
 from tl_sparse import circuits as circuits
 from tl_sparse import data as data
 from tl_sparse import faithfulness as faithfulness
-from tl_sparse import openai as openai
-from tl_sparse import planted as planted
+from tl_sparse import ground_truth as ground_truth
+from tl_sparse import studies as studies
 from tl_sparse import tasks as tasks
-from tl_sparse.ablation import ActivationMeans as ActivationMeans
-from tl_sparse.ablation import ablation_hooks as ablation_hooks
-from tl_sparse.ablation import activation_donors as activation_donors
-from tl_sparse.ablation import activation_means as activation_means
+from tl_sparse.ablation.interventions import ActivationMeans as ActivationMeans
+from tl_sparse.ablation.interventions import ablation_hooks as ablation_hooks
+from tl_sparse.ablation.interventions import activation_means as activation_means
+from tl_sparse.ablation.interventions import resample_sources as resample_sources
 from tl_sparse.circuits import Circuit as Circuit
 from tl_sparse.circuits import PruningConfig as PruningConfig
 from tl_sparse.circuits import PruningFailed as PruningFailed
@@ -23,14 +23,14 @@ from tl_sparse.config import SparseTransformerConfig as SparseTransformerConfig
 from tl_sparse.faithfulness import FaithfulnessReport as FaithfulnessReport
 from tl_sparse.faithfulness import evaluate as evaluate
 from tl_sparse.faithfulness import faithful_prune as faithful_prune
-from tl_sparse.model import SparseTransformer as SparseTransformer
-from tl_sparse.recipes import TrainingConfig as TrainingConfig
+from tl_sparse.model.cache import SparseActivationCache as SparseActivationCache
+from tl_sparse.model.transformer import SparseTransformer as SparseTransformer
 from tl_sparse.sites import NodeIndex as NodeIndex
-from tl_sparse.sparsity import SparsityConfig as SparsityConfig
-from tl_sparse.surface import SparseActivationCache as SparseActivationCache
-from tl_sparse.training import Trainer as Trainer
-from tl_sparse.training import TrainingResult as TrainingResult
-from tl_sparse.weight_masks import WeightMasks as WeightMasks
+from tl_sparse.sparsity.projection import SparsityConfig as SparsityConfig
+from tl_sparse.sparsity.weight_masks import WeightMasks as WeightMasks
+from tl_sparse.training.config import TrainingConfig as TrainingConfig
+from tl_sparse.training.trainer import Trainer as Trainer
+from tl_sparse.training.trainer import TrainingResult as TrainingResult
 
 __version__ = version("tl-sparse")
 
@@ -51,7 +51,6 @@ __all__ = [
     "TrainingResult",
     "WeightMasks",
     "ablation_hooks",
-    "activation_donors",
     "activation_means",
     "analyses",
     "circuits",
@@ -59,9 +58,10 @@ __all__ = [
     "evaluate",
     "faithful_prune",
     "faithfulness",
-    "openai",
-    "planted",
+    "ground_truth",
     "prune",
     "prune_many",
+    "resample_sources",
+    "studies",
     "tasks",
 ]

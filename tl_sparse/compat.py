@@ -20,7 +20,7 @@ from transformer_lens import ActivationCache, FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 if TYPE_CHECKING:
-    from tl_sparse.legacy_aliases import LegacyAliases
+    from tl_sparse.model.legacy_aliases import LegacyAliases
 
 # Typed Any: which class it is depends on the installation. 4.x answers names that it dropped with a
 # directed ImportError.
@@ -320,7 +320,7 @@ def install_legacy_aliases() -> LegacyAliases:
     that ``isinstance(model, HookedTransformer)`` holds; ``HookedTransformerConfig`` is a class that
     counts ``model.cfg`` as its instance; and ``transformer_lens.utils``, ``.components``,
     ``.hook_points`` and ``.past_key_value_caching`` hold what stands for their contents. See
-    ``tl_sparse.legacy_aliases`` for all names.
+    ``tl_sparse.model.legacy_aliases`` for all names.
 
     This changes TransformerLens for the whole process. tl_sparse never calls it: call it yourself,
     before the tool is imported. A second call changes nothing. On TransformerLens below 4 there is
@@ -333,12 +333,12 @@ def install_legacy_aliases() -> LegacyAliases:
             import tool
 
     Returns:
-        A :class:`~tl_sparse.legacy_aliases.LegacyAliases`, whose ``remove()`` undoes this call.
+        A :class:`~tl_sparse.model.legacy_aliases.LegacyAliases`, whose ``remove()`` undoes this call.
 
     Raises:
         RuntimeError: other code has put something else under one of the names.
     """
     # it aliases the model, which imports this module
-    from tl_sparse.legacy_aliases import LegacyAliases, install
+    from tl_sparse.model.legacy_aliases import LegacyAliases, install
 
     return LegacyAliases([], []) if HAS_HOOKED_TRANSFORMER else install()

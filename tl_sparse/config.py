@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tl_sparse.plain import from_plain
+from tl_sparse.storage.json_dataclass import dataclass_from_json
 
 Normalization = Literal["RMS", "LN", "none"]
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]
@@ -245,5 +245,5 @@ class SparseTransformerConfig:
             ValueError: a key that is not a field (the message lists the fields), or a value of
                 another type than its field's.
         """
-        config: SparseTransformerConfig = from_plain(cls, values)
+        config: SparseTransformerConfig = dataclass_from_json(cls, values)
         return config

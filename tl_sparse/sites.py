@@ -217,7 +217,7 @@ class NodeIndex:
 
     @cached_property
     def n_nodes(self) -> int:
-        """Nodes in the whole model."""
+        """Nodes in the full model."""
         return max((piece.stop for piece in self.slices.values()), default=0)
 
     @cached_property

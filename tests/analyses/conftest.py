@@ -6,18 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.circuits.conftest import (
-    ANSWERS,
-    MARKS,
-    dense_model,
-    dense_planted,
-    marks,
-    planted,
-    random_tokens,
-    words,
-)
-
-__all__ = ["dense_model", "dense_planted", "marks", "planted", "random_tokens", "words"]
+from tests.known_circuits import ANSWERS, MARKS
 
 
 @pytest.fixture
@@ -25,13 +14,13 @@ def circuit_of(random_tokens: Any) -> Callable[..., Any]:
     """``circuit_of(model, task, nodes)``: the circuit of those nodes, all others at their means."""
 
     def build(model: Any, task: Any, nodes: Any) -> Any:
-        from tl_sparse.ablation import activation_means
+        from tl_sparse.ablation.interventions import activation_means
         from tl_sparse.circuits import PruningConfig
-        from tl_sparse.circuits.problem import measured, pose
+        from tl_sparse.circuits.pruning_run import measured, set_up
 
         means = activation_means(model, random_tokens)
         config = PruningConfig(target_loss=0.6, steps=8, selection_pairs=16, report_pairs=16)
-        problem = pose(model, task, config, means=means)
+        problem = set_up(model, task, config, means=means)
         kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
         for layer, site, channel in nodes:
             kept[means.index.slices[means.index.hook(layer, site)].start + channel] = True
@@ -70,7 +59,7 @@ def two_valued(words: Any, last_word: Any, circuit_of: Any) -> tuple[Any, Any, A
     channel 2, which the unembedding reads. Nothing else is read.
     """
     from tl_sparse.config import SparseTransformerConfig
-    from tl_sparse.model import SparseTransformer
+    from tl_sparse.model.transformer import SparseTransformer
 
     config = SparseTransformerConfig(
         n_layers=1, d_model=8, d_head=4, n_heads=2, d_mlp=12, n_ctx=12, d_vocab=30

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from tl_sparse import SparseTransformer, tasks
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.analyses import dilution, distracted, distractor
 from tl_sparse.analyses.attacks import harmless_prompt, plain_prompt, rewritten
 from tl_sparse.circuits import PruningConfig
-from tl_sparse.circuits.problem import measured, pose
+from tl_sparse.circuits.pruning_run import measured, set_up
 
 N_CTX = 64
 
@@ -27,7 +27,7 @@ def circuit(model):
     means = activation_means(model, tokens)
     config = PruningConfig(steps=8, selection_pairs=8, report_pairs=8)
     kept = torch.arange(means.index.n_nodes) < 3 * means.index.n_nodes // 4
-    problem = pose(model, task, config, means=means)
+    problem = set_up(model, task, config, means=means)
     return measured(problem, kept, kept.float(), n_active=int(kept.sum()))
 
 
@@ -151,8 +151,8 @@ def test_p_correct_falls_as_the_count_is_diluted(model):
     for n in (3, 13, 23):
         one = found.examples.query(f"n == {n} and member == 'A'").iloc[0]
         brackets, commas = one["prompt"].count("["), one["prompt"].count(",")
-        margin = torch.tensor(brackets - 1.5 - 0.1 * commas)
-        assert one["p_correct"] == pytest.approx(margin.sigmoid().item(), abs=1e-4)
+        logit_diff = torch.tensor(brackets - 1.5 - 0.1 * commas)
+        assert one["p_correct"] == pytest.approx(logit_diff.sigmoid().item(), abs=1e-4)
     assert frame["p_correct"].is_monotonic_decreasing
     assert frame["prompts"].tolist() == [16] * 3
 

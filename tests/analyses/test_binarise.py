@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses import BinariseConfig, binarise
 from tl_sparse.analyses.binarise import first_values, observed, psi
-from tl_sparse.circuits import answer_margins
 
 QUICK = BinariseConfig(steps=20, batch_pairs=8, report_pairs=8)
 LOW, HIGH = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.5])
@@ -106,8 +106,10 @@ def test_under_the_hooks_every_node_takes_its_two_values_only(chain):
         assert set(values.tolist()) <= {float(low), float(high)}
     rows = torch.arange(len(batch))
     at_last = logits[rows, batch.last]
-    margins = at_last[rows, batch.answer] - at_last[rows, batch.other]
-    torch.testing.assert_close(found.losses, F.softplus(-margins).detach(), atol=1e-5, rtol=1e-4)
+    logit_diffs = at_last[rows, batch.answer] - at_last[rows, batch.other]
+    torch.testing.assert_close(
+        found.losses, F.softplus(-logit_diffs).detach(), atol=1e-5, rtol=1e-4
+    )
     assert bool((found.low <= found.high).all())
 
 
@@ -115,8 +117,10 @@ def test_losses_before_are_the_circuits_own(chain):
     model, task, circuit = chain
     found = binarise(model, circuit, task, QUICK)
     with torch.no_grad():
-        margins = answer_margins(model, task.batch(8, split="held_out", seed=0), circuit.hooks())
-    torch.testing.assert_close(found.losses_before, F.softplus(-margins))
+        logit_diffs = task_logit_diffs(
+            model, task.batch(8, split="held_out", seed=0), circuit.hooks()
+        )
+    torch.testing.assert_close(found.losses_before, F.softplus(-logit_diffs))
 
 
 def test_training_lowers_the_loss_of_nodes_with_more_than_two_values(chain):

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from tl_sparse.ablation import ablation_hooks
+from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses import necessity
 from tl_sparse.analyses.necessity import (
     CONTROLS,
@@ -13,7 +14,6 @@ from tl_sparse.analyses.necessity import (
     displacement,
     nearest_values,
 )
-from tl_sparse.circuits import answer_margins
 from tl_sparse.sites import NodeIndex
 
 
@@ -44,9 +44,9 @@ def test_losses_are_those_of_ablating_exactly_the_circuit(chain):
     hooks = ablation_hooks(circuit.index, ~circuit.kept, circuit.means.values)
     with torch.no_grad():
         for kind, under in (("circuit", hooks), ("none", [])):
-            margins = answer_margins(model, batch, under)
+            logit_diffs = task_logit_diffs(model, batch, under)
             row = found.losses[found.sets["kind"] == kind][0]
-            torch.testing.assert_close(row, torch.nn.functional.softplus(-margins))
+            torch.testing.assert_close(row, torch.nn.functional.softplus(-logit_diffs))
     assert found.prompts == batch.prompts
 
 
@@ -56,8 +56,8 @@ def test_other_values_than_the_means_may_be_given(chain):
     found = necessity(model, circuit, task, n_controls=1, pairs=8, values=zeros)
     hooks = ablation_hooks(circuit.index, ~circuit.kept, zeros)
     with torch.no_grad():
-        margins = answer_margins(model, task.batch(8, split="held_out", seed=0), hooks)
-    assert found.loss == pytest.approx(float(torch.nn.functional.softplus(-margins).mean()))
+        logit_diffs = task_logit_diffs(model, task.batch(8, split="held_out", seed=0), hooks)
+    assert found.loss == pytest.approx(float(torch.nn.functional.softplus(-logit_diffs).mean()))
 
 
 @pytest.mark.parametrize("kind", CONTROLS)

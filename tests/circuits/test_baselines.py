@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation import ablation_hooks, activation_means
-from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, answer_margins, masked_losses
+from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.masked_forward import masked_losses
+from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed
 from tl_sparse.circuits.baselines import METHODS, circuit_from_ranking, rank_nodes
 from tl_sparse.circuits.hard_concrete import (
     CLOSED,
@@ -37,7 +39,7 @@ def posed(planted, marks, random_tokens):
 
 
 def training_pairs(task, n):
-    from tl_sparse.circuits.problem import selection_and_training
+    from tl_sparse.circuits.pruning_run import selection_and_training
 
     return selection_and_training(task, SEARCH)[1].pairs(0, n)
 
@@ -53,7 +55,7 @@ def test_attribution_is_the_gradient_times_the_difference_to_the_mean(posed):
         seen[hook.name] = x
 
     hooks = [(name, keep) for name in means.index.slices]
-    F.softplus(-answer_margins(model, batch, hooks)).mean().backward()
+    F.softplus(-task_logit_diffs(model, batch, hooks)).mean().backward()
     expected = [
         (seen[name].grad * (seen[name] - means.values[piece].view(seen[name].shape[2:])))
         .sum((0, 1)).flatten().abs()
@@ -64,16 +66,16 @@ def test_attribution_is_the_gradient_times_the_difference_to_the_mean(posed):
 
 def test_attribution_predicts_a_small_step(posed):
     """Moving one activation a little towards its mean changes the loss as the score says."""
-    from tl_sparse.circuits.node_masks import mix_hooks
+    from tl_sparse.circuits.node_masks import gated_ablation_hooks
 
     model, chain, task, means = posed
     scores = rank_nodes(model, task, "attribution", means=means, config=SEARCH, n_pairs=8)
     batch = training_pairs(task, 8)
 
     def loss(gates):
-        mixes = mix_hooks(means.index, gates, means.values[None])
+        mixes = gated_ablation_hooks(means.index, gates, means.values[None])
         with torch.no_grad():
-            return float(F.softplus(-answer_margins(model, batch, mixes)).double().mean())
+            return float(F.softplus(-task_logit_diffs(model, batch, mixes)).double().mean())
 
     for node in ids(means.index, chain):
         gates = torch.ones(2, 1, means.index.n_nodes)
@@ -84,10 +86,10 @@ def test_attribution_predicts_a_small_step(posed):
 
 def test_integrated_gradients_sum_to_what_removing_all_nodes_costs(posed):
     from tl_sparse.circuits.baselines import gate_gradient
-    from tl_sparse.circuits.problem import pose
+    from tl_sparse.circuits.pruning_run import set_up
 
     model, _, task, means = posed
-    problem = pose(model, task, SEARCH, means=means)
+    problem = set_up(model, task, SEARCH, means=means)
     batch = problem.train.pairs(0, 4)
     steps = 50
     levels = [(step + 0.5) / steps for step in range(steps)]
@@ -100,10 +102,10 @@ def test_integrated_gradients_sum_to_what_removing_all_nodes_costs(posed):
 
 def test_integrated_gradients_average_the_gradients_on_the_way(posed):
     from tl_sparse.circuits.baselines import gate_gradient
-    from tl_sparse.circuits.problem import pose
+    from tl_sparse.circuits.pruning_run import set_up
 
     model, _, task, means = posed
-    problem = pose(model, task, SEARCH, means=means)
+    problem = set_up(model, task, SEARCH, means=means)
     batch = problem.train.pairs(0, 4)
     expected = sum(gate_gradient(problem, batch, level) for level in (0.25, 0.75)) / 2
     scores = rank_nodes(
@@ -148,7 +150,7 @@ def test_restoring_hears_only_the_last_writes_to_the_stream(posed):
     assert top["score"] > 0.3
     inside = frame[~frame["site"].isin(["attn_out", "mlp_out"])]
     assert (inside["score"] == 0).all()
-    # by hand: all removed but the last write, which is set to what it is in the whole model
+    # by hand: all removed but the last write, which is set to what it is in the full model
     batch = training_pairs(task, 16)
     with torch.no_grad():
         _, cache = model.run_with_cache(batch.tokens)
@@ -162,7 +164,7 @@ def test_restoring_hears_only_the_last_writes_to_the_stream(posed):
         none = torch.zeros(means.index.n_nodes, dtype=torch.bool)
         removal = ablation_hooks(means.index, none, means.values)
         losses = [
-            float(F.softplus(-answer_margins(model, batch, [*removal, *more])).mean())
+            float(F.softplus(-task_logit_diffs(model, batch, [*removal, *more])).mean())
             for more in ([], [(hook, restore)])
         ]
     assert scores.loss == pytest.approx(losses[0], abs=1e-5)

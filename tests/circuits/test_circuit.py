@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tl_sparse.ablation import activation_donors, activation_means, norm_hooks
-from tl_sparse.checkpoints import fingerprint
+from tl_sparse.ablation.interventions import activation_means, norm_hooks, resample_sources
 from tl_sparse.circuits import Calibration, Circuit, circuit_edges
 from tl_sparse.sites import BLOCK_SITES, SITE_NAMES, NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
 
 EDGE_COLUMNS = [
     "layer", "source_site", "source", "target_site", "target", "matrix", "weight",
@@ -230,7 +230,7 @@ def test_an_interrupted_save_leaves_the_old_circuit(circuit, model, tmp_path, mo
                 raise KeyboardInterrupt
             real(source, target)
 
-        monkeypatch.setattr("tl_sparse.checkpoints.os.replace", second_fails)
+        monkeypatch.setattr("tl_sparse.checkpoints.packed.os.replace", second_fails)
     with pytest.raises(KeyboardInterrupt):
         replace(circuit, seed=77).save(tmp_path / "c")
     monkeypatch.undo()
@@ -401,7 +401,7 @@ def test_hooks_that_depend_on_the_prompts_are_not_given_without_them(
     bound = replace(circuit, config=config)
     with pytest.raises(ValueError, match=r"depend on the prompts: use hooks_for\(model, tokens\)"):
         bound.hooks()
-    donors = activation_donors(model, random_tokens)
+    donors = resample_sources(model, random_tokens)
     wrong = None if "ablation" in config else donors
     with pytest.raises(ValueError, match="donors= belong to circuits pruned with"):
         bound.hooks_for(model, random_tokens, wrong)

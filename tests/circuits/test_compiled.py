@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.circuits.test_circuit import hand_made
-from tl_sparse.checkpoints import fingerprint
-from tl_sparse.circuits import answer_margins, circuit_edges
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import circuit_edges
 from tl_sparse.circuits.compiled import check
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import TaskBatch
 
 TOPK = "abstopk"
@@ -178,8 +179,8 @@ def test_a_known_circuit_is_six_nodes(planted, marks, random_tokens):
     assert compiled.n_weights == circuit.n_edges == 4
     assert compiled.tracked == (0, 1, 2)
     assert compiled.token_ids.tolist() == sorted({*batch.answer.tolist(), *batch.other.tolist()})
-    expected = answer_margins(model, batch, circuit.hooks())
-    torch.testing.assert_close(compiled.margins(batch), expected, rtol=0, atol=1e-4)
+    expected = task_logit_diffs(model, batch, circuit.hooks())
+    torch.testing.assert_close(compiled.logit_diffs(batch), expected, rtol=0, atol=1e-4)
     assert "6 nodes, 4 weights, 3 stream channels, 2 logits" in repr(compiled)
 
 
@@ -249,7 +250,7 @@ def test_bad_arguments_are_refused(small_model, dense_model, random_tokens, prom
         circuit.compile(model, prompts, token_ids=[3, 10_000])
     compiled = circuit.compile(model, prompts, token_ids=[3])
     with pytest.raises(ValueError, match=r"token 4 is not among .*\[3\]"):
-        compiled.margins(prompts)
+        compiled.logit_diffs(prompts)
     with pytest.raises(ValueError, match="exceed the context"):
         compiled(torch.zeros(1, model.config.n_ctx + 1, dtype=torch.int64))
     other = small_model("plain", zeros=0.5)

@@ -5,14 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation import activation_means
-from tl_sparse.checkpoints import fingerprint
-from tl_sparse.circuits import answer_margins
+from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
 from tl_sparse.circuits.edge_search import fewest, remove_greedily, straight_through
-from tl_sparse.circuits.problem import frozen, measured, pose
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.pruning_run import frozen, measured, set_up
 from tl_sparse.config import ActivationDensity
+from tl_sparse.storage.fingerprint import fingerprint
 
 SEARCH = PruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
 EDGES = EdgePruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
@@ -23,7 +23,7 @@ CHAIN_EDGES = {
 
 def circuit_of(model, task, tokens, chain, share, config=SEARCH):
     """The planted chain and a share of all other nodes, as a circuit."""
-    problem = pose(model, task, config, means=activation_means(model, tokens))
+    problem = set_up(model, task, config, means=activation_means(model, tokens))
     index = problem.index
     kept = torch.rand(index.n_nodes, generator=torch.Generator().manual_seed(1)) < share
     for layer, site, channel in chain:
@@ -83,7 +83,7 @@ def test_a_transformer_lens_model_loses_edges(dense_planted, marks, random_token
     assert fingerprint(model) == before
     batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
     with found.applied(model), torch.no_grad():
-        torch.testing.assert_close(F.softplus(-answer_margins(model, batch)), found.losses)
+        torch.testing.assert_close(F.softplus(-task_logit_diffs(model, batch)), found.losses)
 
 
 def test_abstopk_stays(planted, marks, random_tokens):
@@ -95,7 +95,7 @@ def test_abstopk_stays(planted, marks, random_tokens):
     assert found.selection_loss <= found.target_loss
     batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
     with found.applied(model), torch.no_grad():
-        assert torch.equal(F.softplus(-answer_margins(model, batch)), found.losses)
+        assert torch.equal(F.softplus(-task_logit_diffs(model, batch)), found.losses)
 
 
 @pytest.fixture
@@ -110,10 +110,10 @@ def test_inside_applied_any_tool_sees_the_pruned_circuit(found, marks):
     model, circuit, pruned = found
     batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
     with torch.no_grad():
-        whole = answer_margins(model, batch)
+        whole = task_logit_diffs(model, batch)
         with pruned.applied(model):
             model.reset_hooks()  # as many tools do
-            inside = answer_margins(model, batch)
+            inside = task_logit_diffs(model, batch)
             _, cache = model.run_with_cache(batch.tokens)
     assert torch.equal(F.softplus(-inside), pruned.losses)
     assert torch.equal(inside > 0, pruned.correct)
@@ -132,7 +132,7 @@ def test_afterwards_the_model_is_what_it_was(found, marks, fails):
     batch = marks.batch(8, split="held_out", seed=0)
     before = {name: x.detach().clone() for name, x in model.state_dict().items()}
     with torch.no_grad():
-        margins = answer_margins(model, batch)
+        logit_diffs = task_logit_diffs(model, batch)
     try:
         with pruned.applied(model) as inside:
             assert inside is model
@@ -144,7 +144,7 @@ def test_afterwards_the_model_is_what_it_was(found, marks, fails):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert not any(point.fwd_hooks or point._forward_hooks for point in model.hook_dict.values())
     with torch.no_grad():
-        assert torch.equal(answer_margins(model, batch), margins)
+        assert torch.equal(task_logit_diffs(model, batch), logit_diffs)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -152,7 +152,7 @@ def test_a_gradient_may_be_taken_inside(found, marks):
     model, _, pruned = found
     batch = marks.batch(8, split="held_out", seed=0)
     with pruned.applied(model):
-        answer_margins(model, batch).sum().backward()
+        task_logit_diffs(model, batch).sum().backward()
     assert model.blocks[1].mlp.W_out.grad.abs().sum() > 0
 
 
@@ -180,7 +180,7 @@ def test_what_is_left_is_minimal(found, marks):
     """Put back or taken away: one edge fewer misses the target."""
     model, circuit, pruned = found
     with torch.no_grad():
-        before = answer_margins(model, marks.batch(24, split="held_out", seed=0), circuit.hooks())
+        before = task_logit_diffs(model, marks.batch(24, split="held_out", seed=0), circuit.hooks())
     assert pruned.circuit_loss == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
     with frozen(model):
         problem = EdgeProblem.of(model, circuit, marks, pruned.config)

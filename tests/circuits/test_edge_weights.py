@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tl_sparse.ablation import ablation_hooks, activation_means
-from tl_sparse.circuits import answer_margins, circuit_edges
-from tl_sparse.circuits.edge_weights import ablated_reads, gated_margins, locate, tensors_of
+from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import circuit_edges
+from tl_sparse.circuits.edge_weights import ablated_reads, gated_logit_diffs, locate, tensors_of
 from tl_sparse.sites import MATRICES, NodeIndex
 
 SOURCES = ("attn_in", "attn_v", "mlp_in", "mlp_neuron")
@@ -30,13 +31,13 @@ class Setting:
 
     def gated(self, keep):
         with torch.no_grad():
-            return gated_margins(
+            return gated_logit_diffs(
                 self.model, self.batch, self.hooks, self.weights, torch.tensor(keep).float()
             )
 
     def ablated(self, kept):
         with torch.no_grad():
-            return answer_margins(
+            return task_logit_diffs(
                 self.model, self.batch, ablation_hooks(self.index, kept, self.values)
             )
 
@@ -151,7 +152,7 @@ def test_gradients_in_the_gates_are_those_of_finite_differences(
     gates = torch.ones(len(it.edges), dtype=torch.float64, requires_grad=True)
 
     def total(gates):
-        return gated_margins(model, it.batch, it.hooks, it.weights, gates).double().sum()
+        return gated_logit_diffs(model, it.batch, it.hooks, it.weights, gates).double().sum()
 
     (grad,) = torch.autograd.grad(total(gates), gates)
     for which in range(0, len(it.edges), len(it.edges) // 6):
@@ -159,7 +160,7 @@ def test_gradients_in_the_gates_are_those_of_finite_differences(
         step[which] = 1e-3
         with torch.no_grad():
             slope = (total(gates + step) - total(gates - step)) / 2e-3
-        # margins are float32 sums: differences of them are good to about 1e-3
+        # logit_diffs are float32 sums: differences of them are good to about 1e-3
         assert float(grad[which]) == pytest.approx(float(slope), rel=0.02, abs=5e-3)
 
 

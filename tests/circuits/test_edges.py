@@ -6,7 +6,7 @@ import torch
 from tl_sparse.circuits import circuit_edges, count_edges, random_edges
 from tl_sparse.circuits.edges import COLUMNS, input_major
 from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.model import SparseTransformer
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 
 # The quote circuit of Gao et al. 2025 (figure 39), in small: residual channels 5, 7 → neurons 3, 9

@@ -3,15 +3,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, elimination, prune
-from tl_sparse.circuits import problem as problems
+from tl_sparse.circuits import pruning_run as problems
 from tl_sparse.circuits.elimination import SHARES, eliminated
 from tl_sparse.circuits.node_masks import units
-from tl_sparse.circuits.problem import pose
+from tl_sparse.circuits.pruning_run import set_up
 
 SEARCH = PruningConfig(steps=5, batch_pairs=8, selection_pairs=32, report_pairs=24)
-HOPELESS = replace(SEARCH, penalty="fixed", k_coef=100.0, lr=0.3)
+HOPELESS = replace(SEARCH, penalty="fixed", l0_penalty=100.0, lr=0.3)
 
 
 def named(circuit):
@@ -21,7 +21,7 @@ def named(circuit):
 @pytest.fixture
 def posed(planted, marks, random_tokens):
     model, chain = planted()
-    return pose(model, marks, SEARCH, means=activation_means(model, random_tokens)), chain
+    return set_up(model, marks, SEARCH, means=activation_means(model, random_tokens)), chain
 
 
 def additive(monkeypatch, cost):
@@ -92,7 +92,7 @@ def test_nothing_is_tried_where_the_excluded_nodes_are_needed(posed, monkeypatch
 
 def test_it_gives_up_after_many_trials(posed, monkeypatch):
     monkeypatch.setattr(elimination, "MOST", 10)
-    with pytest.raises(PruningFailed, match="did not end within 10 trials; lower k_coef"):
+    with pytest.raises(PruningFailed, match="did not end within 10 trials; lower l0_penalty"):
         eliminated(posed[0], torch.arange(posed[0].index.n_nodes))
 
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation import ablation_hooks, activation_donors, activation_means
-from tl_sparse.circuits import answer_margins
-from tl_sparse.circuits.importance import NodeScores, ablated_margins, ablation_importance
-from tl_sparse.circuits.packing import pack
-from tl_sparse.circuits.problem import frozen_norms_of
+from tl_sparse.ablation.interventions import ablation_hooks, activation_means, resample_sources
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.prompt_packing import pack
+from tl_sparse.circuits.importance import NodeScores, ablated_logit_diffs, ablation_importance
+from tl_sparse.circuits.pruning_run import frozen_norms_of
 from tl_sparse.tasks import TaskBatch
 
 PROMPTS = [
@@ -46,7 +46,7 @@ def one_by_one(model, batch, index, values, keep, nodes, hooks=()):
         without = keep.clone()
         without[node] = False
         removal = ablation_hooks(index, without, values)
-        found.append(answer_margins(model, batch, [*hooks, *removal]))
+        found.append(task_logit_diffs(model, batch, [*hooks, *removal]))
     return torch.stack(found)
 
 
@@ -104,15 +104,15 @@ def test_removals_are_those_of_one_by_one_with_every_option(small_model, option,
     keep = random_keep(means.index)
     nodes = some_nodes(means.index, 2)
     nodes = nodes[keep[nodes]]
-    base, margins = ablated_margins(
+    base, logit_diffs = ablated_logit_diffs(
         model, batch, means.index, means.values, nodes=nodes, keep=keep, max_slots=300
     )
     expected = one_by_one(model, batch, means.index, means.values, keep, nodes)
-    torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
     assert (expected - base).abs().max() > 1e-3  # something was at stake
     removal = ablation_hooks(means.index, keep, means.values)
-    whole_margins = answer_margins(model, batch, removal).detach()
-    torch.testing.assert_close(base, whole_margins, atol=1e-5, rtol=1e-5)
+    whole_logit_diffs = task_logit_diffs(model, batch, removal).detach()
+    torch.testing.assert_close(base, whole_logit_diffs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -128,18 +128,18 @@ def test_frozen_norms_are_held_in_partial_runs_too(measured_model, batch):
     index, nodes = means.index, some_nodes(means.index, 1)
     keep = random_keep(index)
     nodes = nodes[keep[nodes]]
-    base, margins = ablated_margins(
+    base, logit_diffs = ablated_logit_diffs(
         model, batch, index, means.values, nodes=nodes, keep=keep, freeze_norm=True
     )
     hooks = frozen_norms_of(model, batch)
     expected = one_by_one(model, batch, index, means.values, keep, nodes, hooks)
-    torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
-    free, _ = ablated_margins(model, batch, index, means.values, nodes=nodes[:1], keep=keep)
+    torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
+    free, _ = ablated_logit_diffs(model, batch, index, means.values, nodes=nodes[:1], keep=keep)
     assert (free - base).abs().max() > 1e-3
 
 
 def test_nodes_that_have_their_value_anyway_are_not_run(measured_model, batch, monkeypatch):
-    from tl_sparse.circuits.staged import StagedRun
+    from tl_sparse.ablation.partial_forward import PartialForward
 
     model, means = measured_model
     with torch.no_grad():  # a neuron that nothing reads from the stream is the same everywhere
@@ -149,17 +149,19 @@ def test_nodes_that_have_their_value_anyway_are_not_run(measured_model, batch, m
     values = means.values.clone()
     node = means.index.slices["blocks.0.mlp.hook_post"].start + 3
     values[node] = 0.0
-    monkeypatch.setattr(StagedRun, "changed", lambda *_: pytest.fail("it was run"))
-    base, margins = ablated_margins(model, batch, means.index, values, nodes=torch.tensor([node]))
-    assert torch.equal(margins[0], base)
+    monkeypatch.setattr(PartialForward, "changed", lambda *_: pytest.fail("it was run"))
+    base, logit_diffs = ablated_logit_diffs(
+        model, batch, means.index, values, nodes=torch.tensor([node])
+    )
+    assert torch.equal(logit_diffs[0], base)
 
 
 def test_importance_is_the_rise_of_the_loss(measured_model, batch):
     model, means = measured_model
     keep = random_keep(means.index)
     result = ablation_importance(model, batch, means.index, means.values, keep=keep, task="t")
-    base, margins = ablated_margins(model, batch, means.index, means.values, keep=keep)
-    expected = F.softplus(-margins).mean(1) - F.softplus(-base).mean()
+    base, logit_diffs = ablated_logit_diffs(model, batch, means.index, means.values, keep=keep)
+    expected = F.softplus(-logit_diffs).mean(1) - F.softplus(-base).mean()
     torch.testing.assert_close(result.scores[keep], expected)
     assert result.loss == pytest.approx(float(F.softplus(-base).mean()))
     assert (result.scores[~keep] == -torch.inf).all()
@@ -185,12 +187,12 @@ def test_equal_scores_keep_the_order_of_the_index(measured_model):
 def test_removed_nodes_can_be_resampled(measured_model, batch):
     model, means = measured_model
     tokens = torch.randint(3, 30, (len(batch), 12), generator=torch.Generator().manual_seed(8))
-    donors = activation_donors(model, tokens)
+    donors = resample_sources(model, tokens)
     nodes = some_nodes(means.index, 1)
     keep = torch.ones(means.index.n_nodes, dtype=torch.bool)
-    _, margins = ablated_margins(model, batch, means.index, donors, nodes=nodes)
+    _, logit_diffs = ablated_logit_diffs(model, batch, means.index, donors, nodes=nodes)
     expected = one_by_one(model, batch, means.index, donors, keep, nodes)
-    torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_models_of_transformer_lens_are_measured(dense_model, batch):
@@ -199,11 +201,11 @@ def test_models_of_transformer_lens_are_measured(dense_model, batch):
     nodes = some_nodes(means.index, 1)
     keep = random_keep(means.index)
     nodes = nodes[keep[nodes]]
-    _, margins = ablated_margins(
+    _, logit_diffs = ablated_logit_diffs(
         dense_model, batch, means.index, means.values, nodes=nodes, keep=keep
     )
     expected = one_by_one(dense_model, batch, means.index, means.values, keep, nodes)
-    torch.testing.assert_close(margins, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("switch", ["use_split_qkv_input", "use_attn_in", "use_hook_mlp_in",
@@ -213,9 +215,9 @@ def test_switches_of_transformer_lens_change_nothing(small_model, batch, switch)
     tokens = torch.randint(3, 30, (8, 12), generator=torch.Generator().manual_seed(4))
     means = activation_means(model, tokens)
     nodes = some_nodes(means.index, 1)
-    _, off = ablated_margins(model, batch, means.index, means.values, nodes=nodes)
+    _, off = ablated_logit_diffs(model, batch, means.index, means.values, nodes=nodes)
     getattr(model, f"set_{switch}")(True)
-    _, on = ablated_margins(model, batch, means.index, means.values, nodes=nodes)
+    _, on = ablated_logit_diffs(model, batch, means.index, means.values, nodes=nodes)
     torch.testing.assert_close(on, off, atol=1e-5, rtol=1e-5)
 
 
@@ -225,10 +227,10 @@ def test_bad_requests_are_refused(measured_model, batch):
     keep = torch.ones(index.n_nodes, dtype=torch.bool)
     keep[3] = False
     with pytest.raises(ValueError, match="only nodes that are kept"):
-        ablated_margins(model, batch, index, values, nodes=torch.tensor([3]), keep=keep)
+        ablated_logit_diffs(model, batch, index, values, nodes=torch.tensor([3]), keep=keep)
     with pytest.raises(ValueError, match="one entry for each of"):
-        ablated_margins(model, batch, index, values[:-1], keep=keep[:-1])
-    none, nothing = ablated_margins(
+        ablated_logit_diffs(model, batch, index, values[:-1], keep=keep[:-1])
+    none, nothing = ablated_logit_diffs(
         model, batch, index, values, nodes=torch.zeros(0, dtype=torch.int64)
     )
     assert nothing.shape == (0, len(none))

@@ -28,15 +28,16 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse import data
-from tl_sparse.ablation import activation_means, frozen_norm_hooks, norm_hooks
-from tl_sparse.abstopk import AbsTopK
-from tl_sparse.circuits import PruningConfig, answer_margins, circuit_edges, prune
-from tl_sparse.circuits.masked import masked_losses, masked_margins
+from tl_sparse.ablation.interventions import activation_means, frozen_norm_hooks, norm_hooks
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
+from tl_sparse.circuits import PruningConfig, circuit_edges, prune
 from tl_sparse.circuits.node_masks import RowAdamW
-from tl_sparse.circuits.problem import frozen, measured, pose, smallest
+from tl_sparse.circuits.pruning_run import frozen, measured, set_up, smallest
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
-from tl_sparse.recipes import TrainingConfig
-from tl_sparse.sparsity import SparsityConfig
+from tl_sparse.model.abstopk import AbsTopK
+from tl_sparse.sparsity.projection import SparsityConfig
+from tl_sparse.training.config import TrainingConfig
 
 SEARCH = PruningConfig(steps=8, batch_pairs=8, selection_pairs=16, report_pairs=8)
 PLACES = [f.name for f in dataclasses.fields(ActivationDensity)]
@@ -68,7 +69,7 @@ def sparse(planted):
 @pytest.fixture
 def posed(planted, marks, random_tokens):
     model, chain = planted()
-    problem = pose(model, marks, SEARCH, means=activation_means(model, random_tokens))
+    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
     keep = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
     for layer, site, channel in chain:
         keep[problem.index.slices[problem.index.hook(layer, site)].start + channel] = True
@@ -76,7 +77,7 @@ def posed(planted, marks, random_tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1, 9: what is measured on the whole model is measured on the model that was trained
+# 1, 9: what is measured on the full model is measured on the model that was trained
 
 
 def test_1_means_and_frozen_scales_are_those_of_the_model_with_abstopk(sparse, random_tokens):
@@ -128,9 +129,9 @@ def test_2_with_every_node_kept_the_masked_model_is_the_model(sparse, marks, pla
     one_off = torch.ones(2, means.index.n_nodes, dtype=torch.bool)
     one_off[1, 0] = False  # so that one hook runs, and passes what is kept in the first mask
     with torch.no_grad():
-        whole = answer_margins(model, batch)
-        masked = masked_margins(model, batch, means.index, one_off, means.values)
-        skipped = answer_margins(switched_off(sparse(), place), batch)
+        whole = task_logit_diffs(model, batch)
+        masked = masked_logit_diffs(model, batch, means.index, one_off, means.values)
+        skipped = task_logit_diffs(switched_off(sparse(), place), batch)
     torch.testing.assert_close(masked[0], whole, atol=1e-5, rtol=1e-5)
     assert (skipped - whole).abs().max() > 0.01
 
@@ -208,7 +209,7 @@ def test_4_the_shift_undoes_a_lean_that_the_circuit_has(posed):
     problem, keep = posed
     tau = keep.float()
     straight = measured(problem, keep, tau, n_active=6)
-    lean = float(answer_margins(problem.model, problem.selection).detach().mean())
+    lean = float(task_logit_diffs(problem.model, problem.selection).detach().mean())
     with torch.no_grad():
         problem.model.unembed.b_U[problem.selection.answer[0]] += 2 * lean
     leaning = measured(problem, keep, tau, n_active=6)
@@ -284,7 +285,7 @@ def test_8_a_decay_that_is_asked_for_reaches_tau(planted, marks, random_tokens):
     means = activation_means(model, random_tokens)
     free, pulled = (
         prune(
-            model, marks, replace(SEARCH, weight_decay=decay, k_coef=1e-6), means=means,
+            model, marks, replace(SEARCH, weight_decay=decay, l0_penalty=1e-6), means=means,
             progress=False,
         ).tau
         for decay in (0.0, 0.5)

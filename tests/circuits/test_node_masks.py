@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.circuits import NodeMasks
 from tl_sparse.circuits.mask_training import clipped
-from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, mix_hooks, units
+from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, gated_ablation_hooks, units
 from tl_sparse.config import ActivationDensity
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 
@@ -182,7 +182,7 @@ def test_every_mask_acts_on_its_own_prompts(any_model, random_tokens):
     gates, values = torch.rand(3, index.n_nodes), torch.randn(3, index.n_nodes)
     tokens = random_tokens[:4]
     _, cache = any_model.run_with_cache(tokens.repeat(3, 1))
-    for name, mix in mix_hooks(index, gates, values):
+    for name, mix in gated_ablation_hooks(index, gates, values):
         x = cache[name]
         out = mix(x).reshape(3, 4, 12, -1)
         assert mix.fired

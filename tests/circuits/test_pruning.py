@@ -5,20 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation import ablation_hooks, activation_means
-from tl_sparse.circuits import (
-    Circuit,
-    PruningConfig,
-    PruningFailed,
-    answer_margins,
-    circuit_edges,
-    prune,
-    pruning,
-)
+from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, circuit_edges, prune, pruning
 from tl_sparse.circuits.calibration import calibrated
 from tl_sparse.circuits.mask_training import train_masks
-from tl_sparse.circuits.problem import pose, selection_and_training
 from tl_sparse.circuits.pruning import choose_mask, choose_nodes, refined
+from tl_sparse.circuits.pruning_run import selection_and_training, set_up
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, evaluate_task, task
 
@@ -31,7 +24,7 @@ def named(circuit):
 
 def loss_of(model, batch, hooks=()):
     with torch.no_grad():
-        return float(F.softplus(-answer_margins(model, batch, hooks)).mean())
+        return float(F.softplus(-task_logit_diffs(model, batch, hooks)).mean())
 
 
 def kept_of(index, nodes):
@@ -62,7 +55,7 @@ def found(once, planted, marks, random_tokens):
 def posed(planted, marks, random_tokens):
     """The planted model's problem, and its chain."""
     model, chain = planted()
-    return pose(model, marks, SEARCH, means=activation_means(model, random_tokens)), chain
+    return set_up(model, marks, SEARCH, means=activation_means(model, random_tokens)), chain
 
 
 def test_the_circuit_is_the_planted_chain(found):
@@ -147,19 +140,19 @@ def test_only_nodes_of_the_means_sites_are_chosen_from(planted, marks, random_to
 def test_results_are_those_of_the_held_out_prompts(found, marks):
     model, _, circuit = found
     batch = marks.batch(SEARCH.report_pairs, split="held_out", seed=SEARCH.seed)
-    margins = answer_margins(model, batch, circuit.hooks()).detach()
-    torch.testing.assert_close(circuit.losses, F.softplus(-margins))
-    assert torch.equal(circuit.correct, margins > 0)
-    adjusted = F.softplus(-calibrated(margins, circuit.calibration))
+    logit_diffs = task_logit_diffs(model, batch, circuit.hooks()).detach()
+    torch.testing.assert_close(circuit.losses, F.softplus(-logit_diffs))
+    assert torch.equal(circuit.correct, logit_diffs > 0)
+    adjusted = F.softplus(-calibrated(logit_diffs, circuit.calibration))
     torch.testing.assert_close(circuit.losses_calibrated, adjusted)
     assert circuit.model_loss == pytest.approx(
         evaluate_task(model, marks, SEARCH.report_pairs, seed=SEARCH.seed).loss, abs=1e-6
     )
     selection, _ = selection_and_training(marks, SEARCH)
     with torch.no_grad():
-        margins = answer_margins(model, selection, circuit.hooks())
-    assert circuit.selection_loss == pytest.approx(float(F.softplus(-margins).mean()))
-    after = float(F.softplus(-calibrated(margins, circuit.calibration)).mean())
+        logit_diffs = task_logit_diffs(model, selection, circuit.hooks())
+    assert circuit.selection_loss == pytest.approx(float(F.softplus(-logit_diffs).mean()))
+    after = float(F.softplus(-calibrated(logit_diffs, circuit.calibration)).mean())
     assert after < circuit.selection_loss
 
 
@@ -226,7 +219,7 @@ def test_tau_is_trained_as_written_down(posed, penalty):
     """Against torch's AdamW and plain forward passes: loss plus price, clipped, clamped."""
     config = replace(
         SEARCH, steps=20, penalty=penalty, lr=0.05, beta1=0.8, beta2=0.9, weight_decay=0.1,
-        warmup_frac=0.25, k_coef=4e-3, adapt_rate=0.1, temperature=0.7, init_scale=0.05, seed=3,
+        warmup_frac=0.25, l0_penalty=4e-3, adapt_rate=0.1, temperature=0.7, init_scale=0.05, seed=3,
         batch_pairs=8,
     )  # fmt: skip
     problem = replace(posed[0], config=config)
@@ -250,7 +243,7 @@ def test_tau_is_trained_as_written_down(posed, penalty):
         first = (step * 8) % (n_pairs - 8 + 1)
         batch = train.pairs(first, first + 8)
         loss = F.softplus(
-            -answer_margins(problem.model, batch, [(name, mix) for name in index.slices])
+            -task_logit_diffs(problem.model, batch, [(name, mix) for name in index.slices])
         ).mean()
         optimizer.zero_grad()
         (loss + price * gates.sum()).backward()
@@ -274,9 +267,9 @@ def test_tau_is_trained_as_written_down(posed, penalty):
 def test_a_collapsed_mask_is_told(planted, marks, random_tokens):
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    search = replace(SEARCH, penalty="fixed", k_coef=100.0, steps=5, lr=0.3, on_collapse="fail")
+    search = replace(SEARCH, penalty="fixed", l0_penalty=100.0, steps=5, lr=0.3, on_collapse="fail")
     with pytest.raises(
-        PruningFailed, match=r"the mask collapsed.*\b0 gates were open.*lower k_coef"
+        PruningFailed, match=r"the mask collapsed.*\b0 gates were open.*lower l0_penalty"
     ) as failure:
         prune(model, marks, search, means=means, progress=False)
     assert 0.15 < failure.value.loss < math.inf
@@ -361,7 +354,7 @@ def test_closed_gates_are_never_chosen(posed):
 def test_refining_leaves_no_node_that_could_go(planted, marks, random_tokens, sites):
     """From the chain among many others: the target holds, and no node can be removed alone."""
     model, chain = planted()
-    problem = pose(model, marks, SEARCH, means=activation_means(model, random_tokens, sites))
+    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens, sites))
     index = problem.index
     mine = kept_of(index, [node for node in chain if node[1] in index.sites])
     before = mine | (torch.rand(index.n_nodes) < 0.4)

@@ -16,7 +16,7 @@ from tl_sparse.circuits import PruningConfig
         ("selection_pairs", -1, "selection_pairs=-1"),
         ("report_pairs", 0, "report_pairs=0"),
         ("lr", 0.0, "lr=0.0 must be positive"),
-        ("k_coef", -1.0, "k_coef=-1.0 must be positive"),
+        ("l0_penalty", -1.0, "l0_penalty=-1.0 must be positive"),
         ("temperature", 0.0, "temperature=0.0 must be positive"),
         ("beta1", 1.0, "beta1=1.0 must be at least 0 and below 1"),
         ("beta2", -0.1, "beta2=-0.1 must be at least 0"),

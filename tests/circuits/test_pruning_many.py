@@ -7,19 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation import activation_donors, activation_means
-from tl_sparse.circuits import (
-    Circuit,
-    PruningConfig,
-    PruningFailed,
-    answer_margins,
-    prune,
-    prune_many,
-    pruning,
-)
+from tl_sparse.ablation.interventions import activation_means, resample_sources
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many, pruning
 from tl_sparse.circuits.mask_training import TrainingPool, train_masks
 from tl_sparse.circuits.node_masks import NodeMasks
-from tl_sparse.circuits.problem import pose, pose_many
+from tl_sparse.circuits.pruning_run import set_up, set_up_many
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, task
 
@@ -50,7 +43,7 @@ def jobs(marks, late):
     return [
         (marks, SEARCH),
         (late, replace(SEARCH, seed=3)),
-        (marks, replace(SEARCH, k_coef=0.5, penalty="fixed", target_loss=0.3)),
+        (marks, replace(SEARCH, l0_penalty=0.5, penalty="fixed", target_loss=0.3)),
         (late, replace(SEARCH, lr=0.1, beta1=0.5, beta2=0.9, weight_decay=0.05, temperature=0.6)),
         (marks, replace(SEARCH, seed=1, warmup_frac=0.3, init_bias=0.2, init_scale=0.1)),
         (marks, replace(SEARCH, ablation="zero", adapt_rate=0.2, target_loss=0.5)),
@@ -78,7 +71,7 @@ def test_masks_trained_together_are_those_trained_alone(
         model = planted(activation_density=density)[0]
     means = activation_means(model, random_tokens)
     jobs = [(task, replace(config, steps=5)) for task, config in jobs]
-    problems = pose_many(model, jobs, means, None, None)
+    problems = set_up_many(model, jobs, means, None, None)
     assert len({int(p.train.last.max()) for p in problems}) > 1
     together = train_masks(problems, progress=False)
     for row, problem in enumerate(problems):
@@ -111,7 +104,7 @@ def test_a_job_that_fails_takes_no_other_with_it(planted, marks, late, random_to
     """Also across groups; failures stand in the places of their jobs."""
     model, chain = planted()
     means = activation_means(model, random_tokens)
-    hopeless = replace(SEARCH, penalty="fixed", k_coef=100.0, lr=0.3, on_collapse="fail")
+    hopeless = replace(SEARCH, penalty="fixed", l0_penalty=100.0, lr=0.3, on_collapse="fail")
     configs = [hopeless, SEARCH, replace(hopeless, steps=3), replace(SEARCH, batch_pairs=7)]
     jobs = [(task, config) for config, task in zip(configs, [marks, late] * 2, strict=True)]
     found = prune_many(model, jobs, means=means, progress=False)
@@ -132,7 +125,7 @@ def test_a_target_missed_by_rounding_fails_that_job_alone(
     def nearly(model, batch, index, keep, values, *, hooks=(), max_rows=0):
         return torch.full((len(keep),), 0.2 - 5e-7)
 
-    monkeypatch.setattr("tl_sparse.circuits.problem.masked_losses", nearly)
+    monkeypatch.setattr("tl_sparse.circuits.pruning_run.masked_losses", nearly)
     (found,) = prune_many(model, [(marks, close)], means=means, progress=False)
     assert isinstance(found, PruningFailed)
     assert "none of its 1 stages" in str(found)
@@ -165,7 +158,9 @@ def test_the_time_of_a_training_is_shared_out(planted, marks, random_tokens, mon
     monkeypatch.setattr(pruning.time, "perf_counter", lambda: float(next(ticks)))
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    jobs = [(marks, replace(SEARCH, steps=1, k_coef=price)) for price in (1e-3, 2e-3, 4e-3, 5e-3)]
+    jobs = [
+        (marks, replace(SEARCH, steps=1, l0_penalty=price)) for price in (1e-3, 2e-3, 4e-3, 5e-3)
+    ]
     found = prune_many(model, jobs, means=means, progress=False)
     # a quarter of the training's one tick, and one of its own
     assert [circuit.seconds for circuit in found] == [1.25] * 4
@@ -177,7 +172,7 @@ def test_the_time_of_a_training_is_shared_out(planted, marks, random_tokens, mon
 
 def test_tasks_with_the_same_prompts_and_other_answers_keep_theirs(planted, marks, random_tokens):
     model, _ = planted()
-    first = pose(model, marks, SEARCH, means=activation_means(model, random_tokens))
+    first = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
     train = first.train
     swapped = replace(train, answer=train.other, other=train.answer, answers=train.answers[::-1])
     both = [first, replace(first, train=swapped)]
@@ -187,8 +182,8 @@ def test_tasks_with_the_same_prompts_and_other_answers_keep_theirs(planted, mark
         temperature=[1.0] * 2, seeds=[0] * 2,
     )  # fmt: skip
     losses = pool.losses(2, masks, masks.gates().detach())
-    margins = answer_margins(model, train.pairs(16, 24))
-    expected = [F.softplus(-margins).mean(), F.softplus(margins).mean()]
+    logit_diffs = task_logit_diffs(model, train.pairs(16, 24))
+    expected = [F.softplus(-logit_diffs).mean(), F.softplus(logit_diffs).mean()]
     torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -198,7 +193,7 @@ def test_every_step_takes_the_next_pairs(request, planted, marks, late, random_t
     model = planted()[0] if kind == "ours" else request.getfixturevalue("dense_planted")[0]
     means = activation_means(model, random_tokens)
     configs = [replace(SEARCH, steps=3), replace(SEARCH, steps=3, seed=1)]
-    problems = pose_many(model, list(zip([marks, late], configs, strict=True)), means, None, None)
+    problems = set_up_many(model, list(zip([marks, late], configs, strict=True)), means, None, None)
     pool = TrainingPool(problems)
     masks = NodeMasks(
         means.index, means.values.repeat(2, 1), init_bias=[0.1] * 2, init_scale=[0.0] * 2,
@@ -208,7 +203,7 @@ def test_every_step_takes_the_next_pairs(request, planted, marks, late, random_t
     for step, first in ((0, 0), (1, 8), (2, 16), (3, 24 % 17)):
         losses = pool.losses(step, masks, masks.gates().detach())
         expected = [
-            F.softplus(-answer_margins(model, p.train.pairs(first, first + 8))).mean()
+            F.softplus(-task_logit_diffs(model, p.train.pairs(first, first + 8))).mean()
             for p in problems
         ]
         torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-5)
@@ -218,9 +213,9 @@ def test_jobs_that_resample_are_those_alone_too(planted, marks, random_tokens):
     """Other seeds draw other donors."""
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    donors = activation_donors(model, random_tokens)
+    donors = resample_sources(model, random_tokens)
     config = replace(SEARCH, ablation="resample", steps=4, refine=False, target_loss=0.5)
-    configs = [config, replace(config, k_coef=5e-3), replace(config, seed=2)]
+    configs = [config, replace(config, l0_penalty=5e-3), replace(config, seed=2)]
     jobs = [(marks, config) for config in configs]
     found = prune_many(model, jobs, means=means, donors=donors, progress=False)
     for circuit, (_, config) in zip(found, jobs, strict=True):

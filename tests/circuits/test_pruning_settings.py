@@ -7,18 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation import ablation_hooks, activation_donors, activation_means, norm_hooks
-from tl_sparse.circuits import (
-    Circuit,
-    PruningConfig,
-    PruningFailed,
-    answer_margins,
-    prune,
-    prune_many,
+from tl_sparse.ablation.interventions import (
+    ablation_hooks,
+    activation_means,
+    norm_hooks,
+    resample_sources,
 )
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
 from tl_sparse.circuits.mask_training import train_masks
-from tl_sparse.circuits.problem import pose, pose_many
 from tl_sparse.circuits.pruning import choose_nodes, refined
+from tl_sparse.circuits.pruning_run import set_up, set_up_many
 from tl_sparse.sites import SITE_NAMES
 
 SEARCH = PruningConfig(steps=24, batch_pairs=8, selection_pairs=16, report_pairs=16, lr=0.06)
@@ -30,7 +29,7 @@ def named(circuit):
 
 def loss_of(model, batch, hooks=()):
     with torch.no_grad():
-        return float(F.softplus(-answer_margins(model, batch, hooks)).mean())
+        return float(F.softplus(-task_logit_diffs(model, batch, hooks)).mean())
 
 
 def kept_of(index, nodes):
@@ -76,7 +75,7 @@ def test_a_key_brings_its_query_if_they_are_tied(attentive, marks, random_tokens
 def test_tied_channels_are_chosen_and_removed_together(attentive, marks, random_tokens):
     model, chain = attentive
     means = activation_means(model, random_tokens)
-    problem = pose(model, marks, replace(SEARCH, tie_qk=True), means=means)
+    problem = set_up(model, marks, replace(SEARCH, tie_qk=True), means=means)
     index = problem.index
     q, k = (index.slices[index.hook(0, name)] for name in ("attn_q", "attn_k"))
     tau = torch.full((index.n_nodes,), -1.0)
@@ -141,7 +140,7 @@ def test_other_values_in_the_place_of_means(planted, marks, random_tokens, ablat
     search = replace(SEARCH, ablation=ablation)
     circuit = prune(model, marks, search, means=means, progress=False)
     assert named(circuit) == chain
-    problem = pose(model, marks, search, means=means)
+    problem = set_up(model, marks, search, means=means)
     assert torch.equal(circuit.means.values, problem.values)
     assert (circuit.means.values - means.values).abs().max() > 0.05
     hooks = circuit.hooks()
@@ -154,12 +153,12 @@ def test_other_values_in_the_place_of_means(planted, marks, random_tokens, ablat
 def test_removed_nodes_are_resampled(request, planted, marks, random_tokens, kind):
     model, chain = planted() if kind == "ours" else request.getfixturevalue("dense_planted")
     means = activation_means(model, random_tokens)
-    donors = activation_donors(model, random_tokens)
+    donors = resample_sources(model, random_tokens)
     search = replace(SEARCH, ablation="resample")
     circuit = prune(model, marks, search, means=means, donors=donors, progress=False)
     assert chain <= named(circuit)
     assert len(named(circuit) - chain) <= 2
-    problem = pose(model, marks, search, means=means, donors=donors)
+    problem = set_up(model, marks, search, means=means, donors=donors)
     hooks = circuit.hooks_for(model, problem.report.tokens, problem.values)
     assert circuit.loss == pytest.approx(loss_of(model, problem.report, hooks), abs=1e-6)
     hooks = circuit.hooks_for(model, problem.selection.tokens, problem.values)
@@ -190,17 +189,17 @@ def test_norms_are_held_at_the_whole_models(planted, marks, random_tokens):
     search = replace(SEARCH, freeze_norm=True)
     circuit = prune(model, marks, search, means=means, progress=False)
     assert named(circuit) == chain
-    batch = pose(model, marks, search, means=means).report
+    batch = set_up(model, marks, search, means=means).report
     rows, hooks = torch.arange(len(batch)), circuit.hooks_for(model, batch.tokens)
     with torch.no_grad():
         logits = model.run_with_hooks(batch.tokens, return_type="logits", fwd_hooks=hooks)
     logits = logits[rows, batch.last]
-    margins = logits[rows, batch.answer] - logits[rows, batch.other]
-    torch.testing.assert_close(circuit.losses, F.softplus(-margins), atol=1e-5, rtol=1e-5)
+    logit_diffs = logits[rows, batch.answer] - logits[rows, batch.other]
+    torch.testing.assert_close(circuit.losses, F.softplus(-logit_diffs), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"freeze_norm=True.*use hooks_for\(model, tokens\)"):
         circuit.hooks()
     with pytest.raises(ValueError, match="donors= belong to circuits"):
-        circuit.hooks_for(model, batch.tokens, activation_donors(model, random_tokens))
+        circuit.hooks_for(model, batch.tokens, resample_sources(model, random_tokens))
 
 
 def test_a_frozen_norm_does_not_amplify_what_is_kept(planted, marks, random_tokens):
@@ -213,7 +212,7 @@ def test_a_frozen_norm_does_not_amplify_what_is_kept(planted, marks, random_toke
     losses = {}
     for freeze_norm in (False, True):
         search = replace(SEARCH, ablation="zero", freeze_norm=freeze_norm)
-        problem = pose(model, marks, search, means=means)
+        problem = set_up(model, marks, search, means=means)
         hooks = [*problem.selection_hooks, *ablation_hooks(index, kept, problem.values)]
         whole = scales_under(model, problem.selection, [])
         shrunk = scales_under(model, problem.selection, hooks)
@@ -232,7 +231,7 @@ def test_jobs_with_frozen_norms_are_those_alone(planted, marks, random_tokens):
         (marks, replace(config, freeze_norm=frozen, seed=seed))
         for seed, frozen in ((0, True), (1, True), (0, False))
     ]
-    problems = pose_many(model, jobs, means, None, None)
+    problems = set_up_many(model, jobs, means, None, None)
     together = train_masks(problems[:2], progress=False)[-1]
     alone = [train_masks([problem], progress=False)[-1][0] for problem in problems]
     torch.testing.assert_close(together, torch.stack(alone[:2]), atol=1e-4, rtol=0)
@@ -289,7 +288,7 @@ def test_a_circuit_whose_hooks_depend_on_the_prompts_is_not_compiled(
 ):
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    donors = activation_donors(model, random_tokens) if "ablation" in change else None
+    donors = resample_sources(model, random_tokens) if "ablation" in change else None
     search = replace(SEARCH, steps=2, target_loss=0.5, **change)
     circuit = prune(model, marks, search, means=means, donors=donors, progress=False)
     with pytest.raises(ValueError, match="its hooks depend on the prompts"):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, prune, search_study
-from tl_sparse.circuits.problem import measured, pose
+from tl_sparse.circuits.pruning_run import measured, set_up
 from tl_sparse.circuits.search import search, values_of
 from tl_sparse.circuits.search_result import best_of, not_beaten
 from tl_sparse.circuits.search_study import (
@@ -57,7 +57,7 @@ def pruned(monkeypatch, setting):
     def circuit_of(model, task, means, config, n_more):
         """A circuit of so many nodes; what it measures is a formula too."""
         if not templates:
-            problem = pose(model, task, config, means=means)
+            problem = set_up(model, task, config, means=means)
             templates[0] = measured(problem, must, torch.zeros(index.n_nodes), n_active=0)
         kept = must.clone()
         kept[torch.nonzero(~must).flatten()[:n_more]] = True
@@ -68,10 +68,10 @@ def pruned(monkeypatch, setting):
         rounds.append([config for _, config in jobs])
         found = []
         for task, config in jobs:
-            if config.k_coef > 5e-3:
-                found.append(PruningFailed("too dear", 0.15 + config.k_coef))
+            if config.l0_penalty > 5e-3:
+                found.append(PruningFailed("too dear", 0.15 + config.l0_penalty))
                 continue
-            away = abs(math.log10(config.lr / 0.1)) + abs(math.log10(config.k_coef / 3e-4))
+            away = abs(math.log10(config.lr / 0.1)) + abs(math.log10(config.l0_penalty / 3e-4))
             found.append(circuit_of(model, task, means, config, int(10 * away)))
         return found
 
@@ -91,7 +91,12 @@ def test_it_begins_with_the_default_and_the_papers_centres(setting, pruned):
     assert BASE.on_collapse == "eliminate"
     assert {config.on_collapse for each in pruned for config in each if config != BASE} == {"fail"}
     centre = pruned[0][1]
-    assert (centre.k_coef, centre.lr, centre.weight_decay, centre.beta2) == (1e-4, 3e-3, 1e-3, 0.95)
+    assert (centre.l0_penalty, centre.lr, centre.weight_decay, centre.beta2) == (
+        1e-4,
+        3e-3,
+        1e-3,
+        0.95,
+    )
     assert (centre.init_scale, centre.init_bias, centre.temperature) == (1e-2, 1e-1, 1.0)
     assert (centre.warmup_frac, centre.penalty) == (5e-2, "fixed")
     assert centre.steps == BASE.steps
@@ -127,7 +132,7 @@ def test_failed_trials_are_told_by_their_excess_loss(setting, pruned):
     failed = result.trials[~result.trials["feasible"]]
     assert len(failed)
     assert (failed["n_nodes"] == -1).all()
-    assert ((failed["selection_loss"] - 0.15 - failed["k_coef"]).abs() < 1e-9).all()
+    assert ((failed["selection_loss"] - 0.15 - failed["l0_penalty"]).abs() < 1e-9).all()
     worse = {"feasible": False, "selection_loss": 0.3, "config": asdict(BASE)}
     values = values_of(worse, 100, SMALL)
     assert values == [pytest.approx(200.0)]

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tl_sparse.ablation import ablation_hooks, activation_means
-from tl_sparse.circuits import PruningConfig, PruningFailed, answer_margins
-from tl_sparse.circuits import problem as problems
-from tl_sparse.circuits.problem import pose, smallest
+from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import PruningConfig, PruningFailed
+from tl_sparse.circuits import pruning_run as problems
+from tl_sparse.circuits.pruning_run import set_up, smallest
 
 SEARCH = PruningConfig(steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
 
 
 def loss_of(model, batch, hooks=()):
     with torch.no_grad():
-        return float(F.softplus(-answer_margins(model, batch, hooks)).mean())
+        return float(F.softplus(-task_logit_diffs(model, batch, hooks)).mean())
 
 
 def places_of(index, nodes):
@@ -30,7 +31,7 @@ def places_of(index, nodes):
 def posed(planted, marks, random_tokens):
     """The planted model's problem, and the places of its chain."""
     model, chain = planted()
-    problem = pose(model, marks, SEARCH, means=activation_means(model, random_tokens))
+    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
     return problem, places_of(problem.index, chain)
 
 

@@ -67,7 +67,7 @@ def build(option: str = "plain", *, tokenizer: Any = None, **changes: Any) -> An
 
 def random_model(config: Any, tokenizer: Any = None, zeros: float = 0.0) -> Any:
     """A model whose every parameter is drawn at random, a share of them exactly zero."""
-    from tl_sparse.model import SparseTransformer
+    from tl_sparse.model.transformer import SparseTransformer
 
     model = SparseTransformer(config, tokenizer)
     generator = torch.Generator().manual_seed(2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tl_sparse import compat
-from tl_sparse.model import SparseTransformer
+from tl_sparse.model.transformer import SparseTransformer
 
 
 def test_the_model_passes_the_checks_of_the_installed_transformer_lens(small_model):

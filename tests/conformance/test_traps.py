@@ -16,7 +16,7 @@ from transformer_lens import patching
 from tests.conformance.models import build, every_option
 from tl_sparse import compat
 from tl_sparse.compat import ActivationCache, KeyValueCache
-from tl_sparse.surface import SparseActivationCache
+from tl_sparse.model.cache import SparseActivationCache
 
 TOKENS = torch.tensor([[1, 5, 12, 9, 20, 3], [1, 20, 7, 5, 5, 28]])
 OTHER = torch.tensor([[1, 9, 12, 4, 21, 6], [1, 8, 7, 15, 5, 11]])

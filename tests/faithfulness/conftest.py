@@ -6,21 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.analyses.conftest import (
-    chain,
-    circuit_of,
-    dense_model,
-    dense_planted,
-    marks,
-    planted,
-    random_tokens,
-    words,
-)
+from tests.analyses.conftest import chain, circuit_of
 
-__all__ = [
-    "chain", "circuit_of", "dense_model", "dense_planted", "marks", "planted", "random_tokens",
-    "words",
-]  # fmt: skip
+__all__ = ["chain", "circuit_of"]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import math
 
 
-def slow_margins(model, batch, index, keep, value_of):
+def slow_logit_diffs(model, batch, index, keep, value_of):
     """Margins of each prompt alone; ``value_of(hook, prompt, positions)`` is [pos, channel]."""
     import torch
 
@@ -29,10 +29,10 @@ def mean(values):
     return math.fsum(values) / len(values)
 
 
-def loss(margins):
-    return mean([math.log1p(math.exp(-m)) for m in margins])
+def loss(logit_diffs):
+    return mean([math.log1p(math.exp(-m)) for m in logit_diffs])
 
 
 def fixed(index, values):
-    """Values for :func:`slow_margins` that are the same for all prompts and positions."""
+    """Values for :func:`slow_logit_diffs` that are the same for all prompts and positions."""
     return lambda name, number, positions: values[index.slices[name]].expand(positions, -1)

@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 
 from tl_sparse.faithfulness import head_circuit
+from tl_sparse.faithfulness.checks.necessity import NULLS
 from tl_sparse.faithfulness.controls import few, hook_of_unit, random_units, short_of
-from tl_sparse.faithfulness.necessity import NULLS
 
 
 def generator(seed=0):

@@ -3,11 +3,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from tests.faithfulness.test_schemes import noisy
-from tl_sparse.ablation import activation_donors, activation_means
-from tl_sparse.circuits import Circuit, PruningConfig, masked_losses, prune
+from tests.faithfulness.checks.test_schemes import noisy
+from tl_sparse.ablation.interventions import activation_means, resample_sources
+from tl_sparse.ablation.masked_forward import masked_losses
+from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.circuits.node_masks import NodeMasks
-from tl_sparse.circuits.problem import PruningFailed, frozen, pose
+from tl_sparse.circuits.pruning_run import PruningFailed, frozen, set_up
 from tl_sparse.faithfulness import subject
 from tl_sparse.faithfulness.faithful import (
     FaithfulConfig,
@@ -30,7 +31,7 @@ def means(noisy, random_tokens):
 
 @pytest.fixture
 def problem(noisy, means):
-    return pose(noisy.model, noisy.task, SEARCH, means=means)
+    return set_up(noisy.model, noisy.task, SEARCH, means=means)
 
 
 def same(mine, theirs):
@@ -99,7 +100,9 @@ def test_the_objective_is_its_losses_weighted(problem):
     full, stochastic, *adversarial = masked_losses(
         problem.model, pairs, problem.index, keep, problem.values
     ).tolist()
-    calm = pose(problem.model, problem.task, replace(SEARCH, freeze_norm=True), means=problem.means)
+    calm = set_up(
+        problem.model, problem.task, replace(SEARCH, freeze_norm=True), means=problem.means
+    )
     with frozen(problem.model):
         calm = replace(calm, selection=pairs).on_few(len(pairs)).losses(gates.detach().bool())
     terms = [full, 0.5 * stochastic, 2 * sum(adversarial) / 2, 0.25 * float(calm)]
@@ -171,7 +174,7 @@ def test_attacks_go_on_until_they_are_withstood(noisy, problem):
 def test_other_ablations_are_attacked_too(noisy, means, random_tokens, setting):
     search, donors = replace(SEARCH, steps=8, on_collapse="fail", **setting), None
     if "ablation" in setting:
-        donors = activation_donors(noisy.model, random_tokens)
+        donors = resample_sources(noisy.model, random_tokens)
     circuit = faithful_prune(
         noisy.model, noisy.task, search, replace(QUICK, frozen_norm=0.5), means=means,
         donors=donors, progress=False,
@@ -224,7 +227,7 @@ def test_what_misses_the_target_is_not_run_under_schemes(problem):
 
 def test_the_last_attack_is_no_milder_than_plain_ablation(noisy, means):
     circuit = faithful_prune(noisy.model, noisy.task, SEARCH, QUICK, means=means, progress=False)
-    few = pose(noisy.model, noisy.task, SEARCH, means=means).few
+    few = set_up(noisy.model, noisy.task, SEARCH, means=means).few
     assert circuit.config["faithful"]["attack_loss"] >= float(few.losses(circuit.kept[None])) - 1e-5
 
 

@@ -5,20 +5,20 @@ from functools import cache
 import pytest
 import torch
 
-from tl_sparse import planted
+from tl_sparse import ground_truth
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.faithfulness import EvaluationConfig, Thresholds, head_circuit, subject
-from tl_sparse.faithfulness.mechanism import mechanism
+from tl_sparse.faithfulness.checks.mechanism import mechanism
+from tl_sparse.faithfulness.checks.necessity import necessity
+from tl_sparse.faithfulness.checks.norms import norms
+from tl_sparse.faithfulness.checks.partial import partial
+from tl_sparse.faithfulness.checks.sufficiency import sufficiency
 from tl_sparse.faithfulness.metrics import (
     average_precision,
     roc_points,
     staircase_area,
     trapezoid_area,
 )
-from tl_sparse.faithfulness.necessity import necessity
-from tl_sparse.faithfulness.norms import norms
-from tl_sparse.faithfulness.partial import partial
-from tl_sparse.faithfulness.sufficiency import sufficiency
 from tl_sparse.faithfulness.verdict import CRITERIA, checks
 
 PARTS = {"A": sufficiency, "B": necessity, "C": partial, "D": norms, "E": mechanism}
@@ -35,12 +35,12 @@ FALSE = (
 
 @cache
 def models():
-    return planted.planted_models()
+    return ground_truth.ground_truth_models()
 
 
 @cache
 def falses():
-    return {false.name: false for false in planted.false_circuits(models=models())}
+    return {false.name: false for false in ground_truth.false_circuits(models=models())}
 
 
 def outcomes(model, circuit, parts):
@@ -86,7 +86,7 @@ def test_sufficiency_alone_passes_false_circuits(name):
 @pytest.mark.parametrize("name", ["reversing", "proportion", "induction"])
 def test_the_heads_of_compiled_programs_are_needed_and_enough(name):
     """A circuit of heads: the true ones, and of two true ones the first alone."""
-    model = planted.compiled(name)
+    model = ground_truth.compiled(name)
 
     def of(heads):
         circuit = head_circuit(model.model, model.task.name, heads, model.text)
@@ -94,18 +94,18 @@ def test_the_heads_of_compiled_programs_are_needed_and_enough(name):
         return circuit, whom
 
     circuit, whom = of(model.heads)
-    margin = whom.model_margins.mean()
-    assert whom.circuit_margins.mean() == pytest.approx(float(margin), rel=0.02)
+    logit_diff = whom.model_logit_diffs.mean()
+    assert whom.circuit_logit_diffs.mean() == pytest.approx(float(logit_diff), rel=0.02)
     found = outcomes(model, circuit, "BD")
     assert found["necessary"] == found["norms"] == "passed"
     _, lacking = of(model.heads[:-1])
-    assert lacking.circuit_margins.mean() < margin / 10
+    assert lacking.circuit_logit_diffs.mean() < logit_diff / 10
 
 
 def removal_effects(whom):
-    """What removing each unit alone takes from the whole model's mean margin."""
+    """What removing each unit alone takes from the full model's mean logit_diff."""
     without = whom.nodes(~torch.eye(whom.n_units, dtype=torch.bool))
-    return whom.model_margins.mean() - whom.margins(without).mean(1)
+    return whom.model_logit_diffs.mean() - whom.logit_diffs(without).mean(1)
 
 
 @pytest.mark.parametrize("name", TRUE)
@@ -125,7 +125,7 @@ def test_ranked_by_exact_removal_all_true_nodes_come_first(name):
 
 @pytest.mark.parametrize("name", ["reversing", "proportion", "induction"])
 def test_ranked_by_exact_removal_all_true_heads_come_first(name):
-    model = planted.compiled(name)
+    model = ground_truth.compiled(name)
     circuit = head_circuit(model.model, model.task.name, model.heads, model.text)
     whom = subject(model.model, circuit, model.task, SMALL)
     assert whom.n_units == 6

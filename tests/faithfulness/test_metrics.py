@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tl_sparse.faithfulness.controls import per_unit_margins
+from tl_sparse.faithfulness.controls import per_unit_logit_diffs
 from tl_sparse.faithfulness.metrics import (
     FRACTIONS,
     average_precision,
@@ -50,10 +50,10 @@ def test_loss_recovered_by_hand():
 
 def test_kl_of_two_answers_is_that_of_their_probabilities():
     p, q = 0.9, 0.6
-    margins = [torch.tensor([math.log(x / (1 - x))]) for x in (p, q)]
+    logit_diffs = [torch.tensor([math.log(x / (1 - x))]) for x in (p, q)]
     by_hand = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert float(two_way_kl(*margins)) == pytest.approx(by_hand, rel=1e-5)
-    assert two_way_kl(margins[0], margins[0]).tolist() == [0.0]
+    assert float(two_way_kl(*logit_diffs)) == pytest.approx(by_hand, rel=1e-5)
+    assert two_way_kl(logit_diffs[0], logit_diffs[0]).tolist() == [0.0]
     far = two_way_kl(torch.tensor([200.0]), torch.tensor([-200.0]))  # no infinities
     assert float(far) == pytest.approx(200.0)
     assert kl_recovered(*of(0.0, 0.4)) == 1.0
@@ -90,7 +90,7 @@ def test_a_curve_is_of_the_best_units_by_trapezoids(whole):
     fractions = (0.1, 0.4, 1.0)
     curve = ranking_curve(whole, scores, fractions)
     m_empty, m_model = (
-        float(x.double().mean()) for x in (whole.empty_margins, whole.model_margins)
+        float(x.double().mean()) for x in (whole.empty_logit_diffs, whole.model_logit_diffs)
     )
     found = {}
     for name, order in (("signed", scores), ("absolute", scores.abs())):
@@ -99,7 +99,7 @@ def test_a_curve_is_of_the_best_units_by_trapezoids(whole):
             keep = torch.zeros(1, whole.n_units, dtype=torch.bool)
             best = sorted(range(whole.n_units), key=lambda i, o=order: -float(o[i]))
             keep[0, best[: int(fraction * whole.n_units)]] = True
-            m = float(per_unit_margins(whole, keep).double().mean())
+            m = float(per_unit_logit_diffs(whole, keep).double().mean())
             found[name].append((m - m_empty) / (m_model - m_empty))
     assert curve.table["f_signed"].tolist() == pytest.approx(found["signed"], abs=1e-5)
     assert curve.table["f_absolute"].tolist() == pytest.approx(found["absolute"], abs=1e-5)

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tl_sparse.ablation import activation_means
-from tl_sparse.circuits import answer_margins
-from tl_sparse.circuits.problem import selection_and_training
+from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.faithfulness import EvaluationConfig, head_circuit, hook_circuit, subject
 from tl_sparse.faithfulness.subject import pruning_config_of
 
@@ -48,15 +48,15 @@ def test_margins_are_those_of_plain_runs_one_prompt_at_a_time(whole):
     for row in range(len(batch)):
         length = int(batch.last[row]) + 1
         tokens = batch.tokens[row : row + 1, :length]
-        for fwd_hooks, found in ((hooks, whole.circuit_margins), ([], whole.model_margins)):
+        for fwd_hooks, found in ((hooks, whole.circuit_logit_diffs), ([], whole.model_logit_diffs)):
             logits = model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)[0, -1]
-            margin = logits[batch.answer[row]] - logits[batch.other[row]]
-            assert float(margin) == pytest.approx(float(found[row]), abs=1e-4)
+            logit_diff = logits[batch.answer[row]] - logits[batch.other[row]]
+            assert float(logit_diff) == pytest.approx(float(found[row]), abs=1e-4)
 
 
 def test_with_everything_removed_all_prompts_look_the_same(whole):
-    margins = whole.empty_margins.view(-1, 2)
-    assert torch.allclose(margins[:, 0], -margins[:, 1], atol=1e-5)
+    logit_diffs = whole.empty_logit_diffs.view(-1, 2)
+    assert torch.allclose(logit_diffs[:, 0], -logit_diffs[:, 1], atol=1e-5)
 
 
 def test_a_head_is_kept_or_removed_whole(planted, marks, random_tokens):
@@ -71,8 +71,8 @@ def test_a_head_is_kept_or_removed_whole(planted, marks, random_tokens):
         (f"blocks.{layer}.attn.hook_z", replaced(z.view(2, 2, 4)[layer], keep))
         for layer, keep in ((0, [True, False]), (1, [False, False]))
     ]
-    expected = answer_margins(model, found.batch, by_hand)
-    assert torch.allclose(found.circuit_margins, expected, atol=1e-5)
+    expected = task_logit_diffs(model, found.batch, by_hand)
+    assert torch.allclose(found.circuit_logit_diffs, expected, atol=1e-5)
 
 
 def replaced(values, keep):
@@ -92,7 +92,7 @@ def test_features_of_any_hook_make_a_circuit(planted, marks, random_tokens):
     circuit = hook_circuit(model, "marked", kept, random_tokens)
     found = subject(model, circuit, marks, EvaluationConfig(pairs=4))
     # neuron 5 is the chain's; without the other neurons the task is done
-    assert bool((found.circuit_margins > 0).all())
+    assert bool((found.circuit_logit_diffs > 0).all())
     assert found.n_units == 12
 
 

@@ -67,17 +67,19 @@ def test_a_variant_that_was_not_measured_leaves_the_answer_open():
 
 
 def test_where_the_model_has_no_margin_shares_of_it_are_not_judged():
-    margins = (
-        Measure("A", "model_margin", "", 1.0, 0.5, 1.5),
-        Measure("A", "empty_margin", "own", 2.0, 1.0, 3.0),
+    logit_diffs = (
+        Measure("A", "model_logit_diff", "", 1.0, 0.5, 1.5),
+        Measure("A", "empty_logit_diff", "own", 2.0, 1.0, 3.0),
     )
     share = PartResult("B", (Measure("B", "necessity", "outside", 1.0, 0.9, 1.1),))
     assert outcome(checks([share], Thresholds()), "necessary") == "passed"
     (found,) = [
-        c for c in checks([part(*margins), share], Thresholds()) if c.criterion.key == "necessary"
+        c
+        for c in checks([part(*logit_diffs), share], Thresholds())
+        if c.criterion.key == "necessary"
     ]
     assert found.outcome == "not measured"
-    assert "nothing to explain: the model's mean margin is 1" in found.reason
+    assert "nothing to explain: the model's mean logit_diff is 1" in found.reason
 
 
 def test_what_was_not_measured_is_said():

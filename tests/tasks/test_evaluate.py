@@ -9,12 +9,12 @@ from tl_sparse.tasks import evaluate_task, select_last, task_accuracy, task_loss
 
 
 class Oracle(nn.Module):
-    """Gives the right answer of every prompt it was told about a logit of `margin`."""
+    """Gives the right answer of every prompt it was told about a logit of `logit_diff`."""
 
-    def __init__(self, size, batch, margin):
+    def __init__(self, size, batch, logit_diff):
         super().__init__()
         self.size = size
-        self.margin = nn.Parameter(torch.tensor(margin))
+        self.logit_diff = nn.Parameter(torch.tensor(logit_diff))
         self.known = {
             tuple(row[: int(last) + 1].tolist()): int(answer)
             for row, last, answer in zip(batch.tokens, batch.last, batch.answer, strict=True)
@@ -30,7 +30,7 @@ class Oracle(nn.Module):
             for stop in range(1, len(row) + 1):
                 answer = self.known.get(tuple(row[:stop]))
                 if answer is not None:
-                    logits[i, stop - 1, answer] = self.margin
+                    logits[i, stop - 1, answer] = self.logit_diff
         return logits
 
 
@@ -71,15 +71,15 @@ def test_select_last_takes_the_last_real_position(bound):
     assert torch.equal(select_last(positions, batch)[:, 0].long(), batch.last)
 
 
-@pytest.mark.parametrize(("margin", "accuracy"), [(5.0, 1.0), (-5.0, 0.0)])
+@pytest.mark.parametrize(("logit_diff", "accuracy"), [(5.0, 1.0), (-5.0, 0.0)])
 def test_a_model_that_knows_is_right_and_one_that_inverts_is_wrong(
-    bound, tokenizer, margin, accuracy
+    bound, tokenizer, logit_diff, accuracy
 ):
     batch = bound.batch(100, split="held_out", seed=4)
-    model = Oracle(len(tokenizer), batch, margin)
+    model = Oracle(len(tokenizer), batch, logit_diff)
     result = evaluate_task(model, bound, n_pairs=100, split="held_out", seed=4)
     assert result.accuracy == accuracy
-    assert result.loss == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)
+    assert result.loss == pytest.approx(math.log1p(math.exp(-logit_diff)), rel=1e-4)
     assert result.prompts == batch.prompts
     assert sum(model.calls) == 200
     assert max(model.calls) <= 128

@@ -16,17 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import FwdHook
+from tl_sparse.ablation.interventions import FwdHook
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.runs import (
     CHUNK_PAIRS,
     Node,
     channels,
     check_belongs,
     places,
-    prompt_margins,
+    prompt_logit_diffs,
 )
-from tl_sparse.circuits import Circuit, answer_margins
-from tl_sparse.circuits.problem import frozen
+from tl_sparse.circuits import Circuit
+from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Split, TaskBatch, get
 
@@ -42,7 +43,7 @@ _SECOND = re.compile(r"""\A(\w+ = (?:set\(\)|"")\n)(\w+) = (?:set\(\)|"")\n""")
 
 @dataclass(frozen=True, eq=False)
 class Dilution:
-    """How well a task goes as its context grows, in the whole model and in a circuit."""
+    """How well a task goes as its context grows, in the full model and in a circuit."""
 
     task: str
     """Name of the task."""
@@ -95,7 +96,7 @@ def dilution(
 ) -> Dilution:
     """Probability of the right answer, and a node's activation, against the number of elements.
 
-    ``task`` is a built-in task with the variant ``dilution``. Run on the whole model and, with
+    ``task`` is a built-in task with the variant ``dilution``. Run on the full model and, with
     ``circuit``, under the circuit's hooks. Prompts that do not fit the model's context are drawn
     again, and a size of which none fits is listed in ``refused``. Source: Gao et al. 2025, §3.2 and
     Figure 8 (the bracket's depth is an average over the context, so more elements dilute it).
@@ -118,8 +119,10 @@ def dilution(
                 refused[n] = str(error)
                 continue
             for run, hooks in runs:
-                margins, activation = _measured(model, batch, hooks, reader)
-                frames.append(_frame(batch, margins).assign(n=n, run=run, activation=activation))
+                logit_diffs, activation = _measured(model, batch, hooks, reader)
+                frames.append(
+                    _frame(batch, logit_diffs).assign(n=n, run=run, activation=activation)
+                )
     if not frames:
         reason = next(iter(refused.values()), "none was given")
         raise ValueError(f"none of the sizes {', '.join(map(str, sizes))} fits: {reason}")
@@ -179,7 +182,7 @@ class Distractor:
     def _repr_html_(self) -> str:
         from tl_sparse.views.display import frame_html
 
-        line = f"flips {self.success_rate():.1%} of the whole model's right answers"
+        line = f"flips {self.success_rate():.1%} of the full model's right answers"
         return frame_html(f"Distractor: {self.task}", line, self.to_dataframe())
 
 
@@ -243,7 +246,7 @@ def distracted(
     with frozen(model):
         for run, hooks in _runs(model, circuit):
             for key, batch in given.items():
-                frame = _frame(batch, prompt_margins(model, batch, hooks))
+                frame = _frame(batch, prompt_logit_diffs(model, batch, hooks))
                 frames.append(frame.assign(run=run, condition=key))
     columns = ["run", "condition", "pair", "member", "prompt", "p_correct", "loss", "correct"]
     return Distractor(name, pd.concat(frames, ignore_index=True)[columns], split, seed)
@@ -327,26 +330,26 @@ def _measured(
     model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook], reader: LastToken | None
 ) -> tuple[Tensor, Any]:
     if reader is None:
-        return prompt_margins(model, batch, hooks), np.nan
-    margins, values = [], []
+        return prompt_logit_diffs(model, batch, hooks), np.nan
+    logit_diffs, values = [], []
     read: Any = (reader.hook, reader)
     for at in range(0, len(batch) // 2, CHUNK_PAIRS):
         part = batch.pairs(at, at + CHUNK_PAIRS)
-        margins.append(answer_margins(model, part, [*hooks, read]).cpu())
+        logit_diffs.append(task_logit_diffs(model, part, [*hooks, read]).cpu())
         values.append(reader.at(part))
-    return torch.cat(margins), torch.cat(values).numpy()
+    return torch.cat(logit_diffs), torch.cat(values).numpy()
 
 
-def _frame(batch: TaskBatch, margins: Float[Tensor, " prompt"]) -> pd.DataFrame:
+def _frame(batch: TaskBatch, logit_diffs: Float[Tensor, " prompt"]) -> pd.DataFrame:
     count = len(batch)
     return pd.DataFrame(
         {
             "pair": np.arange(count) // 2,
             "member": ["AB"[i % 2] for i in range(count)],
             "prompt": batch.prompts,
-            "p_correct": margins.sigmoid().numpy(),
-            "loss": torch.nn.functional.softplus(-margins).numpy(),
-            "correct": (margins > 0).numpy(),
+            "p_correct": logit_diffs.sigmoid().numpy(),
+            "loss": torch.nn.functional.softplus(-logit_diffs).numpy(),
+            "correct": (logit_diffs > 0).numpy(),
         }
     )
 

@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation import FwdHook
-from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_margins
-from tl_sparse.circuits import Circuit, answer_margins
-from tl_sparse.circuits.problem import frozen
+from tl_sparse.ablation.interventions import FwdHook
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_logit_diffs
+from tl_sparse.circuits import Circuit
+from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 
@@ -186,7 +187,7 @@ def binarise(
             lambda _: base, progress=progress,
         )  # fmt: skip
         losses = [
-            F.softplus(-prompt_margins(model, report, [*base, *extra]))
+            F.softplus(-prompt_logit_diffs(model, report, [*base, *extra]))
             for extra in ([], steps(index, places, *first, 0.0),
                           steps(index, places, low, high, 0.0))
         ]  # fmt: skip
@@ -282,7 +283,7 @@ def train_values(
         batch = train.pairs(start, start + config.batch_pairs)
         low, high = first[0] + spread * moves[0], first[1] + spread * moves[1]
         hooks = [*hooks_of(batch), *steps(index, places, low, high, t)]
-        loss = F.softplus(-answer_margins(model, batch, hooks)).mean()
+        loss = F.softplus(-task_logit_diffs(model, batch, hooks)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -309,7 +310,7 @@ def observed(
     ]  # fmt: skip
     for at in range(0, len(batch) // 2, SAMPLES):
         part = batch.pairs(at, at + SAMPLES)
-        answer_margins(model, part, [*hooks, *readers])
+        task_logit_diffs(model, part, [*hooks, *readers])
         joined = torch.cat([columns[hook] for hook, _, _ in by_hook(index, places)], dim=2)
         position = torch.arange(joined.shape[1], device=joined.device)
         found.append(joined[position <= part.last.to(joined.device)[:, None]])

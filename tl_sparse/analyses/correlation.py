@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.analyses.runs import token_losses
-from tl_sparse.circuits.problem import frozen
+from tl_sparse.circuits.pruning_run import frozen
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

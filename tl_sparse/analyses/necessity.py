@@ -1,4 +1,4 @@
-"""Is a circuit necessary? Its nodes, and no others, ablated in the whole model.
+"""Is a circuit necessary? Its nodes, and no others, ablated in the full model.
 
 Source: Gao et al. 2025, Figure 32 ("inverse pruning").
 """
@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import node_view
+from tl_sparse.ablation.interventions import node_view
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.analyses.runs import accuracy, check_belongs
-from tl_sparse.circuits import Circuit, answer_margins
+from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edges import input_major
-from tl_sparse.circuits.masked import masked_margins
-from tl_sparse.circuits.problem import frozen
-from tl_sparse.matrices import BLOCK_MATRICES
+from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import SITES, NodeIndex
+from tl_sparse.sparsity.matrices import BLOCK_MATRICES
 from tl_sparse.tasks import Split, Task, TaskBatch
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ NEAREST = 5  # candidates among which a matched control node is drawn
 
 @dataclass(frozen=True, eq=False)
 class Necessity:
-    """Losses of the whole model with a circuit's nodes ablated, and with random ones."""
+    """Losses of the full model with a circuit's nodes ablated, and with random ones."""
 
     task: str
     """Name of the task."""
@@ -133,7 +134,7 @@ def necessity(
     seed: int = 0,
     values: Float[Tensor, " node"] | None = None,
 ) -> Necessity:
-    """Inverse pruning: set exactly the circuit's nodes to their values in the whole model.
+    """Inverse pruning: set exactly the circuit's nodes to their values in the full model.
 
     ``values`` are by default the circuit's means. Beside it ``n_controls`` random sets of each of
     four kinds (see :class:`Necessity`), all run together. Source: Gao et al. 2025, Figure 32,
@@ -160,7 +161,7 @@ def necessity(
                 for draw in range(n_controls)
             ]
         keep = ~torch.stack([mask for _, _, mask in cut])
-        margins = masked_margins(model, batch, index, keep, values).cpu()
+        logit_diffs = masked_logit_diffs(model, batch, index, keep, values).cpu()
     sets = pd.DataFrame(
         {
             "kind": [kind for kind, _, _ in cut],
@@ -173,7 +174,7 @@ def necessity(
         task=task.name,
         n_nodes=int(kept.sum()),
         sets=sets,
-        losses=F.softplus(-margins),
+        losses=F.softplus(-logit_diffs),
         prompts=batch.prompts,
         split=split,
         seed=seed,
@@ -301,5 +302,5 @@ def displacement(
     hooks: list[Any] = [
         (name, partial(measure, name=name, last=batch.last)) for name in index.slices
     ]
-    answer_margins(model, batch, hooks)
+    task_logit_diffs(model, batch, hooks)
     return index.flat(found)

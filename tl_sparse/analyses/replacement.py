@@ -1,6 +1,6 @@
 """Is a node no more than a constant, or a linear function of others? (Gao et al. 2025, F.1, F.2.)
 
-Both checks replace nodes in the whole model, on ordinary text, and give the loss increase in nats
+Both checks replace nodes in the full model, on ordinary text, and give the loss increase in nats
 per token beside that of setting the same nodes to zero.
 """
 
@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
+from tl_sparse.ablation.interventions import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.analyses.runs import Node, by_sequence, channels, device_of, places, token_losses
-from tl_sparse.checkpoints import fingerprint
-from tl_sparse.circuits.problem import frozen
+from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class ConstantNodes:
     nodes: pd.DataFrame
     """A row per node: layer, site, channel, head, head_channel, hook, mean."""
     losses: Float[Tensor, "sequence next"]
-    """The whole model's loss (nats) on every token but the first of each sequence."""
+    """The full model's loss (nats) on every token but the first of each sequence."""
     losses_at_mean: Float[Tensor, "node sequence next"]
     """The same with each node alone fixed at its mean."""
     losses_at_zero: Float[Tensor, "node sequence next"]
@@ -50,7 +50,7 @@ class ConstantNodes:
     def _repr_html_(self) -> str:
         from tl_sparse.views.display import frame_html
 
-        line = f"whole model {float(self.losses.mean()):.4f} nats/token"
+        line = f"full model {float(self.losses.mean()):.4f} nats/token"
         return frame_html("Nodes fixed at a constant", line, self.to_dataframe())
 
 
@@ -102,7 +102,7 @@ class LinearReplacement:
     weights: Float[Tensor, "source target"]
     """The function: target = sources @ weights + bias."""
     losses: Float[Tensor, "sequence next"]
-    """The whole model's loss (nats) on every token but the first of each sequence."""
+    """The full model's loss (nats) on every token but the first of each sequence."""
     losses_linear: Float[Tensor, "sequence next"]
     """The same with all targets replaced by the function."""
     losses_at_mean: Float[Tensor, "sequence next"]
@@ -112,7 +112,7 @@ class LinearReplacement:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per replacement (linear, mean, zero): the loss in nats per token, its increase over
-        the whole model's and the increase's standard error (from the spread between sequences)."""
+        the full model's and the increase's standard error (from the spread between sequences)."""
         rows = []
         for name, losses in (
             ("linear", self.losses_linear),
@@ -128,7 +128,7 @@ class LinearReplacement:
 
         line = (
             f"{len(self.targets)} node(s) as a linear function of {len(self.sources)}, "
-            f"R² {self.targets['r2'].min():.3f} or more; whole model "
+            f"R² {self.targets['r2'].min():.3f} or more; full model "
             f"{float(self.losses.mean()):.4f} nats/token"
         )
         return frame_html("Linear replacement", line, self.to_dataframe())

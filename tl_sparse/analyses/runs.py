@@ -1,4 +1,4 @@
-"""What the analyses share: places of nodes, per-token losses, margins in chunks."""
+"""What the analyses share: places of nodes, per-token losses, logit_diffs in chunks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import FwdHook
-from tl_sparse.checkpoints import fingerprint
-from tl_sparse.circuits import Circuit, answer_margins
+from tl_sparse.ablation.interventions import FwdHook
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import TaskBatch
 
 Node = tuple[int, str, int]
@@ -53,13 +54,13 @@ def channels(x: Tensor) -> Float[Tensor, "batch pos channel"]:
 
 
 @torch.no_grad()
-def prompt_margins(
+def prompt_logit_diffs(
     model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook] = ()
 ) -> Float[Tensor, " prompt"]:
-    """:func:`~tl_sparse.circuits.answer_margins` in chunks and without gradients, on the CPU."""
+    """:func:`~tl_sparse.ablation.logit_diff.task_logit_diffs` in chunks and without gradients, on the CPU."""
     pairs = len(batch) // 2
     parts = (batch.pairs(at, at + CHUNK_PAIRS) for at in range(0, pairs, CHUNK_PAIRS))
-    return torch.cat([answer_margins(model, part, hooks).cpu() for part in parts])
+    return torch.cat([task_logit_diffs(model, part, hooks).cpu() for part in parts])
 
 
 @torch.no_grad()

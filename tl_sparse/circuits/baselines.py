@@ -16,26 +16,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, FwdHook
+from tl_sparse.ablation.interventions import ActivationMeans, FwdHook
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.masked_forward import check_fired
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.importance import (
-    NodeScores,
-    ablation_importance,
-    restoration_importance,
-)
-from tl_sparse.circuits.margins import answer_margins
-from tl_sparse.circuits.masked import check_fired
-from tl_sparse.circuits.node_masks import mix_hooks
-from tl_sparse.circuits.problem import (
-    PruningProblem,
+from tl_sparse.circuits.importance import NodeScores, ablation_importance, restoration_importance
+from tl_sparse.circuits.node_masks import gated_ablation_hooks
+from tl_sparse.circuits.pruning import refined
+from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.pruning_run import (
+    PruningRun,
     frozen,
     frozen_norms_of,
     measured,
-    pose,
+    set_up,
     smallest,
 )
-from tl_sparse.circuits.pruning import refined
-from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.tasks import Task, TaskBatch
 
 METHODS = ("attribution", "integrated_gradients", "exact", "restore", "random")
@@ -64,7 +60,7 @@ def rank_nodes(
       sum to the loss that removing all of them costs, where the loss is smooth; AbsTopK jumps.
     - ``exact``: the rise of L when the node alone is removed.
     - ``restore``: the fall of L when in a model whose other nodes are all removed it alone is what
-      it is in the whole model. Only what is written to the stream can have an effect there.
+      it is in the full model. Only what is written to the stream can have an effect there.
     - ``random``: uniform in [0, 1), from the config's seed.
 
     Args:
@@ -90,10 +86,10 @@ def rank_nodes(
             "nodes are ranked against what each is set to when removed; resampling has no such "
             "value: choose ablation from mean, task_mean, zero"
         )
-    return score_nodes(pose(model, task, config, means=means), method, n_pairs, steps)
+    return score_nodes(set_up(model, task, config, means=means), method, n_pairs, steps)
 
 
-def score_nodes(problem: PruningProblem, method: str, n_pairs: int, steps: int) -> NodeScores:
+def score_nodes(problem: PruningRun, method: str, n_pairs: int, steps: int) -> NodeScores:
     """:func:`rank_nodes` for a problem that is posed already."""
     started = time.perf_counter()
     model, index, config = problem.model, problem.index, problem.config
@@ -121,21 +117,19 @@ def score_nodes(problem: PruningProblem, method: str, n_pairs: int, steps: int) 
     return NodeScores(index, scores, method, name, loss, seconds)
 
 
-def gate_gradient(
-    problem: PruningProblem, batch: TaskBatch, level: float
-) -> Float[Tensor, " node"]:
-    """dL/dgate of every node when all gates stand at ``level``: 1 is the whole model, 0 has every
+def gate_gradient(problem: PruningRun, batch: TaskBatch, level: float) -> Float[Tensor, " node"]:
+    """dL/dgate of every node when all gates stand at ``level``: 1 is the full model, 0 has every
     node removed. The gradient is the sum over prompts and positions of dL/dx · (x - μ)."""
     model, index, values = problem.model, problem.index, fixed_values(problem)
     gates = torch.full((1, index.n_nodes), level, device=values.device, requires_grad=True)
     total = torch.zeros(index.n_nodes, device=values.device)
     with frozen(model):
         for part in chunks(batch):
-            mixes = mix_hooks(index, gates, values[None])
+            mixes = gated_ablation_hooks(index, gates, values[None])
             hooks: list[FwdHook] = [*mixes]
             if problem.config.freeze_norm:
                 hooks = [*frozen_norms_of(model, part), *mixes]
-            loss = F.softplus(-answer_margins(model, part, hooks)).sum() / len(batch)
+            loss = F.softplus(-task_logit_diffs(model, part, hooks)).sum() / len(batch)
             check_fired(mixes)
             total += torch.autograd.grad(loss, gates)[0][0]
     return total
@@ -147,7 +141,7 @@ def chunks(batch: TaskBatch) -> Iterator[TaskBatch]:
         yield batch.pairs(start, start + PAIRS_AT_ONCE)
 
 
-def fixed_values(problem: PruningProblem) -> Float[Tensor, " node"]:
+def fixed_values(problem: PruningRun) -> Float[Tensor, " node"]:
     """What each node is set to when removed."""
     assert isinstance(problem.values, Tensor)
     return problem.values
@@ -177,11 +171,11 @@ def circuit_from_ranking(
     if scores.task not in ("", task.name):
         raise ValueError(f"the scores are for task {scores.task!r}, not {task.name!r}")
     config = config or PruningConfig()
-    problem = pose(model, task, config, means=means)
+    problem = set_up(model, task, config, means=means)
     return circuit_of(problem, scores)
 
 
-def circuit_of(problem: PruningProblem, scores: NodeScores) -> Circuit:
+def circuit_of(problem: PruningRun, scores: NodeScores) -> Circuit:
     """:func:`circuit_from_ranking` for a problem that is posed already."""
     started = time.perf_counter()
     order = scores.order.to(next(problem.model.parameters()).device)

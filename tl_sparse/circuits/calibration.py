@@ -20,14 +20,14 @@ class Calibration:
     """Added to the scaled difference."""
 
 
-def calibrate(margins: Float[Tensor, " prompt"]) -> Calibration:
+def calibrate(logit_diffs: Float[Tensor, " prompt"]) -> Calibration:
     """Scale and shift of the answer pair's logit difference by 16 steps of L-BFGS (§A.5).
 
     The shift is on the difference: one added to all logits would change nothing.
     """
     log_scale = torch.zeros((), requires_grad=True)
     shift = torch.zeros((), requires_grad=True)
-    fixed = margins.detach().cpu()
+    fixed = logit_diffs.detach().cpu()
     optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=16, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -42,17 +42,17 @@ def calibrate(margins: Float[Tensor, " prompt"]) -> Calibration:
 
 
 def calibrated(
-    margins: Float[Tensor, " prompt"], calibration: Calibration
+    logit_diffs: Float[Tensor, " prompt"], calibration: Calibration
 ) -> Float[Tensor, " prompt"]:
     """Margins after calibration; rows alternate between members A and B of each pair."""
     scale, shift = (
-        torch.tensor(x, device=margins.device) for x in (calibration.scale, calibration.shift)
+        torch.tensor(x, device=logit_diffs.device) for x in (calibration.scale, calibration.shift)
     )
-    return _calibrate(margins, scale, shift)
+    return _calibrate(logit_diffs, scale, shift)
 
 
-def _calibrate(margins: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    # the difference logit(A) - logit(B) is the margin for members A, its negative for members B
-    sign = torch.ones_like(margins)
+def _calibrate(logit_diffs: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    # the difference logit(A) - logit(B) is the logit_diff for members A, its negative for members B
+    sign = torch.ones_like(logit_diffs)
     sign[1::2] = -1.0
-    return scale * margins + sign * shift
+    return scale * logit_diffs + sign * shift

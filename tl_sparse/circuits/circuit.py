@@ -19,18 +19,21 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tl_sparse.ablation import (
+from tl_sparse.ablation.interventions import (
     ActivationMeans,
-    Donors,
     FwdHook,
+    ResampleSources,
     ablation_hooks,
     frozen_norm_hooks,
 )
-from tl_sparse.checkpoints import atomic_folder, fingerprint, read_json, read_tensors
 from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.circuits.stored import check_tensors, checked_record, stored_index
 from tl_sparse.sites import MATRICES, SITES, NodeIndex
+from tl_sparse.storage.atomic_write import atomic_folder
+from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from tl_sparse.circuits.compiled import CompiledCircuit
@@ -75,7 +78,7 @@ class Circuit:
     selection_loss: float
     """Loss on the pairs on which the number of nodes was chosen (apart from the held-out ones)."""
     model_loss: float
-    """The whole model's loss on the held-out prompts."""
+    """The full model's loss on the held-out prompts."""
     target_loss: float
     """The loss that the circuit had to reach on the selection pairs."""
     n_active: int
@@ -145,11 +148,14 @@ class Circuit:
         return ablation_hooks(self.index, self.kept, self.means.values)
 
     def hooks_for(
-        self, model: nn.Module, tokens: Int[Tensor, "sequence pos"], donors: Donors | None = None
+        self,
+        model: nn.Module,
+        tokens: Int[Tensor, "sequence pos"],
+        donors: ResampleSources | None = None,
     ) -> list[FwdHook]:
         """The hooks under which the circuit was found, for these tokens of its model.
 
-        Beside :meth:`hooks` these freeze the norms' scales at the whole model's, or resample
+        Beside :meth:`hooks` these freeze the norms' scales at the full model's, or resample
         removed nodes of sequence i from ``donors``' sequence i, if the circuit was pruned so.
 
         Raises:

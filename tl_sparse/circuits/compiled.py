@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.checkpoints import fingerprint
+from tl_sparse.ablation.logit_diff import last_logits, trimmed
 from tl_sparse.circuits.compiled_parts import Read, Where, pick, rows
 from tl_sparse.circuits.folding import Folding
-from tl_sparse.circuits.margins import last_logits, trimmed
 from tl_sparse.compat import HookedRootModule, HookPoint
-from tl_sparse.model import SparseTransformer
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_SITES
+from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class CompiledCircuit(HookedRootModule):
         logits = (logits - mean * self.W_U_sum) / scale + self.b_U
         return logits if self.W_B is None else logits + self.W_B[where.tokens]
 
-    def margins(self, batch: TaskBatch) -> Float[Tensor, " prompt"]:
+    def logit_diffs(self, batch: TaskBatch) -> Float[Tensor, " prompt"]:
         """logit(answer) - logit(other) at each prompt's last token.
 
         Raises:

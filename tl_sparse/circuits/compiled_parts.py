@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.abstopk import top_k_mask
-from tl_sparse.attention import attention
 from tl_sparse.compat import HookPoint, has_hooks
-from tl_sparse.layers import Norm, default_eps
+from tl_sparse.model.abstopk import top_k_mask
+from tl_sparse.model.attention import attention
+from tl_sparse.model.layers import Norm, default_eps
 
 
 class Where(NamedTuple):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ablation_hooks
+from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.calibration import calibrate, calibrated
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edge_result import EdgePruning, check_model
@@ -31,14 +32,13 @@ from tl_sparse.circuits.edge_weights import (
     EdgeWeights,
     Prompts,
     ablated_reads,
-    gated_margins,
+    gated_logit_diffs,
     locate,
     packed_if_possible,
     some_pairs,
 )
-from tl_sparse.circuits.margins import answer_margins
-from tl_sparse.circuits.problem import frozen, selection_and_training
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.pruning_run import frozen, selection_and_training
 from tl_sparse.sites import MATRICES, NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 
@@ -121,12 +121,12 @@ class EdgeProblem:
             ends=edge_ends(index, circuit.edges),
         )  # fmt: skip
 
-    def margins(
+    def logit_diffs(
         self, prompts: Prompts, gates: Float[Tensor, " edge"], nodes: Bool[Tensor, " node"]
     ) -> Float[Tensor, " prompt"]:
-        """Answer margins with edges gated and other nodes ablated."""
+        """Answer logit_diffs with edges gated and other nodes ablated."""
         hooks = ablation_hooks(self.circuit.index, nodes.to(self.values.device), self.values)
-        return gated_margins(self.model, prompts, hooks, self.weights, gates)
+        return gated_logit_diffs(self.model, prompts, hooks, self.weights, gates)
 
     @torch.no_grad()
     def loss(
@@ -134,20 +134,20 @@ class EdgeProblem:
     ) -> float:
         """Mean loss on the selection pairs."""
         nodes = self.circuit.kept if nodes is None else nodes
-        return float(F.softplus(-self.margins(self.selection, keep.float(), nodes)).mean())
+        return float(F.softplus(-self.logit_diffs(self.selection, keep.float(), nodes)).mean())
 
     def loss_at(self, step: int, gates: Float[Tensor, " edge"]) -> Float[Tensor, ""]:
         """Mean loss on the prompts of a training step."""
         pairs = self.config.batch_pairs
         start = (step * pairs) % max(1, self.n_train - pairs + 1)
         batch = some_pairs(self.train, start, start + pairs)
-        return F.softplus(-self.margins(batch, gates, self.circuit.kept)).mean()
+        return F.softplus(-self.logit_diffs(batch, gates, self.circuit.kept)).mean()
 
     def effect(self, keep: Bool[Tensor, " edge"]) -> Float[Tensor, " edge"]:
         """-d loss / d gate of each edge: what its removal adds to the loss, to first order."""
         gates = keep.float().requires_grad_(True)
         batch = some_pairs(self.train, 0, SCORED_PAIRS)
-        loss = F.softplus(-self.margins(batch, gates, self.circuit.kept)).mean()
+        loss = F.softplus(-self.logit_diffs(batch, gates, self.circuit.kept)).mean()
         return -torch.autograd.grad(loss, gates)[0]
 
     def solved(self, progress: bool) -> EdgePruning:
@@ -239,9 +239,9 @@ class EdgeProblem:
         minimal: bool,
     ) -> EdgePruning:
         """The result, measured on held-out prompts."""
-        chosen = self.margins(self.selection, keep.float(), nodes)
-        margins = self.margins(self.report, keep.float(), nodes)
-        before = answer_margins(self.model, self.report, self.circuit.hooks())
+        chosen = self.logit_diffs(self.selection, keep.float(), nodes)
+        logit_diffs = self.logit_diffs(self.report, keep.float(), nodes)
+        before = task_logit_diffs(self.model, self.report, self.circuit.hooks())
         calibration = calibrate(chosen)
         return EdgePruning(
             circuit=self.circuit,
@@ -252,9 +252,9 @@ class EdgeProblem:
             ),
             kept_nodes=nodes,
             weights=self.weights,
-            losses=F.softplus(-margins).cpu(),
-            losses_calibrated=F.softplus(-calibrated(margins, calibration)).cpu(),
-            correct=(margins > 0).cpu(),
+            losses=F.softplus(-logit_diffs).cpu(),
+            losses_calibrated=F.softplus(-calibrated(logit_diffs, calibration)).cpu(),
+            correct=(logit_diffs > 0).cpu(),
             calibration=calibration,
             selection_loss=float(F.softplus(-chosen).mean()),
             circuit_loss=float(F.softplus(-before).mean()),

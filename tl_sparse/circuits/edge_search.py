@@ -43,7 +43,7 @@ class EdgePruningConfig:
     """Prompt pairs per step."""
     lr: float = 0.03
     """AdamW's learning rate, decayed linearly to 0."""
-    k_coef: float = 1e-3
+    l0_penalty: float = 1e-3
     """Price of one open gate in nats where it begins; it adapts to the target."""
     adapt_rate: float = 0.03
     """Largest relative change of the price per step."""
@@ -83,7 +83,7 @@ class EdgePruningConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "k_coef", "temperature"):
+        for name in ("lr", "l0_penalty", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
@@ -115,7 +115,7 @@ def train_gates(
     tau = (config.init_bias + config.init_scale * noise).clamp(-1, 1).to(device)
     tau.requires_grad_(True)
     optimizer = torch.optim.AdamW([tau], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps, price, average, goal = config.steps, config.k_coef, target, MARGIN * target
+    steps, price, average, goal = config.steps, config.l0_penalty, target, MARGIN * target
     marks = {steps - 1 - i * steps // SNAPSHOTS for i in range(SNAPSHOTS)}
     snapshots = []
     for step in tqdm(range(steps), desc="edges", leave=False, disable=not progress):

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tl_sparse.ablation import FwdHook, node_view
-from tl_sparse.circuits.margins import PackedBatch, answer_margins, packed_margins, trimmed
-from tl_sparse.matrices import BLOCK_MATRICES, WeightMatrix, weight_matrices
-from tl_sparse.model import SparseTransformer
+from tl_sparse.ablation.interventions import FwdHook, node_view
+from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex, site
+from tl_sparse.sparsity.matrices import BLOCK_MATRICES, WeightMatrix, weight_matrices
 from tl_sparse.tasks import TaskBatch
 
 BIAS_OF = {"W_Q": "b_Q", "W_K": "b_K", "W_V": "b_V", "W_O": "b_O", "W_in": "b_in", "W_out": "b_out"}
@@ -88,11 +88,11 @@ class _Margins(nn.Module):
     def forward(self, prompts: Prompts, hooks: Sequence[FwdHook]) -> Tensor:
         if isinstance(prompts, PackedBatch):
             assert isinstance(self.model, SparseTransformer)
-            return packed_margins(self.model, prompts, hooks)
-        return answer_margins(self.model, prompts, hooks)
+            return packed_logit_diffs(self.model, prompts, hooks)
+        return task_logit_diffs(self.model, prompts, hooks)
 
 
-def gated_margins(
+def gated_logit_diffs(
     model: nn.Module,
     prompts: Prompts,
     hooks: Sequence[FwdHook],

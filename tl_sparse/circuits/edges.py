@@ -13,8 +13,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.matrices import BLOCK_MATRICES
 from tl_sparse.sites import MATRICES, NodeIndex
+from tl_sparse.sparsity.matrices import BLOCK_MATRICES
 
 COLUMNS = {
     "layer": "int64", "source_site": "str", "source": "int64", "target_site": "str",

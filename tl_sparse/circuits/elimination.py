@@ -1,8 +1,8 @@
-"""Nodes removed from the whole model in an order: what is done where the learned mask collapses.
+"""Nodes removed from the full model in an order: what is done where the learned mask collapses.
 
 A node whose gate closed too early may have no gradient by which to come back: behind a saturated
 head its open gate gets none either, and once it is closed AbsTopK may drop what is left of it. So
-this starts from the whole model instead, in the order that was learned, and needs no gradient.
+this starts from the full model instead, in the order that was learned, and needs no gradient.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparse.circuits.node_masks import ranked_units, unit_ranks
-from tl_sparse.circuits.problem import PruningFailed, PruningProblem
+from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun
 
-SHARES = (0.1, 0.3, 1.0)  # of the way from the whole model's loss to the target, pass by pass
+SHARES = (0.1, 0.3, 1.0)  # of the way from the full model's loss to the target, pass by pass
 AT_ONCE = 6  # numbers of removed nodes tried side by side
 PAIRS = 32  # selection pairs on which removals are tried
 MOST = 6000  # masks tried before giving up
 
 
-def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Tensor, " node"]:
-    """The whole model less all nodes, in an order, without which the loss does not pass a limit.
+def eliminated(problem: PruningRun, order: Int[Tensor, " node"]) -> Bool[Tensor, " node"]:
+    """The full model less all nodes, in an order, without which the loss does not pass a limit.
 
     As many first nodes of the order are removed as the limit allows; the one that would break it
     stays, and the rest of the order is gone through likewise. The limit rises in three passes to
@@ -47,7 +47,7 @@ def eliminated(problem: PruningProblem, order: Int[Tensor, " node"]) -> Bool[Ten
         if tried > MOST:
             raise PruningFailed(
                 f"the mask collapsed on {problem.task.name}, and removing nodes one after another "
-                f"did not end within {MOST} trials; lower k_coef, or train for more steps"
+                f"did not end within {MOST} trials; lower l0_penalty, or train for more steps"
             )
         return few.losses(keep).tolist()
 

@@ -20,8 +20,8 @@ from tl_sparse.circuits.compiled_parts import (
 )
 from tl_sparse.circuits.edges import input_major
 from tl_sparse.compat import HookPoint
-from tl_sparse.layers import Norm
-from tl_sparse.model import SparseTransformer
+from tl_sparse.model.layers import Norm
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import site as site_row
 
 if TYPE_CHECKING:

@@ -15,18 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation import ActivationMeans, Donors
+from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import MARGIN, SNAPSHOTS, TrainingPool, clipped
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
-from tl_sparse.circuits.problem import (
-    PruningFailed,
-    PruningProblem,
-    frozen,
-    pose,
-)
 from tl_sparse.circuits.pruning import finished
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, frozen, set_up
 from tl_sparse.tasks import Task
 
 TEMPERATURE = 2 / 3
@@ -89,7 +84,7 @@ def hard_concrete(
         raise ValueError("HardConcrete gates know neither tie_qk nor ablation='resample'")
     if not lr > 0:
         raise ValueError(f"lr={lr} must be positive")
-    problem = pose(model, task, config, means=means)
+    problem = set_up(model, task, config, means=means)
     began = time.perf_counter()
     with frozen(model):
         stages = train_log_alpha(problem, lr, initial, progress)
@@ -102,17 +97,17 @@ def hard_concrete(
 
 
 def train_log_alpha(
-    problem: PruningProblem, lr: float, initial: float, progress: bool
+    problem: PruningRun, lr: float, initial: float, progress: bool
 ) -> list[Float[Tensor, " node"]]:
     """Train log α; returns it at evenly spaced steps, the last one included, as ``prune`` does."""
     index, config, values = problem.index, problem.config, problem.values
-    assert not isinstance(values, Donors)
+    assert not isinstance(values, ResampleSources)
     generator = torch.Generator().manual_seed(config.seed)
     start = initial + 0.01 * torch.randn(1, index.n_nodes, generator=generator)
     log_alpha = nn.Parameter(start.to(values.device))
     optimizer = RowAdamW(log_alpha, [config.beta1], [config.beta2], [config.weight_decay])
     closed = torch.zeros_like(values) if problem.exclude is None else problem.exclude.to(values)
-    price = torch.tensor(config.k_coef, device=values.device)
+    price = torch.tensor(config.l0_penalty, device=values.device)
     average = torch.tensor(config.target_loss, device=values.device)
     pool, stages = TrainingPool([problem]), []
     # only its hooks are used: a row of gates per pair of prompts

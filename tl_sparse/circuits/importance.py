@@ -19,20 +19,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import (
-    Donors,
+from tl_sparse.ablation.interventions import (
     Freeze,
     FwdHook,
     Replacement,
+    ResampleSources,
     ablation_hooks,
-    activation_donors,
+    resample_sources,
 )
-from tl_sparse.circuits.margins import trimmed
-from tl_sparse.circuits.masked import masked_losses, masked_margins
-from tl_sparse.circuits.packing import pack
-from tl_sparse.circuits.problem import frozen, frozen_norms_of
-from tl_sparse.circuits.staged import StagedRun
-from tl_sparse.model import SparseTransformer
+from tl_sparse.ablation.logit_diff import trimmed
+from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
+from tl_sparse.ablation.partial_forward import PartialForward
+from tl_sparse.ablation.prompt_packing import pack
+from tl_sparse.circuits.pruning_run import frozen, frozen_norms_of
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
@@ -92,18 +92,18 @@ def ablation_importance(
     started = time.perf_counter()
     kept = torch.ones(index.n_nodes, dtype=torch.bool) if keep is None else keep.cpu()
     nodes = torch.nonzero(kept).flatten()
-    base, margins = ablated_margins(
+    base, logit_diffs = ablated_logit_diffs(
         model, batch, index, values, nodes=nodes, keep=keep, freeze_norm=freeze_norm
     )
     loss = F.softplus(-base).mean()
     scores = torch.full((index.n_nodes,), -torch.inf, device=loss.device)
-    scores[nodes.to(loss.device)] = F.softplus(-margins).mean(1) - loss
+    scores[nodes.to(loss.device)] = F.softplus(-logit_diffs).mean(1) - loss
     seconds = time.perf_counter() - started
     return NodeScores(index, scores, "exact", task, float(loss), seconds)
 
 
 @torch.no_grad()
-def ablated_margins(
+def ablated_logit_diffs(
     model: nn.Module,
     batch: TaskBatch,
     index: NodeIndex,
@@ -114,10 +114,10 @@ def ablated_margins(
     freeze_norm: bool = False,
     max_slots: int = SLOTS,
 ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, "removed prompt"]]:
-    """Answer margins of every prompt under ``keep``, and with each of ``nodes`` removed besides.
+    """Answer logit_diffs of every prompt under ``keep``, and with each of ``nodes`` removed besides.
 
     ``nodes`` are numbers of kept nodes, by default all of them. A node that has its value at every
-    token anyway changes nothing, and is not run. Removed nodes can be resampled (``Donors``), and
+    token anyway changes nothing, and is not run. Removed nodes can be resampled (``ResampleSources``), and
     models other than a SparseTransformer used; both cost a whole forward pass a node.
 
     Raises:
@@ -132,30 +132,30 @@ def ablated_margins(
         raise ValueError("only nodes that are kept can be removed besides those that are not")
     batch = batch.to(device)
     with frozen(model):
-        if isinstance(values, Donors) or not isinstance(model, SparseTransformer):
+        if isinstance(values, ResampleSources) or not isinstance(model, SparseTransformer):
             return _one_forward_each(
                 model, batch, index, values, nodes, keep, freeze_norm, max_slots
             )
         base = torch.empty(len(batch), device=device)
-        margins = torch.empty(len(nodes), len(batch), device=device)
+        logit_diffs = torch.empty(len(nodes), len(batch), device=device)
         for packed in pack(batch):
-            run = StagedRun.of(model, batch, packed, freeze_norm=freeze_norm)
+            run = PartialForward.of(model, batch, packed, freeze_norm=freeze_norm)
             run, base[packed.prompts] = run.recorded(ablation_hooks(index, keep, values), index)
-            margins[:, packed.prompts] = _one_removed(
+            logit_diffs[:, packed.prompts] = _one_removed(
                 run, base[packed.prompts], index, values.to(device), nodes, max_slots
             )
-    return base, margins
+    return base, logit_diffs
 
 
 def _one_removed(
-    run: StagedRun,
+    run: PartialForward,
     base: Float[Tensor, " prompt"],
     index: NodeIndex,
     values: Float[Tensor, " node"],
     nodes: Int[Tensor, " removed"],
     max_slots: int,
 ) -> Float[Tensor, "removed prompt"]:
-    margins = base.repeat(len(nodes), 1)
+    logit_diffs = base.repeat(len(nodes), 1)
     for layer in range(index.n_layers):
         for site in index.at(layer):
             name = index.hook(layer, site)
@@ -169,8 +169,8 @@ def _one_removed(
             for some in todo.split(copies) if len(todo) else ():
                 node = nodes[some]
                 change = SetChannels(node - piece.start, values[node], piece.stop - piece.start)
-                margins[some] = run.changed(layer, site, (name, change), len(some))
-    return margins
+                logit_diffs[some] = run.changed(layer, site, (name, change), len(some))
+    return logit_diffs
 
 
 def _one_forward_each(
@@ -186,16 +186,16 @@ def _one_forward_each(
     hooks: Sequence[FwdHook] = frozen_norms_of(model, batch) if freeze_norm else ()
     rows = max(len(batch), max_slots // batch.tokens.shape[1])
 
-    def margins(masks: Bool[Tensor, "mask node"]) -> Tensor:
-        return masked_margins(model, batch, index, masks, values, hooks=hooks, max_rows=rows)
+    def logit_diffs(masks: Bool[Tensor, "mask node"]) -> Tensor:
+        return masked_logit_diffs(model, batch, index, masks, values, hooks=hooks, max_rows=rows)
 
     found = []
     for some in nodes.split(256):  # masks of all nodes at once would be nodes squared
         masks = keep.repeat(len(some), 1)
         masks[torch.arange(len(some), device=masks.device), some] = False
-        found.append(margins(masks))
+        found.append(logit_diffs(masks))
     none = torch.empty(0, len(batch), device=keep.device)
-    return margins(keep[None])[0], torch.cat(found) if found else none
+    return logit_diffs(keep[None])[0], torch.cat(found) if found else none
 
 
 class SetChannels:
@@ -226,7 +226,7 @@ def restoration_importance(
 ) -> NodeScores:
     """How much the loss (nats) on a batch falls when one node is restored, all others removed.
 
-    The node is what it is in the whole model; what it feeds is removed with the others. So only the
+    The node is what it is in the full model; what it feeds is removed with the others. So only the
     last nodes on the way to the logits can have an effect: writes to the stream, or the final
     stream where that is among the sites. All other nodes have exactly 0 and are not run.
 
@@ -245,9 +245,9 @@ def restoration_importance(
     scores = torch.zeros(index.n_nodes, device=values.device)
     none = torch.zeros(1, index.n_nodes, dtype=torch.bool, device=values.device)
     with frozen(model):
-        whole = activation_donors(model, batch.tokens, index.sites).activations
+        whole = resample_sources(model, batch.tokens, index.sites).activations
         hooks: list[FwdHook] = [*frozen_norms_of(model, batch)] if freeze_norm else []
-        # every node is put at what it is in the whole model first, then all but one are removed
+        # every node is put at what it is in the full model first, then all but one are removed
         hooks += [(name, Freeze(activation)) for name, activation in whole.items()]
         loss = masked_losses(model, batch, index, none, values, hooks=hooks)[0]
         for piece in heard:

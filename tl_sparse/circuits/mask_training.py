@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation import Donors, Freeze, FwdHook, Replacement
-from tl_sparse.circuits.margins import PackedBatch, packed_margins, row_margins
-from tl_sparse.circuits.masked import check_fired, joined
+from tl_sparse.ablation.interventions import Freeze, FwdHook, Replacement, ResampleSources
+from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, row_logit_diffs
+from tl_sparse.ablation.masked_forward import check_fired, joined
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
-from tl_sparse.circuits.problem import PruningProblem, frozen_norms_of
-from tl_sparse.model import SparseTransformer
+from tl_sparse.circuits.pruning_run import PruningRun, frozen_norms_of
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import TaskBatch
 
 SNAPSHOTS = 24  # stages of the mask among which the smallest one that reaches the target is chosen
@@ -34,7 +34,7 @@ keeps at the target."""
 
 
 def train_masks(
-    problems: Sequence[PruningProblem], progress: bool, objective: Objective | None = None
+    problems: Sequence[PruningRun], progress: bool, objective: Objective | None = None
 ) -> list[Float[Tensor, "problem node"]]:
     """Train τ: task loss plus price per open gate, gradients clipped to RMS 1, τ clamped.
 
@@ -63,10 +63,10 @@ def train_masks(
     )  # fmt: skip
     column = {
         name: torch.tensor([float(getattr(c, name)) for c in configs], device=device)
-        for name in ("lr", "k_coef", "target_loss", "adapt_rate", "warmup_frac")
+        for name in ("lr", "l0_penalty", "target_loss", "adapt_rate", "warmup_frac")
     }
     adaptive = torch.tensor([c.penalty == "adaptive" for c in configs], device=device)
-    price, average = column["k_coef"].clone(), column["target_loss"].clone()
+    price, average = column["l0_penalty"].clone(), column["target_loss"].clone()
     objective = objective or TrainingPool(problems).objective
     marks = {first.steps - 1 - i * first.steps // SNAPSHOTS for i in range(SNAPSHOTS)}
     snapshots = []
@@ -94,12 +94,12 @@ def train_masks(
     return snapshots
 
 
-def replacements(problems: Sequence[PruningProblem]) -> Float[Tensor, "problem node"] | Donors:
+def replacements(problems: Sequence[PruningRun]) -> Float[Tensor, "problem node"] | ResampleSources:
     """What removed nodes are set to in each problem; all share their donors, if there are any."""
     values: list[Replacement] = [problem.values for problem in problems]
-    if isinstance(values[0], Donors):
+    if isinstance(values[0], ResampleSources):
         return values[0]
-    return torch.stack([row for row in values if not isinstance(row, Donors)])
+    return torch.stack([row for row in values if not isinstance(row, ResampleSources)])
 
 
 def clipped(grad: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
@@ -114,7 +114,7 @@ class TrainingPool:
     waits for the device. Where nothing depends on positions, pairs are packed in a row each.
     """
 
-    def __init__(self, problems: Sequence[PruningProblem]) -> None:
+    def __init__(self, problems: Sequence[PruningRun]) -> None:
         config, model = problems[0].config, problems[0].model
         device = next(model.parameters()).device
         pools: dict[tuple[tuple[str, ...], ...], tuple[int, TaskBatch]] = {}
@@ -134,7 +134,7 @@ class TrainingPool:
         self.pairs = min(config.batch_pairs, *self.sizes)
         self.frozen = list(frozen_norms_of(model, self.batch)) if config.freeze_norm else []
         self.n_donors = 0
-        if isinstance(values := problems[0].values, Donors):
+        if isinstance(values := problems[0].values, ResampleSources):
             self.n_donors = len(values)
             self.generator = torch.Generator().manual_seed(config.seed)
         packs = isinstance(model, SparseTransformer) and not self.frozen and not self.n_donors
@@ -167,13 +167,13 @@ class TrainingPool:
             donors = torch.randint(self.n_donors, (2 * self.pairs,), generator=self.generator)
         mixes = masks.hooks(gates, donors)
         if self.packed is not None and isinstance(self.model, SparseTransformer):
-            margins = packed_margins(self.model, self.packed.rows(pairs), mixes)
+            logit_diffs = packed_logit_diffs(self.model, self.packed.rows(pairs), mixes)
         else:
             batch, norms = self.prompts(pairs)
-            margins = row_margins(self.model, batch, [*norms, *mixes])
+            logit_diffs = row_logit_diffs(self.model, batch, [*norms, *mixes])
         if step == 0:
             check_fired(mixes)
-        return F.softplus(-margins).view(len(gates), -1).mean(1)
+        return F.softplus(-logit_diffs).view(len(gates), -1).mean(1)
 
     def prompts(self, pairs: Int[Tensor, " pair"]) -> tuple[TaskBatch, list[FwdHook]]:
         """The prompts of some pairs, and the hooks that freeze the norms on them, if asked for."""

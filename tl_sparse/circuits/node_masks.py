@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import Donors
+from tl_sparse.ablation.interventions import ResampleSources
 from tl_sparse.sites import NodeIndex
 
 
@@ -43,7 +43,7 @@ class NodeMasks(nn.Module):
     def __init__(
         self,
         index: NodeIndex,
-        values: Float[Tensor, "mask node"] | Donors,
+        values: Float[Tensor, "mask node"] | ResampleSources,
         *,
         init_bias: Sequence[float],
         init_scale: Sequence[float],
@@ -68,9 +68,13 @@ class NodeMasks(nn.Module):
         """
         super().__init__()
         self.index = index
-        self.donors = values if isinstance(values, Donors) else None
-        self.register_buffer("values", None if isinstance(values, Donors) else values)
-        some = next(iter(values.activations.values())) if isinstance(values, Donors) else values
+        self.donors = values if isinstance(values, ResampleSources) else None
+        self.register_buffer("values", None if isinstance(values, ResampleSources) else values)
+        some = (
+            next(iter(values.activations.values()))
+            if isinstance(values, ResampleSources)
+            else values
+        )
         unit = (units(index, tie_qk) if unit is None else unit).to(some.device)
         self.register_buffer("unit", unit)
         self.register_buffer("temperature", torch.tensor(temperature, device=some.device)[:, None])
@@ -92,7 +96,7 @@ class NodeMasks(nn.Module):
 
     def hooks(
         self, gates: Float[Tensor, "mask node"], prompts: Int[Tensor, " prompt"] | None = None
-    ) -> list[tuple[str, Mix]]:
+    ) -> list[tuple[str, GatedAblation]]:
         """Hooks that mix each activation with its replacement: gate * x + (1 - gate) * value.
 
         The batch is mask-major: all prompts under the first mask, then all under the second ...
@@ -100,9 +104,9 @@ class NodeMasks(nn.Module):
         """
         if self.donors is not None:
             donors = self.donors if prompts is None else self.donors.take(prompts)
-            return mix_hooks(self.index, gates, donors)
+            return gated_ablation_hooks(self.index, gates, donors)
         assert self.values is not None
-        return mix_hooks(self.index, gates, self.values)
+        return gated_ablation_hooks(self.index, gates, self.values)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -147,26 +151,30 @@ def unit_ranks(
     return rank[unit]
 
 
-def mix_hooks(
+def gated_ablation_hooks(
     index: NodeIndex,
     gates: Float[Tensor, "mask node"],
-    values: Float[Tensor, "mask_or_1 node"] | Donors,
-) -> list[tuple[str, Mix]]:
-    """A :class:`Mix` for every site."""
-    if isinstance(values, Donors):
-        return [(hook, Mix(gates[:, piece], values, hook)) for hook, piece in index.slices.items()]
+    values: Float[Tensor, "mask_or_1 node"] | ResampleSources,
+) -> list[tuple[str, GatedAblation]]:
+    """A :class:`GatedAblation` for every site."""
+    if isinstance(values, ResampleSources):
+        return [
+            (hook, GatedAblation(gates[:, piece], values, hook))
+            for hook, piece in index.slices.items()
+        ]
     return [
-        (hook, Mix(gates[:, piece], values[:, piece], hook)) for hook, piece in index.slices.items()
+        (hook, GatedAblation(gates[:, piece], values[:, piece], hook))
+        for hook, piece in index.slices.items()
     ]
 
 
-class Mix:
+class GatedAblation:
     """Hook function: gate * x + (1 - gate) * value; it remembers whether it ever ran."""
 
     def __init__(
         self,
         gate: Float[Tensor, "mask channel"],
-        value: Float[Tensor, "mask_or_1 channel"] | Donors,
+        value: Float[Tensor, "mask_or_1 channel"] | ResampleSources,
         name: str,
     ) -> None:
         self.gate, self.value, self.name, self.fired = gate, value, name, False
@@ -176,7 +184,7 @@ class Mix:
         self.fired = True
         masks = len(self.gate)
         side = x.unflatten(0, (masks, len(x) // masks))
-        if isinstance(self.value, Donors):
+        if isinstance(self.value, ResampleSources):
             value = self.value.of_hook(self.name, side.shape[1], x.shape[1])[None].to(x.device)
         else:
             value = spread(self.value, x)

@@ -11,21 +11,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, Donors
+from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.elimination import eliminated, without_first
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.node_masks import unit_ranks
-from tl_sparse.circuits.problem import (
+from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.pruning_run import (
     ROUNDING,
     PruningFailed,
-    PruningProblem,
+    PruningRun,
     frozen,
     measured,
-    pose_many,
+    set_up_many,
     smallest,
 )
-from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.tasks import Task
 
 AT_ONCE = 2048  # prompts of one training step, all masks together
@@ -39,7 +39,7 @@ def prune(
     config: PruningConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: Donors | None = None,
+    donors: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -57,7 +57,7 @@ def prune(
         config: How to search; the defaults do without a search over settings.
         means: Means over the pretraining distribution, from ``activation_means``; their sites are
             the sites that nodes are chosen from.
-        donors: What ``ablation="resample"`` takes removed nodes from, from ``activation_donors``.
+        donors: What ``ablation="resample"`` takes removed nodes from, from ``resample_sources``.
         exclude: Nodes that the circuit may not have.
         progress: Whether to show a progress bar.
 
@@ -81,7 +81,7 @@ def prune_many(
     jobs: Sequence[tuple[Task, PruningConfig]],
     *,
     means: ActivationMeans,
-    donors: Donors | None = None,
+    donors: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     groups: Int[Tensor, " node"] | None = None,
     max_rows: int = AT_ONCE,
@@ -100,12 +100,12 @@ def prune_many(
     Raises:
         ValueError: as :func:`prune`, for any of the jobs, before anything is trained.
     """
-    problems = pose_many(model, jobs, means, donors, exclude, groups)
+    problems = set_up_many(model, jobs, means, donors, exclude, groups)
     alike: dict[tuple[int, tuple[object, ...]], list[int]] = {}
     for i, problem in enumerate(problems):
         config = problem.config
         pairs = min(config.batch_pairs, len(problem.train) // 2)
-        source = id(problem.values) if isinstance(problem.values, Donors) else None
+        source = id(problem.values) if isinstance(problem.values, ResampleSources) else None
         same = (config.steps, config.tie_qk, config.freeze_norm, source)
         alike.setdefault((pairs, same), []).append(i)
     found: dict[int, Circuit | PruningFailed] = {}
@@ -124,7 +124,7 @@ def prune_many(
 
 
 def finished(
-    problem: PruningProblem, stages: list[Float[Tensor, " node"]], seconds: float
+    problem: PruningRun, stages: list[Float[Tensor, " node"]], seconds: float
 ) -> Circuit | PruningFailed:
     """The circuit that trained masks come to, or why there is none."""
     began = time.perf_counter()
@@ -138,7 +138,7 @@ def finished(
 
 
 def chosen(
-    problem: PruningProblem, stages: list[Float[Tensor, " node"]]
+    problem: PruningRun, stages: list[Float[Tensor, " node"]]
 ) -> tuple[Bool[Tensor, " node"], Float[Tensor, " node"], pd.DataFrame | None]:
     """The nodes that trained masks come to, the scores of all, and the losses of numbers tried.
 
@@ -166,7 +166,7 @@ def chosen(
 
 
 def choose_mask(
-    problem: PruningProblem, candidates: list[Float[Tensor, " node"]]
+    problem: PruningRun, candidates: list[Float[Tensor, " node"]]
 ) -> Float[Tensor, " node"]:
     """The trained mask with the fewest open gates whose loss on fixed pairs is at most the target.
 
@@ -181,14 +181,14 @@ def choose_mask(
     n_open = int((candidates[-1] >= 0).sum())
     raise PruningFailed(
         f"the mask collapsed: none of its {len(candidates)} stages reaches the target loss "
-        f"{problem.config.target_loss} (at the end {n_open} gates were open); lower k_coef, or "
+        f"{problem.config.target_loss} (at the end {n_open} gates were open); lower l0_penalty, or "
         "train for more steps",
         lowest,
     )
 
 
 def choose_nodes(
-    problem: PruningProblem, tau: Float[Tensor, " node"]
+    problem: PruningRun, tau: Float[Tensor, " node"]
 ) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
     """The fewest open gates, by descending τ, whose loss on fixed pairs is at most the target.
 
@@ -198,7 +198,7 @@ def choose_nodes(
     return smallest(problem, order[: int((tau >= 0).sum())])
 
 
-def refined(problem: PruningProblem, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
+def refined(problem: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
     """Nodes removed, the least needed ones first, for as long as the target holds.
 
     In each round every node is removed alone on a few selection pairs; then as many of the least

@@ -32,7 +32,7 @@ class PruningConfig:
     """AdamW's decay of τ. It pulls every τ to the gate's threshold; the paper's centre is 0.001."""
     warmup_frac: float = 0.0
     """Share of the steps in which the learning rate rises from 0 (the paper's centre: 0.05)."""
-    k_coef: float = 1e-3
+    l0_penalty: float = 1e-3
     """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
     begins."""
     penalty: Penalty = "adaptive"
@@ -51,7 +51,7 @@ class PruningConfig:
     paper's). task_mean: their means over the task's training prompts. zero. resample: what they are
     on other sequences (``donors``), drawn anew in every step."""
     freeze_norm: bool = False
-    """Hold every norm's scale at what it is in the whole model on the same prompt. Without it,
+    """Hold every norm's scale at what it is in the full model on the same prompt. Without it,
     ablation shrinks the stream and the norms amplify what is kept (Drori 2026)."""
     tie_qk: bool = False
     """A query channel and the key channel that it meets are kept or removed together. The paper's
@@ -61,10 +61,10 @@ class PruningConfig:
     selection pairs stays at the target. Circuits of more than 500 nodes are left as they are."""
     on_collapse: OnCollapse = "eliminate"
     """What is done when the price broke the circuit at every stage of training. eliminate: start
-    from the whole model and remove nodes in the order that was learned, which takes longer. fail:
+    from the full model and remove nodes in the order that was learned, which takes longer. fail:
     raise PruningFailed."""
     must_solve: bool = True
-    """Refuse tasks on which the whole model misses the target. Off for controls, such as nonsense
+    """Refuse tasks on which the full model misses the target. Off for controls, such as nonsense
     tasks and random models, of which the question is whether they get a circuit all the same."""
     selection_pairs: int = 128
     """Pairs (of the train split, not trained on) on which the number of nodes is chosen."""
@@ -79,7 +79,7 @@ class PruningConfig:
         for name in ("steps", "batch_pairs", "selection_pairs", "report_pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "k_coef", "temperature"):
+        for name in ("lr", "l0_penalty", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("weight_decay", "adapt_rate", "init_scale"):

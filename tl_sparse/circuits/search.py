@@ -23,12 +23,12 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation import ActivationMeans, Donors
+from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.margins import answer_margins
-from tl_sparse.circuits.problem import PruningFailed, PruningProblem, frozen, pose
 from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, frozen, set_up
 from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
 from tl_sparse.circuits.search_study import (
     RANGES,
@@ -43,7 +43,7 @@ from tl_sparse.circuits.search_study import (
     starts,
     with_settings,
 )
-from tl_sparse.plain import from_plain
+from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.tasks import Task
 
 SCHEMA_VERSION = 1
@@ -56,7 +56,7 @@ def search(
     config: SearchConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: Donors | None = None,
+    donors: ResampleSources | None = None,
     storage: str | Path | None = None,
     progress: bool = True,
 ) -> SearchResult:
@@ -84,13 +84,13 @@ def search(
         FileNotFoundError: a stored circuit was deleted.
     """
     base, config = base or PruningConfig(), config or SearchConfig()
-    problem = pose(model, task, base, means=means, donors=donors)
+    problem = set_up(model, task, base, means=means, donors=donors)
     targets = None
     if config.objective == "nodes_and_loss":
-        targets = (max(config.targets[0], whole_loss(problem) * 1.001), config.targets[1])
+        targets = (max(config.targets[0], full_loss(problem) * 1.001), config.targets[1])
         if not targets[0] < targets[1]:
             raise ValueError(
-                f"the whole model has loss {targets[0]:.3f} on {task.name}: no target in "
+                f"the full model has loss {targets[0]:.3f} on {task.name}: no target in "
                 f"{config.targets} is above it"
             )
     wanted = space(targets)
@@ -131,13 +131,13 @@ def search(
     return result_of(study, problem, config, folder, held)
 
 
-def whole_loss(problem: PruningProblem) -> float:
-    """The whole model's loss on the selection pairs."""
+def full_loss(problem: PruningRun) -> float:
+    """The full model's loss on the selection pairs."""
     with frozen(problem.model), torch.no_grad():
-        return float(F.softplus(-answer_margins(problem.model, problem.selection)).mean())
+        return float(F.softplus(-task_logit_diffs(problem.model, problem.selection)).mean())
 
 
-def identity(problem: PruningProblem, config: SearchConfig) -> dict[str, Any]:
+def identity(problem: PruningRun, config: SearchConfig) -> dict[str, Any]:
     """What makes two searches one. Rounds are left out: a later call may ask for more."""
     means = problem.means
     prompts = hashlib.sha256("\0".join(problem.selection.prompts).encode())
@@ -233,7 +233,7 @@ def fewest_of(known: pd.DataFrame, target: float) -> str:
 
 def result_of(
     study: Study,
-    problem: PruningProblem,
+    problem: PruningRun,
     config: SearchConfig,
     folder: Path | None,
     held: dict[int, Circuit],
@@ -254,7 +254,8 @@ def result_of(
         best=None if best is None else circuits[best],
         best_trial=best,
         configs={
-            t.number: from_plain(PruningConfig, t.user_attrs[RECORD]["config"]) for t in stored
+            t.number: dataclass_from_json(PruningConfig, t.user_attrs[RECORD]["config"])
+            for t in stored
         },
         circuits=circuits,
         base=problem.config,

@@ -40,7 +40,7 @@ STARTUP = 16  # trials before the sampler learns from them
 LIVE = (TrialState.RUNNING, TrialState.COMPLETE)
 
 RANGES: dict[str, tuple[float, float, float]] = {
-    "k_coef": (1e-6, 1e-4, 1e-2),
+    "l0_penalty": (1e-6, 1e-4, 1e-2),
     "lr": (1e-4, 3e-3, 3e-1),
     "weight_decay": (1e-5, 1e-3, 1e-1),
     "inv_beta2": (5e-3, 5e-2, 5e-1),
@@ -68,7 +68,7 @@ class SearchConfig:
     sampler: Sampler = "tpe"
     """Tree-structured Parzen estimator (for two objectives too), NSGA-II, or random."""
     targets: tuple[float, float] = (0.015, 0.5)
-    """Range of target losses for ``nodes_and_loss``; what the whole model misses is left out."""
+    """Range of target losses for ``nodes_and_loss``; what the full model misses is left out."""
     seed: int = 0
     """Seed of the suggestions. Seeds of τ and prompts are the base config's, the same for all."""
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_sparse.plain import convert
 from tl_sparse.sites import MATRICES, NodeIndex
+from tl_sparse.storage.json_dataclass import convert
 
 FIELDS: dict[str, Any] = {
     "task": str, "selection_loss": float, "model_loss": float, "target_loss": float,

@@ -17,10 +17,10 @@ from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.models import Info, Tasks, Train
 from tl_sparse.cli.words import say
-from tl_sparse.demo import DemoConfig, run_demo, write_report
-from tl_sparse.pair import PairConfig, train_pair
-from tl_sparse.recipes import RecipeName, TrainingConfig
-from tl_sparse.study import StudyConfig, run_study, write_study
+from tl_sparse.studies.demo import DemoConfig, run_demo, write_report
+from tl_sparse.studies.grid import StudyConfig, run_study, write_study
+from tl_sparse.studies.pair import PairConfig, train_pair
+from tl_sparse.training.config import RecipeName, TrainingConfig
 
 
 def run_and_report(config: DemoConfig) -> None:

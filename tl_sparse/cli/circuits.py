@@ -10,15 +10,15 @@ from pathlib import Path
 import pandas as pd
 import tyro
 
-from tl_sparse.ablation import ActivationMeans, activation_means
-from tl_sparse.checkpoints import from_pretrained
+from tl_sparse.ablation.interventions import ActivationMeans, activation_means
+from tl_sparse.checkpoints.packed import from_pretrained
 from tl_sparse.circuits import Circuit, PruningConfig, prune
-from tl_sparse.circuits.frontier import attempted, frontier
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
-from tl_sparse.model import SparseTransformer
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.studies.frontier import attempted, frontier
 from tl_sparse.tasks import Task, get, names, table
-from tl_sparse.whole_files import write_whole
 
 
 def model_with_tokenizer(name: str) -> SparseTransformer:
@@ -109,10 +109,10 @@ class Sweep:
     def settings(self) -> Iterator[PruningConfig]:
         """Every combination."""
         base = self.pruning
-        for target, k_coef, lr, seed in product(
-            self.targets, self.k_coefs or (base.k_coef,), self.lrs or (base.lr,), self.seeds
+        for target, l0_penalty, lr, seed in product(
+            self.targets, self.k_coefs or (base.l0_penalty,), self.lrs or (base.lr,), self.seeds
         ):
-            yield replace(base, target_loss=target, k_coef=k_coef, lr=lr, seed=seed)
+            yield replace(base, target_loss=target, l0_penalty=l0_penalty, lr=lr, seed=seed)
 
     def run(self) -> None:
         """Prune, save table and circuits, and say the smallest circuit of every task."""
@@ -175,7 +175,7 @@ def row_of(task: Task, config: PruningConfig, circuit: Circuit | ValueError) -> 
     settings = dict(circuit.config) if isinstance(circuit, Circuit) else vars(config)
     row: dict[str, object] = {
         "task": task.name, "target_loss": config.target_loss, "seed": config.seed,
-        "k_coef": settings["k_coef"], "lr": settings["lr"], "penalty": settings["penalty"],
+        "l0_penalty": settings["l0_penalty"], "lr": settings["lr"], "penalty": settings["penalty"],
     }  # fmt: skip
     if not isinstance(circuit, Circuit):
         return row | {"failure": str(circuit)}
@@ -193,7 +193,17 @@ def smallest_of(frame: pd.DataFrame) -> str:
         return "no circuit was found: " + "; ".join(dict.fromkeys(frame["failure"]))
     known = frame.dropna(subset=["nodes"])
     best = known.loc[known.groupby(["task", "target_loss"], sort=False)["nodes"].idxmin()]
-    columns = ["task", "target_loss", "nodes", "edges", "loss", "accuracy", "seed", "k_coef", "lr"]
+    columns = [
+        "task",
+        "target_loss",
+        "nodes",
+        "edges",
+        "loss",
+        "accuracy",
+        "seed",
+        "l0_penalty",
+        "lr",
+    ]
     return str(best[columns].to_string(index=False, float_format="{:.4g}".format))
 
 

@@ -10,8 +10,8 @@ from tl_sparse.cli.circuits import model_with_tokenizer
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.faithfulness import EvaluationConfig, Thresholds, evaluate
+from tl_sparse.storage.atomic_write import write_whole
 from tl_sparse.tasks import get
-from tl_sparse.whole_files import write_whole
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import tyro
 
-from tl_sparse.checkpoints import from_pretrained, training_record
+from tl_sparse.checkpoints.packed import from_pretrained, training_record
 from tl_sparse.cli.words import say
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, build_corpus
-from tl_sparse.model import SparseTransformer
-from tl_sparse.recipes import RecipeName, TrainingConfig
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.atomic_write import write_whole
 from tl_sparse.tasks import evaluate_task, from_jsonl, get, names, table
-from tl_sparse.training import Trainer
-from tl_sparse.whole_files import write_whole
+from tl_sparse.training.config import RecipeName, TrainingConfig
+from tl_sparse.training.trainer import Trainer
 
 
 def cpu_model() -> SparseTransformerConfig:

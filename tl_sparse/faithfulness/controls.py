@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.ablation import Replacement
+from tl_sparse.ablation.interventions import Replacement
 from tl_sparse.analyses.necessity import control_units
 from tl_sparse.faithfulness.subject import Subject
 from tl_sparse.tasks import TaskBatch
@@ -31,11 +31,11 @@ def tuning(subject: Subject, pairs: int) -> Subject:
     return on(subject, subject.discovery.pairs(0, pairs))
 
 
-def per_unit_margins(
+def per_unit_logit_diffs(
     subject: Subject, keep: Bool[Tensor, "mask unit"], values: Replacement | None = None
 ) -> Float[Tensor, "mask prompt"]:
-    """:meth:`Subject.margins` of masks over units."""
-    return subject.margins(subject.nodes(keep), values)
+    """:meth:`Subject.logit_diffs` of masks over units."""
+    return subject.logit_diffs(subject.nodes(keep), values)
 
 
 def first_nodes(subject: Subject) -> Int[Tensor, " unit"]:

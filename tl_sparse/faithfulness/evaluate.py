@@ -13,21 +13,21 @@ from tqdm.auto import tqdm
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.compat import transformer_lens_version
+from tl_sparse.faithfulness.checks.generalisation import generalisation
+from tl_sparse.faithfulness.checks.meaning import meaning
+from tl_sparse.faithfulness.checks.mechanism import mechanism
+from tl_sparse.faithfulness.checks.necessity import necessity
+from tl_sparse.faithfulness.checks.norms import norms
+from tl_sparse.faithfulness.checks.nulls import nulls
+from tl_sparse.faithfulness.checks.partial import partial
+from tl_sparse.faithfulness.checks.predictions import predictions
+from tl_sparse.faithfulness.checks.redundancy import redundancy
+from tl_sparse.faithfulness.checks.relaxation import relaxation
+from tl_sparse.faithfulness.checks.sufficiency import sufficiency
 from tl_sparse.faithfulness.config import PARTS, EvaluationConfig
-from tl_sparse.faithfulness.generalisation import generalisation
-from tl_sparse.faithfulness.meaning import meaning
 from tl_sparse.faithfulness.measure import PartResult
-from tl_sparse.faithfulness.mechanism import mechanism
-from tl_sparse.faithfulness.necessity import necessity
-from tl_sparse.faithfulness.norms import norms
-from tl_sparse.faithfulness.nulls import nulls
-from tl_sparse.faithfulness.partial import partial
-from tl_sparse.faithfulness.predictions import predictions
-from tl_sparse.faithfulness.redundancy import redundancy
-from tl_sparse.faithfulness.relaxation import relaxation
 from tl_sparse.faithfulness.report import FaithfulnessReport
 from tl_sparse.faithfulness.subject import HookCircuit, Subject, subject
-from tl_sparse.faithfulness.sufficiency import sufficiency
 from tl_sparse.faithfulness.verdict import Thresholds
 from tl_sparse.tasks import Task
 

@@ -2,7 +2,7 @@
 
 Plain pruning sees one ablation, in which removed nodes may cancel each other's absence. Here the
 gate of a removed node is what a scheme leaves of it (see
-:mod:`tl_sparse.faithfulness.schemes`), and schemes are drawn at random and sought by an adversary
+:mod:`tl_sparse.faithfulness.checks.schemes`), and schemes are drawn at random and sought by an adversary
 while the masks train.
 """
 
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, Donors
+from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
+from tl_sparse.ablation.masked_forward import gated_logit_diffs
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import TrainingPool, train_masks
-from tl_sparse.circuits.masked import gated_margins
 from tl_sparse.circuits.node_masks import NodeMasks
-from tl_sparse.circuits.problem import PruningProblem, frozen, measured, pose
 from tl_sparse.circuits.pruning import chosen, prune
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.faithfulness.schemes import Attack, attack, stochastic_schemes
+from tl_sparse.circuits.pruning_run import PruningRun, frozen, measured, set_up
+from tl_sparse.faithfulness.checks.schemes import Attack, attack, stochastic_schemes
 from tl_sparse.tasks import Task
 
 GROWTH = 1.5  # by how much more units than before are tried at a time
@@ -41,7 +41,7 @@ class FaithfulConfig:
     adversarial: float = 1.0
     """Weight of the mean loss under the adversaries' schemes."""
     frozen_norm: float = 0.0
-    """Weight of the loss with every norm held at the whole model's scale. Trained for only: the
+    """Weight of the loss with every norm held at the full model's scale. Trained for only: the
     chosen nodes are not held to it (``PruningConfig.freeze_norm`` does that)."""
     adversaries: int = 2
     """Schemes that climb the loss while the masks train, side by side; each goes on where it was in
@@ -82,7 +82,7 @@ def faithful_prune(
     faithful: FaithfulConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: Donors | None = None,
+    donors: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -121,7 +121,7 @@ def faithful_prune(
         return prune(
             model, task, config, means=means, donors=donors, exclude=exclude, progress=progress
         )
-    problem = pose(model, task, config, means=means, donors=donors, exclude=exclude)
+    problem = set_up(model, task, config, means=means, donors=donors, exclude=exclude)
     began = time.perf_counter()
     with frozen(model):
         objective = SchemesObjective(problem, faithful)
@@ -148,7 +148,7 @@ def faithful_prune(
 class SchemesObjective:
     """The losses of a mask under full, random and adversarial ablation, in one forward pass."""
 
-    def __init__(self, problem: PruningProblem, faithful: FaithfulConfig) -> None:
+    def __init__(self, problem: PruningRun, faithful: FaithfulConfig) -> None:
         config = problem.config
         self.faithful = faithful
         self.limit = faithful.limit or config.target_loss
@@ -211,7 +211,7 @@ class SchemesObjective:
 
 
 def withstanding(
-    problem: PruningProblem, kept: Bool[Tensor, " node"], faithful: FaithfulConfig
+    problem: PruningRun, kept: Bool[Tensor, " node"], faithful: FaithfulConfig
 ) -> tuple[Bool[Tensor, " node"], dict[str, object]]:
     """Nodes added until a fresh attack does not break the limit, or the rounds are over.
 
@@ -237,7 +237,7 @@ def withstanding(
 
 
 def attacked(
-    problem: PruningProblem,
+    problem: PruningRun,
     kept: Bool[Tensor, " node"],
     faithful: FaithfulConfig,
     generator: torch.Generator,
@@ -254,20 +254,20 @@ def attacked(
 
 
 def grown(
-    problem: PruningProblem, kept: Bool[Tensor, " node"], scheme: Float[Tensor, " node"]
+    problem: PruningRun, kept: Bool[Tensor, " node"], scheme: Float[Tensor, " node"]
 ) -> Bool[Tensor, " node"]:
     """The fewest further units with which all runs do the task, by what keeping them promises.
 
     That is to first order how much the loss under the newest scheme falls when the unit is kept:
     -(1 - s) dL/ds, summed over its nodes. Kept by other numbers than the fewest may do too: losses
-    need not fall with every unit. With all of them it is the whole model, less excluded nodes.
+    need not fall with every unit. With all of them it is the full model, less excluded nodes.
     """
     few, unit = problem.few, problem.unit.to(kept.device)
     gates = torch.where(kept, 1.0, scheme)[None].requires_grad_()
-    margins = gated_margins(
+    logit_diffs = gated_logit_diffs(
         few.model, few.selection, few.index, gates, few.values, hooks=few.selection_hooks
     )
-    (grad,) = torch.autograd.grad(F.softplus(-margins).mean(), gates)
+    (grad,) = torch.autograd.grad(F.softplus(-logit_diffs).mean(), gates)
     gain = torch.zeros(int(unit.max()) + 1, device=kept.device)
     gain.index_add_(0, unit, -(1 - gates.detach()[0]) * grad[0])
     can = ~kept if problem.exclude is None else ~kept & ~problem.exclude.to(kept.device)

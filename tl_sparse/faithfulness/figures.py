@@ -28,7 +28,7 @@ def overview_figure(report: FaithfulnessReport) -> go.Figure:
     shares = [m for m in found if not in_nats(m)]
     figure = make_subplots(
         rows=1, cols=2, horizontal_spacing=0.24,
-        subplot_titles=("shares and ratios (1: the whole model)", "losses (nats)"),
+        subplot_titles=("shares and ratios (1: the full model)", "losses (nats)"),
     )  # fmt: skip
     for column, (measures, axis) in enumerate(((shares, SHARES), (losses, LOSSES)), start=1):
         for trace in traces(measures, axis, legend=column == 1):
@@ -60,7 +60,7 @@ def overview_figure(report: FaithfulnessReport) -> go.Figure:
 def is_drawn(m: Measure) -> bool:
     """Whether a number has a value to draw, an interval or a null beside it, and is no count."""
     beside = math.isfinite(m.low) or math.isfinite(m.null)
-    other = m.name in COUNTS or m.name.endswith("margin")  # logits are neither shares nor nats
+    other = m.name in COUNTS or m.name.endswith("logit_diff")  # logits are neither shares nor nats
     return math.isfinite(m.value) and beside and not other
 
 
@@ -141,7 +141,7 @@ def relaxation_figure(curve: pd.DataFrame) -> go.Figure:
 
 
 def interchange_figure(table: pd.DataFrame) -> go.Figure:
-    """f of the circuit against the share of its units that take the whole model's values."""
+    """f of the circuit against the share of its units that take the full model's values."""
     mean = table.groupby("fraction")["f"].mean()
     figure = go.Figure(
         [
@@ -165,7 +165,7 @@ def effects_figure(table: pd.DataFrame) -> go.Figure:
             hovertext=[f"{escape(str(r.hook))}[{r.channel}]" for r in rows.itertuples()],
         )  # fmt: skip
     return _laid_out(
-        figure, "Effect of each unit (drop in margin)", "in the whole model", "in the circuit"
+        figure, "Effect of each unit (drop in logit_diff)", "in the full model", "in the circuit"
     )
 
 

@@ -1,7 +1,7 @@
 """The field's metrics as pure functions, one definition each, with formula and source.
 
 Notation: m is the mean of logit(answer) - logit(other) over prompts, L the mean two-way loss; M is
-the whole model, C the circuit, ∅ the model with every node removed, M∖C the model without the
+the full model, C the circuit, ∅ the model with every node removed, M∖C the model without the
 circuit. Nothing is clamped: a share above one or below zero says something.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.faithfulness.controls import per_unit_margins
+from tl_sparse.faithfulness.controls import per_unit_logit_diffs
 from tl_sparse.faithfulness.subject import Subject
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -33,7 +33,7 @@ def normalised(
 ) -> Float[Tensor, "*shape"]:
     """Faithfulness: f(C) = (m(C) - m(∅)) / (m(M) - m(∅)).
 
-    1 for the whole model, 0 for the empty circuit; infinite or NaN where the two do not differ.
+    1 for the full model, 0 for the empty circuit; infinite or NaN where the two do not differ.
     Source: Marks et al. 2024, §3.3; Mueller et al. 2025 (MIB).
     """
     return (m_circuit - m_empty) / (m_model - m_empty)
@@ -44,7 +44,7 @@ def necessity_of(
     m_empty: Float[Tensor, "*shape"],
     m_model: Float[Tensor, "*shape"],
 ) -> Float[Tensor, "*shape"]:
-    """Necessity: N(C) = 1 - f(M∖C), the share of the margin that is lost without the circuit.
+    """Necessity: N(C) = 1 - f(M∖C), the share of the logit_diff that is lost without the circuit.
 
     Its complement f(M∖C) is the completeness of Marks et al. 2024 (§3.3), which should be 0.
     """
@@ -58,7 +58,7 @@ def loss_recovered(
 ) -> Float[Tensor, "*shape"]:
     """Loss recovered: 1 - (L(C) - L(M)) / (L(∅) - L(M)).
 
-    1 for the whole model, 0 for the empty circuit. Source: as for dictionaries in Bricken et al.
+    1 for the full model, 0 for the empty circuit. Source: as for dictionaries in Bricken et al.
     2023, with the empty circuit in place of zero ablation.
     """
     return 1 - (loss_circuit - loss_model) / (loss_empty - loss_model)
@@ -67,10 +67,10 @@ def loss_recovered(
 def kl_recovered(
     kl_circuit: Float[Tensor, "*shape"], kl_empty: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """F_KL = 1 - KL(C) / KL(∅), each KL the mean divergence of the whole model's answers from
+    """F_KL = 1 - KL(C) / KL(∅), each KL the mean divergence of the full model's answers from
     those of C or ∅; see :func:`two_way_kl`.
 
-    1 for the whole model, 0 for the empty circuit.
+    1 for the full model, 0 for the empty circuit.
     """
     return 1 - kl_circuit / kl_empty
 
@@ -79,7 +79,7 @@ def two_way_kl(
     m_model: Float[Tensor, "*shape"], m_circuit: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
     """KL(p ‖ q) in nats between the two answers' probabilities in the model (p) and the circuit
-    (q), by prompt: p = sigmoid(margin of the model), q = sigmoid(margin of the circuit).
+    (q), by prompt: p = sigmoid(logit_diff of the model), q = sigmoid(logit_diff of the circuit).
     """
     right, wrong = F.logsigmoid(m_model), F.logsigmoid(-m_model)
     q_right, q_wrong = F.logsigmoid(m_circuit), F.logsigmoid(-m_circuit)
@@ -125,11 +125,11 @@ def ranking_curve(
         ValueError: not a score a unit, scores that are not finite, or shares that do not rise
             within (0, 1].
     """
-    margins = ranking_margins(subject, torch.stack([scores, scores.abs()]), fractions)
-    m = margins.double().mean(2)
+    logit_diffs = ranking_logit_diffs(subject, torch.stack([scores, scores.abs()]), fractions)
+    m = logit_diffs.double().mean(2)
     empty, model = (
-        margins.double().mean().expand_as(m)
-        for margins in (subject.empty_margins, subject.model_margins)
+        logit_diffs.double().mean().expand_as(m)
+        for logit_diffs in (subject.empty_logit_diffs, subject.model_logit_diffs)
     )
     signed, absolute = normalised(m, empty, model).tolist()
     counts = [int(fraction * subject.n_units) for fraction in fractions]
@@ -140,7 +140,7 @@ def ranking_curve(
     )
 
 
-def ranking_margins(
+def ranking_logit_diffs(
     subject: Subject, scores: Float[Tensor, "ranking unit"], fractions: Sequence[float] = FRACTIONS
 ) -> Float[Tensor, "ranking fraction prompt"]:
     """Margins of the test prompts with the best units of each ranking kept.
@@ -158,7 +158,7 @@ def ranking_margins(
     counts = torch.tensor([int(fraction * subject.n_units) for fraction in fractions])
     masks = torch.cat([ranks(row)[None] < counts[:, None] for row in scores])
     distinct, where = masks.unique(dim=0, return_inverse=True)
-    return per_unit_margins(subject, distinct)[where].unflatten(0, (len(scores), -1))
+    return per_unit_logit_diffs(subject, distinct)[where].unflatten(0, (len(scores), -1))
 
 
 def ranks(scores: Float[Tensor, " unit"]) -> Int[Tensor, " unit"]:

@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 
 from tl_sparse import compat
-from tl_sparse.checkpoints import read_json
 from tl_sparse.faithfulness.config import PARTS, EvaluationConfig
 from tl_sparse.faithfulness.measure import Measure, PartResult
 from tl_sparse.faithfulness.verdict import Check, Thresholds, checks, verdict
-from tl_sparse.plain import from_plain
-from tl_sparse.whole_files import write_whole
+from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.json_dataclass import dataclass_from_json
+from tl_sparse.storage.json_files import read_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -118,7 +118,7 @@ class FaithfulnessReport:
         """A metric's per-prompt values, a row per variant, as TransformerLens' ``PatchingResult``.
 
         Its bootstrap and permutation tests then apply. The baseline of part A's ``loss`` is the
-        whole model's loss. TransformerLens takes prompts to be independent; our intervals draw the
+        full model's loss. TransformerLens takes prompts to be independent; our intervals draw the
         two prompts of a pair together.
 
         Raises:
@@ -202,8 +202,8 @@ class FaithfulnessReport:
                 **{name: record[name] for name in SCALARS if name != "prompts"},
                 prompts=tuple(map(str, record["prompts"])),
                 versions={str(k): str(v) for k, v in record["versions"].items()},
-                config=from_plain(EvaluationConfig, record["config"]),
-                thresholds=from_plain(Thresholds, record["thresholds"]),
+                config=dataclass_from_json(EvaluationConfig, record["config"]),
+                thresholds=dataclass_from_json(Thresholds, record["thresholds"]),
                 parts=tuple(map(part_of, record["parts"])),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

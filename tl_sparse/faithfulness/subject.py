@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import (
+from tl_sparse.ablation.interventions import (
     ActivationMeans,
     FwdHook,
     Replacement,
-    activation_donors,
     activation_means,
+    resample_sources,
 )
-from tl_sparse.checkpoints import fingerprint
+from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig
-from tl_sparse.circuits.masked import masked_margins
-from tl_sparse.circuits.problem import frozen, frozen_norms_of, selection_and_training
+from tl_sparse.circuits.pruning_run import frozen, frozen_norms_of, selection_and_training
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import Task, TaskBatch
 
 SPARE = 4  # times as many held-out pairs are drawn as are wanted: some may be discovery prompts
@@ -102,7 +102,7 @@ def hook_circuit(
 
 def check_widths(model: nn.Module, index: NodeIndex, tokens: Int[Tensor, "sequence pos"]) -> None:
     """ValueError unless every hook has as many channels as the index says."""
-    found = activation_donors(model, tokens[:1], index=index)
+    found = resample_sources(model, tokens[:1], index=index)
     for name, piece in index.slices.items():
         width = found.activations[name].flatten(2).shape[2]
         if width != piece.stop - piece.start:
@@ -197,7 +197,7 @@ class Subject:
         """Masks over units as masks over nodes."""
         return units[:, self.unit]
 
-    def margins(
+    def logit_diffs(
         self,
         keep: Bool[Tensor, "mask node"],
         values: Replacement | None = None,
@@ -209,7 +209,7 @@ class Subject:
         default those under which the circuit was found.
         """
         with frozen(self.model):
-            return masked_margins(
+            return masked_logit_diffs(
                 self.model, self.batch, self.index, keep,
                 self.values if values is None else values,
                 hooks=self.norms if hooks is None else hooks,
@@ -222,22 +222,22 @@ class Subject:
         hooks: Sequence[FwdHook] | None = None,
     ) -> Float[Tensor, "mask prompt"]:
         """Two-way cross-entropy (nats) of the test prompts under node masks."""
-        return F.softplus(-self.margins(keep, values, hooks))
+        return F.softplus(-self.logit_diffs(keep, values, hooks))
 
     @cached_property
-    def model_margins(self) -> Float[Tensor, " prompt"]:
-        """Margins of the whole model, without any hook."""
-        return self.margins(torch.ones(1, self.index.n_nodes, dtype=torch.bool), hooks=())[0]
+    def model_logit_diffs(self) -> Float[Tensor, " prompt"]:
+        """Margins of the full model, without any hook."""
+        return self.logit_diffs(torch.ones(1, self.index.n_nodes, dtype=torch.bool), hooks=())[0]
 
     @cached_property
-    def circuit_margins(self) -> Float[Tensor, " prompt"]:
+    def circuit_logit_diffs(self) -> Float[Tensor, " prompt"]:
         """Margins of the circuit, as it was found."""
-        return self.margins(self.kept[None])[0]
+        return self.logit_diffs(self.kept[None])[0]
 
     @cached_property
-    def empty_margins(self) -> Float[Tensor, " prompt"]:
+    def empty_logit_diffs(self) -> Float[Tensor, " prompt"]:
         """Margins with every node removed."""
-        return self.margins(torch.zeros(1, self.index.n_nodes, dtype=torch.bool))[0]
+        return self.logit_diffs(torch.zeros(1, self.index.n_nodes, dtype=torch.bool))[0]
 
 
 def subject(

@@ -27,14 +27,14 @@ class Thresholds:
     accuracy: float = 0.9
     """Least share of held-out prompts that the circuit answers right."""
     necessity: float = 0.5
-    """Least share of the margin that is lost without the circuit."""
+    """Least share of the logit_diff that is lost without the circuit."""
     completeness_gap: float = 0.3
     """Largest mean difference between circuit and model after the same knockouts, as a share of the
-    margin."""
+    logit_diff."""
     minimality: float = 0.9
     """Least share of the circuit's units of which each one matters."""
     frozen_share: float = 0.5
-    """Least share of the circuit's own margin that is left with the norms held at the model's
+    """Least share of the circuit's own logit_diff that is left with the norms held at the model's
     scales."""
     fvu: float = 0.5
     """Largest unexplained share of the kept nodes' variance."""
@@ -42,7 +42,7 @@ class Thresholds:
     """Largest distance of a head's attention from the model's, as a share of the distance that
     uniform attention has."""
     sign_flips: float = 0.0
-    """Most nodes whose effect has the opposite sign in the whole model."""
+    """Most nodes whose effect has the opposite sign in the full model."""
     size_ratio: float = 0.5
     """Largest size of the circuit as a share of a nonsense circuit's."""
     success_rate: float = 0.9
@@ -86,9 +86,9 @@ CRITERIA: tuple[Criterion, ...] = (
               ("own",)),
     Criterion("any ablation", "does the task however all of the rest is ablated", "A", "loss",
               "loss", False, ("zero", "mean", "task_mean", "positional_mean", "resample")),
-    Criterion("necessary", "is needed by the whole model", "B", "necessity", "necessity", True,
+    Criterion("necessary", "is needed by the full model", "B", "necessity", "necessity", True,
               beats_null=True),
-    Criterion("complete", "reacts to knockouts as the whole model does", "B", "completeness_gap",
+    Criterion("complete", "reacts to knockouts as the full model does", "B", "completeness_gap",
               "completeness_gap", False, ("random",)),
     Criterion("minimal", "has few nodes to spare", "B", "minimality", "minimality", True),
     Criterion("random subsets", "holds when random parts of the rest are ablated", "C",
@@ -155,15 +155,15 @@ def checks(parts: Sequence[PartResult], thresholds: Thresholds) -> tuple[Check, 
 
 
 def nothing_to_explain(part: PartResult | None) -> str:
-    """Why shares of the model's margin say nothing, if so; needs part A."""
+    """Why shares of the model's logit_diff say nothing, if so; needs part A."""
     if part is None:
         return ""
     known = {(m.name, m.variant): m for m in part.measures}
-    model, empty = known.get(("model_margin", "")), known.get(("empty_margin", "own"))
+    model, empty = known.get(("model_logit_diff", "")), known.get(("empty_logit_diff", "own"))
     if model is None or empty is None or model.low > empty.high:
         return ""
     return (
-        f"there is nothing to explain: the model's mean margin is {number(model.value)}, and with "
+        f"there is nothing to explain: the model's mean logit_diff is {number(model.value)}, and with "
         f"everything removed {number(empty.value)}"
     )
 

@@ -4,7 +4,7 @@ from tl_sparse.tasks.contexts import SPLITS, Split
 from tl_sparse.tasks.evaluate import (
     TaskResult,
     evaluate_task,
-    margins,
+    logit_diffs,
     select_last,
     task_accuracy,
     task_losses,
@@ -26,7 +26,7 @@ __all__ = [
     "evaluate_task",
     "from_jsonl",
     "get",
-    "margins",
+    "logit_diffs",
     "names",
     "select_last",
     "table",

@@ -70,14 +70,14 @@ def task_losses(
     The paper's loss (Gao et al. 2025, section 2.2); its released tables hold the sum over a pair.
     Differentiable.
     """
-    return softplus(-margins(logits_at_last, batch))
+    return softplus(-logit_diffs(logits_at_last, batch))
 
 
 def task_accuracy(
     logits_at_last: Float[Tensor, "prompt d_vocab"], batch: TaskBatch
 ) -> Bool[Tensor, " prompt"]:
     """Whether each prompt's right answer has the higher logit; a tie is wrong."""
-    return margins(logits_at_last, batch) > 0
+    return logit_diffs(logits_at_last, batch) > 0
 
 
 def select_last(
@@ -126,10 +126,10 @@ def evaluate_batch(
     )
 
 
-def margins(
+def logit_diffs(
     logits_at_last: Float[Tensor, "prompt d_vocab"], batch: TaskBatch
 ) -> Float[Tensor, " prompt"]:
-    """logit(answer) - logit(other) of each prompt; its two-way loss is ``softplus(-margin)``."""
+    """logit(answer) - logit(other) of each prompt; its two-way loss is ``softplus(-logit_diff)``."""
     right = logits_at_last.gather(1, batch.answer.to(logits_at_last.device)[:, None])
     wrong = logits_at_last.gather(1, batch.other.to(logits_at_last.device)[:, None])
     return (right - wrong).squeeze(1)

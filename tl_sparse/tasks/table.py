@@ -15,7 +15,7 @@ from tl_sparse.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class TaskTable:
-    """What a model does on tasks, and which tasks its tokenizer cannot pose."""
+    """What a model does on tasks, and which tasks its tokenizer cannot set_up."""
 
     results: Mapping[str, TaskResult]
     """Task → the model's losses on each prompt."""
@@ -65,7 +65,7 @@ def table(
 
     `names` are built-in tasks (by default all) or tasks of your own, bound to the model's
     tokenizer. Prompts have at most `model.cfg.n_ctx` tokens. A built-in task that this tokenizer or
-    context length cannot pose is listed as refused, with the reason. Raises `ValueError` for a
+    context length cannot set_up is listed as refused, with the reason. Raises `ValueError` for a
     model without a tokenizer, an unknown name, two tasks of one name, a task of another tokenizer
     or of longer prompts, an unknown split and fewer pairs than one.
     """

@@ -236,7 +236,7 @@ class Task:
         return self._collate(chosen)
 
     def check_pair(self, pair: Pair) -> None:
-        """Raise `ValueError` unless this tokenizer and length can pose the pair."""
+        """Raise `ValueError` unless this tokenizer and length can set_up the pair."""
         for answer in pair.answers:
             single(self.name, answer, self.tokenizer)
         encoded = next(self._encoded([pair]))
@@ -319,7 +319,7 @@ class Task:
                 prompt = str(self.tokenizer.decode(list(ids)))
                 if self._encode([prompt + answer])[0] != [*ids, answer_id]:
                     raise ValueError(
-                        f"this tokenizer cannot pose task {self.name!r}: "
+                        f"this tokenizer cannot set_up task {self.name!r}: "
                         f"it joins the answer {answer!r} to the end of {prompt!r}"
                     )
 

@@ -92,7 +92,7 @@ def panels_figure(title: str, panels: Sequence[Panel], note: str = "") -> go.Fig
 def frontier_figure(groups: pd.DataFrame, size: str, note: str) -> go.Figure:
     """Validation loss against the geometric mean of edges or nodes, a labelled point per group.
 
-    ``groups`` are rows as :func:`~tl_sparse.circuits.frontier.grouped` gives them. Raises
+    ``groups`` are rows as :func:`~tl_sparse.studies.frontier.grouped` gives them. Raises
     `ValueError` for a size other than edges and nodes.
     """
     if size not in ("edges", "nodes"):

@@ -22,7 +22,7 @@ class PageExample:
     other: str
     """The continuation it competes with."""
     p_model: float
-    """Probability of `answer` against `other` in the whole model, in [0, 1]."""
+    """Probability of `answer` against `other` in the full model, in [0, 1]."""
     p_circuit: float
     """The same in the circuit, everything else mean-ablated, in [0, 1]."""
     activations: Mapping[str, Sequence[float] | np.ndarray] | None = None

@@ -1,0 +1,302 @@
+"""Released circuits, on payloads built here from the description of the released ones."""
+
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.checkpoints.openai_reference_model import BASE, D, H, V, random_state
+from tl_sparse import Circuit, activation_means
+from tl_sparse.ablation.interventions import ActivationMeans
+from tl_sparse.checkpoints.openai import from_openai
+from tl_sparse.circuits.openai_payload import circuit_from_openai, read_payload
+from tl_sparse.sites import SITE_NAMES
+from tl_sparse.views import circuit_html
+
+WIDTHS = {"attn.act_in": D, "attn.q": D, "attn.k": D, "attn.v": D, "attn.resid_delta": D,
+          "mlp.act_in": D, "mlp.post_act": 4 * D, "mlp.resid_delta": D}  # fmt: skip
+PAIRS = {
+    ("attn.act_in", "attn.q"): ("attn.c_attn", 0),
+    ("attn.act_in", "attn.k"): ("attn.c_attn", 1),
+    ("attn.act_in", "attn.v"): ("attn.c_attn", 2),
+    ("attn.v", "attn.resid_delta"): ("attn.c_proj", 0),
+    ("mlp.act_in", "mlp.post_act"): ("mlp.c_fc", 0),
+    ("mlp.post_act", "mlp.resid_delta"): ("mlp.c_proj", 0),
+}
+"""Two places → the linear layer between them, and which third of its rows."""
+PLACES = {"attn_in": "attn.act_in", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v",
+          "attn_out": "attn.resid_delta", "mlp_in": "mlp.act_in", "mlp_neuron": "mlp.post_act",
+          "mlp_out": "mlp.resid_delta"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_state(BASE)
+
+
+def make_payload(state):
+    """A payload with the released structure: kept channels, and the weights between them."""
+    generator = torch.Generator().manual_seed(3)
+    kept = {
+        f"{layer}.{place}": torch.randperm(width, generator=generator)[: 2 + layer]
+        for layer in range(2)
+        for place, width in WIDTHS.items()
+    }
+    kept["1.attn.q"] = torch.zeros(0, dtype=torch.int64)
+    kept["final_resid"] = torch.tensor([1, 5, 6])
+    pair_data = []
+    for layer in range(2):
+        for (source, target), (linear, third) in PAIRS.items():
+            weight = state[f"transformer.h.{layer}.{linear}.weight"]
+            bias = state[f"transformer.h.{layer}.{linear}.bias"]
+            # c_attn's rows are q, then k, then v
+            rows, columns = kept[f"{layer}.{target}"], kept[f"{layer}.{source}"]
+            own = rows + third * D
+            matrix = torch.cat([weight[own][:, columns].T, bias[own][None]])
+            pair_data.append(
+                [matrix, [*columns.tolist(), "bias"], rows.tolist(),
+                 (f"{layer}.{source}", f"{layer}.{target}")]
+            )  # fmt: skip
+    losses = {
+        name: [0.25 * (1 + i) for i in range(len(channels))] for name, channels in kept.items()
+    }
+    return {
+        "circuit_data": kept,
+        "samples": {"0.attn.q": {3: {0.5: [[], []]}}},
+        "importances": {
+            "ch_interv_losses": losses,
+            "layer_interv_losses": {"0.attn": 0.7},
+            "interv_loss": torch.tensor(0.3),
+            "loss": 0.04,
+            "pair_data": pair_data,
+            "pair_data_connections": pair_data,
+            "task_samples": (torch.randint(0, V, (4, 7)), {}),
+            "beeg_model_config": BASE | {"d_head": D // H, "d_mlp": None},
+        },
+        "all_loss": [(0, 1.0), (1, torch.tensor(0.5))],
+        "num_total_nodes": 2 * sum(WIDTHS.values()) + D,
+        "prune_config": {"l0_penalty": 1e-4, "lr": [1, 2], "dtype": torch.float32, "on": True},
+    }
+
+
+@pytest.fixture
+def payload(state):
+    return make_payload(state)
+
+
+@pytest.fixture
+def model(write, state):
+    return from_openai(write(BASE, state))
+
+
+@pytest.fixture
+def means(model):
+    tokens = torch.randint(0, V, (8, 10), generator=torch.Generator().manual_seed(1))
+    return activation_means(model, tokens, sites=SITE_NAMES[1:])
+
+
+@pytest.fixture
+def saved(payload, tmp_path):
+    folder = tmp_path / "k_optim"
+    folder.mkdir()
+
+    def save(change=lambda values: None):
+        change(payload)
+        torch.save(payload, folder / "viz_data.pt")
+        return folder / "viz_data.pt"
+
+    return save
+
+
+def load(path, model, means):
+    return circuit_from_openai(path, model, "quote", means)
+
+
+def test_losses_are_halved_once(saved):
+    path = saved()
+    for place in (path, str(path), path.parent):
+        read = read_payload(place)
+        assert read.circuit_loss == pytest.approx(0.15)
+        assert read.model_loss == pytest.approx(0.02)
+        assert read.node_losses["1.attn.v"].tolist() == [0.125, 0.25, 0.375]
+        assert read.search_losses == ((0, 0.5), (1, 0.25))
+
+
+def test_what_a_payload_says(saved, payload):
+    read = read_payload(saved())
+    assert all(torch.equal(read.kept[n], c) for n, c in payload["circuit_data"].items())
+    assert read.n_nodes == sum(len(c) for c in payload["circuit_data"].values())
+    assert read.n_total_nodes == 2 * 11 * D + D
+    assert read.prune_config == {"l0_penalty": 1e-4, "lr": [1, 2], "dtype": "dtype", "on": True}
+    assert torch.equal(read.task_tokens, payload["importances"]["task_samples"][0])
+
+
+def test_every_location_is_the_site_of_the_table(saved, payload, model, means):
+    circuit = load(saved(), model, means)
+    found = {
+        (f"{row.layer}.{PLACES[row.site]}" if row.site in PLACES else row.site, row.channel)
+        for row in circuit.nodes.itertuples(index=False)
+    }
+    assert found == {
+        (name, int(channel))
+        for name, channels in payload["circuit_data"].items()
+        for channel in channels
+    }
+    assert circuit.n_nodes == len(found)
+
+
+def test_edges_are_those_of_the_payloads_matrices(saved, payload, model, means):
+    circuit = load(saved(), model, means)
+    expected = {}
+    for matrix, sources, targets, (source_at, target_at) in payload["importances"]["pair_data"]:
+        assert sources[-1] == "bias"
+        for i, source in enumerate(sources[:-1]):
+            for j, target in enumerate(targets):
+                if matrix[i, j] != 0:
+                    expected[source_at, source, target_at, target] = float(matrix[i, j])
+    found = {}
+    for edge in circuit.edges.itertuples(index=False):
+        source_at, target_at = (
+            f"{edge.layer}.{PLACES[site]}" for site in (edge.source_site, edge.target_site)
+        )
+        found[source_at, edge.source, target_at, edge.target] = edge.weight
+    assert len(found) == circuit.n_edges > 10
+    assert found == expected
+
+
+def test_what_a_payload_does_not_hold_is_unknown(saved, model, means):
+    circuit = load(saved(), model, means)
+    assert circuit.selection_loss == pytest.approx(0.15)
+    assert circuit.model_loss == pytest.approx(0.02)
+    unknown = (circuit.loss, circuit.accuracy, circuit.loss_calibrated, circuit.target_loss)
+    assert all(math.isnan(value) for value in unknown)
+    assert circuit.nodes["tau"].isna().all()
+    assert (circuit.n_active, circuit.seed) == (-1, -1)
+    assert len(circuit.to_dataframe()) == 0
+    assert "quote" in repr(circuit)
+    assert "nan" not in circuit_html(circuit).lower().replace("accuracy nan", "")
+
+
+def test_an_imported_circuit_is_saved_and_loaded(saved, model, means, tmp_path):
+    circuit = load(saved(), model, means)
+    circuit.save(tmp_path / "circuit")
+    loaded = Circuit.load(tmp_path / "circuit", model)
+    assert torch.equal(loaded.kept, circuit.kept)
+    assert loaded.config == circuit.config == read_payload(saved()).prune_config
+    pd.testing.assert_frame_equal(loaded.edges, circuit.edges)
+
+
+def test_its_hooks_leave_exactly_the_kept_channels(saved, payload, model, means):
+    circuit = load(saved(), model, means)
+    assert circuit.index.hook(1, "final_resid") == "blocks.1.hook_resid_post"
+    tokens = torch.randint(0, V, (3, 9), generator=torch.Generator().manual_seed(2))
+    seen = {}
+
+    def record(x, hook):
+        seen[hook.name] = x.detach().clone()
+
+    recording = [(name, record) for name in circuit.index.slices]
+    model.run_with_hooks(tokens, fwd_hooks=[*circuit.hooks(), *recording])
+    at = circuit.nodes
+    for name, piece in circuit.index.slices.items():
+        values = seen[name].flatten(2)
+        removed = [c for c in range(values.shape[-1]) if c not in set(at.channel[at.hook == name])]
+        mean = means.values[piece][removed].expand(3, 9, -1)
+        assert torch.equal(values[..., removed], mean), name
+    kept = payload["circuit_data"]["final_resid"].tolist()
+    assert kept == at.channel[at.site == "final_resid"].tolist()
+
+
+def test_a_payload_without_the_final_stream_has_no_nodes_there(saved, model, means):
+    payload = read_payload(saved(lambda values: drop(values, "final_resid")))
+    with pytest.raises(ValueError, match=r"where the payload has nodes at .*sites=payload.sites"):
+        circuit_from_openai(payload, model, "quote", means)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    fewer = activation_means(model, tokens, sites=payload.sites)
+    circuit = circuit_from_openai(payload, model, "quote", fewer)
+    assert "final_resid" not in set(circuit.nodes["site"])
+    assert circuit.n_nodes > 0
+
+
+def drop(values, location):
+    del values["circuit_data"][location]
+    del values["importances"]["ch_interv_losses"][location]
+
+
+def test_means_and_models_that_are_others(saved, payload, model, means, small_model, write):
+    path = saved()
+    other = dataclasses.replace(means, model_fingerprint="0" * 64)
+    with pytest.raises(ValueError, match="means belong to another model"):
+        circuit_from_openai(path, model, "quote", other)
+    fewer = activation_means(model, torch.zeros(1, 3, dtype=torch.int64), sites=("attn_in",))
+    assert isinstance(fewer, ActivationMeans)
+    with pytest.raises(ValueError, match="the means are of attn_in, where the payload has nodes"):
+        circuit_from_openai(path, model, "quote", fewer)
+    with pytest.raises(ValueError, match=r"of a model with d_mlp|of a model with"):
+        circuit_from_openai(path, small_model(n_heads=2), "quote", means)
+    drop(payload, "1.mlp.post_act")
+    with pytest.raises(ValueError, match=r"locations are not this model's: 1.mlp.post_act"):
+        circuit_from_openai(saved(), model, "quote", means)
+
+
+def set_at(*keys):
+    """A change that sets the value at a path of keys."""
+    *path, last, value = keys
+
+    def change(values):
+        for key in path:
+            values = values[key]
+        values[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_at("circuit_data", None), "circuit_data must be a dict, not a NoneType"),
+        (set_at("circuit_data", {3: torch.zeros(1)}), "circuit_data must be a dict"),
+        (
+            set_at("circuit_data", "0.attn.q", torch.tensor([1, 1])),
+            "0.attn.q keeps a channel twice",
+        ),
+        (set_at("circuit_data", "0.attn.q", torch.tensor([1, -1])), "one below 0"),
+        (set_at("circuit_data", "0.attn.q", torch.tensor([1.0, 2.0])), "list of channels"),
+        (set_at("circuit_data", "0.attn.q", torch.zeros(2, 1).long()), "list of channels"),
+        (set_at("circuit_data", "0.attn.q", torch.zeros(1).long().expand(10**9)), "repeats"),
+        (set_at("circuit_data", "0.attn.q", [1, 2]), "0.attn.q must be a tensor, not a list"),
+        (set_at("circuit_data", "0.attn.q", torch.tensor([1, 999])), "0.attn.q keeps channel 999"),
+        (set_at("importances", "ch_interv_losses", "0.attn.q", [1.0]), "do not fit its nodes"),
+        (set_at("importances", "ch_interv_losses", "0.attn.q", 1.0), "do not fit its nodes"),
+        (set_at("importances", "ch_interv_losses", "0.attn.q", ["a", "b"]), "must be a number"),
+        (set_at("importances", "loss", "low"), "loss must be a number, not 'low'"),
+        (set_at("importances", "loss", torch.zeros(3)), "loss must be a number"),
+        (set_at("importances", "loss", 10**400), "loss must be a number"),
+        (set_at("importances", "task_samples", (torch.zeros(3),)), r"must be tokens \[prompt, pos"),
+        (
+            set_at("importances", "task_samples", (torch.rand(2, 3),)),
+            r"must be tokens \[prompt, pos\], not torch.float32",
+        ),
+        (set_at("importances", []), "importances must be a dict, not a list"),
+        (set_at("all_loss", [1.0]), "all_loss must hold pairs"),
+        (set_at("all_loss", [(math.nan, 1.0)]), "cannot convert float NaN"),
+        (set_at("num_total_nodes", "many"), "num_total_nodes must be a number"),
+        (set_at("prune_config", [3]), "prune_config must be a dict"),
+        (set_at("prune_config", {"a": [[[[[[[[[[1]]]]]]]]]]}), "nested more than 8 deep"),
+        (set_at("importances", "beeg_model_config", {"n_layer": 3}), "with n_layer=3, not 2"),
+    ],
+)
+def test_broken_payloads_are_one_clear_error(saved, model, means, change, message):
+    path = saved(change)
+    with pytest.raises(ValueError, match=message) as caught:
+        circuit_from_openai(path, model, "quote", means)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_payload(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"viz_data.pt is missing"):
+        read_payload(tmp_path / "viz_data.pt")
+    with pytest.raises(FileNotFoundError, match=r"viz_data.pt is missing"):
+        read_payload(tmp_path)

@@ -1,0 +1,607 @@
+"""Damaged and hostile files: every one is refused with a typed error, or loads, and runs nothing.
+
+More than a thousand of them. Each must end in a ValueError, a FileNotFoundError or a model, within
+two seconds of CPU time and half a gibibyte of memory.
+"""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import time
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.checkpoints.packed import TrainingRecord, from_pretrained, training_record
+from tl_sparse.circuits import Circuit
+from tl_sparse.circuits.circuit import Calibration
+from tl_sparse.circuits.edges import circuit_edges
+from tl_sparse.config import ActivationDensity, SparseTransformerConfig
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.json_files import MAX_JSON_BYTES
+from tl_sparse.storage.tokenizer_files import read_tokenizer
+
+REFUSALS = (ValueError, FileNotFoundError)
+MEMORY, SECONDS = 1 << 29, 2.0
+CUTS, FLIPS, SPLASHES, EXAMPLES = 50, 150, 50, 80
+NASTY: list[Any] = [
+    None, True, -1, 0, 3, 10**9, 10**12, 2**31 - 1, 10**400, 0.5, -1e300, float("nan"),
+    float("inf"), "", "3", "x" * 5000, [], [1, "a"], [[[]]], {}, {"a": {"b": 1}},
+    {"__class__": "os.system"},
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """No more address space than there is in use, and MEMORY on top (where Linux tells)."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def outcome(load, case):
+    """ "refused" or "loaded"; anything else fails, and says at which case."""
+    started = time.process_time()
+    try:
+        load()
+        result = "loaded"
+    except REFUSALS:
+        result = "refused"
+    except BaseException as error:
+        error.add_note(f"case: {case!r:.300}")
+        raise
+    assert time.process_time() - started < SECONDS, case
+    return result
+
+
+def outcomes(load, path, contents):
+    """Outcome → how often, over what a file may hold instead; the file is restored."""
+    original = path.read_bytes()
+    tally = {"refused": 0, "loaded": 0}
+    for case, data in contents:
+        path.write_bytes(data)
+        tally[outcome(load, case)] += 1
+    path.write_bytes(original)
+    assert outcome(load, "restored") == "loaded"
+    return tally
+
+
+def damaged(data: bytes, seed: int = 0):
+    """Truncations, flipped bits (half of them in the first part) and overwritten stretches."""
+    draw = random.Random(seed)
+    for i in range(CUTS):
+        yield ("cut", i), data[: len(data) * i // CUTS]
+    for _ in range(FLIPS):
+        end = len(data) if draw.random() < 0.5 else min(len(data), 1500)
+        place, bit = draw.randrange(end), draw.randrange(8)
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << bit
+        yield ("flip", place, bit), bytes(flipped)
+    for _ in range(SPLASHES):
+        place, length = draw.randrange(len(data)), draw.randrange(1, 40)
+        stretch = draw.choice([bytes(length), b"\xff" * length, draw.randbytes(length)])
+        yield ("splash", place), data[:place] + stretch + data[place + draw.choice([0, length]) :]
+
+
+def test_there_are_a_thousand_cases():
+    n_damaged = 3 * (CUTS + FLIPS + SPLASHES)
+    n_fields = len(fields(SparseTransformerConfig)) + len(fields(ActivationDensity))
+    assert n_damaged + EXAMPLES + n_fields * len(NASTY) > 1500
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save(model, folder):
+    record = TrainingRecord(
+        steps=1, tokens=2, validation_loss=3.0, l0={}, config={"seed": 1}, corpus="c"
+    )
+    model.save_pretrained(folder, record)
+    return folder
+
+
+@pytest.fixture
+def folder(small_model, tmp_path):
+    """A small checkpoint with every kind of tensor."""
+    return save(small_model("together", zeros=0.8, n_layers=1), tmp_path / "model")
+
+
+@pytest.fixture
+def tokenized(small_model, make_tokenizer, tmp_path):
+    """A small checkpoint with a tokenizer."""
+    return save(small_model(tokenizer=make_tokenizer(), n_layers=1), tmp_path / "model")
+
+
+@pytest.fixture
+def load(folder):
+    return lambda: from_pretrained(folder)
+
+
+def test_damaged_weights(folder, load):
+    path = folder / "model.safetensors"
+    tally = outcomes(load, path, damaged(path.read_bytes()))
+    assert tally["refused"] > 80
+    assert tally["loaded"] > 20  # a flipped bit of a value is a value
+
+
+def header_of(data: bytes) -> dict[str, Any]:
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length])
+
+
+def with_header(data: bytes, header: Any) -> bytes:
+    length = struct.unpack("<Q", data[:8])[0]
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def hostile_headers(data: bytes):
+    for length in (0, 1, 7, len(data) - 8, len(data), 10**8 + 1, 2**31, 2**63, 2**64 - 1):
+        yield ("length", length), struct.pack("<Q", length) + data[8:]
+    for text in (b"", b"{}", b"[]", b"null", b"\xff\xfe", b"{" * 10_000, b"[" * 10_000):
+        yield ("text", text[:9]), with_header(data, text)
+    for name in header_of(data):
+        for key in ("dtype", "shape", "data_offsets"):
+            for value in (*NASTY, "F64", "F8_E4M3", [2**62, 4], [0, 2**63], [5, 2], [-1, 5]):
+                header = header_of(data)
+                header[name][key] = value
+                yield (name, key, value), with_header(data, header)
+    header = header_of(data)
+    yield "no metadata", with_header(data, {n: v for n, v in header.items() if n[0] != "_"})
+    yield "all one place", with_header(data, {n: header["gaps"] for n in header if n[0] != "_"})
+    yield "more data", data + bytes(1000)
+    yield "a pickle", pickle.dumps({"embed.W_E": [0.0]})
+
+
+def test_hostile_safetensors_headers(folder, load):
+    path = folder / "model.safetensors"
+    tally = outcomes(load, path, hostile_headers(path.read_bytes()))
+    assert tally["loaded"] < 20
+    assert tally["refused"] > 300
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+SIZES = st.one_of(st.integers(0, 40), st.integers(0, 2**41))
+ROW = st.tuples(
+    st.sampled_from(["float32", "float16", "float8_e4m3fn"]), st.lists(SIZES, max_size=3), SIZES,
+    st.one_of(st.none(), st.integers(0, 25)),
+)  # fmt: skip
+many = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@many
+@given(data=st.data())
+def test_hostile_packing_tables(folder, load, data):
+    path = folder / "model.safetensors"
+    original = path.read_bytes()
+    header = header_of(original)
+    rows = json.loads(header["__metadata__"]["packed"])
+    table: dict[str, Any] = dict(rows)
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from([*rows, "surplus"]))
+        kind = data.draw(st.sampled_from(["field", "row", "json", "drop"]))
+        if kind == "field" and name in rows:
+            place = data.draw(st.integers(0, 3))
+            row = list(rows[name])
+            row[place] = data.draw(st.one_of(SIZES, JSON))
+            table[name] = row
+        elif kind == "drop":
+            table.pop(name, None)
+        else:
+            table[name] = data.draw(ROW if kind == "row" else JSON)
+    header["__metadata__"]["packed"] = json.dumps(table)
+    path.write_bytes(with_header(original, header))
+    outcome(load, table)
+    path.write_bytes(original)
+
+
+def test_damaged_configs(folder, load):
+    path = folder / "config.json"
+    tally = outcomes(load, path, damaged(path.read_bytes(), seed=1))
+    assert tally["refused"] > 100
+
+
+def nasty_fields(values: dict[str, Any], path: tuple[str, ...] = ()):
+    """Every field of a JSON object, at any depth, replaced by every nasty value, or left out."""
+    for name, value in values.items():
+        for nasty in NASTY:
+            yield (*path, name, nasty), {**values, name: nasty}
+        yield (*path, name, "left out"), {n: v for n, v in values.items() if n != name}
+        if isinstance(value, dict):
+            for case, inner in nasty_fields(value, (*path, name)):
+                yield case, {**values, name: inner}
+    yield (*path, "surplus"), {**values, "surplus": 1}
+
+
+def written(cases):
+    for case, values in cases:
+        yield case, json.dumps(values).encode()
+
+
+def test_hostile_config_fields(folder, load):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | {"training": None}  # its own test is below
+    tally = outcomes(load, path, written(nasty_fields(values)))
+    assert tally["refused"] > 600
+    assert tally["loaded"] > 20  # other seeds and densities
+
+
+def test_hostile_training_records(folder):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    cases = (
+        (case, {**values, "training": record}) for case, record in nasty_fields(values["training"])
+    )
+    tally = outcomes(lambda: training_record(folder), path, written(cases))
+    assert tally["refused"] > 80
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_json_bombs(tokenized, name):
+    bombs = [
+        b"", b"[" * 10**6, b'{"a":' * 10**5, b'{"config": {"n_layers": ' + b"9" * 10**5 + b"}}",
+        b"\x00" * 1000, b'"\\ud800"', b"[1, 2]", b"NaN", b"1e999", b"\xff\xfe{}",
+        b'{"a": 1, "a": 2}', b'"' + b"x" * (MAX_JSON_BYTES + 1) + b'"',
+    ]  # fmt: skip
+    contents = ((bomb[:20], bomb) for bomb in bombs)
+    tally = outcomes(lambda: from_pretrained(tokenized), tokenized / name, contents)
+    assert tally["loaded"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_model": 10**9}, {"d_vocab": 2**31 - 1}, {"d_vocab_out": 2**31 - 1}, {"n_layers": 10**9},
+        {"n_ctx": 2**31 - 1}, {"n_heads": 2**30}, {"d_head": 2**30}, {"d_mlp": 2**31 - 1},
+        {"d_pos": 2**40}, {"d_model": 10**6, "d_vocab": 10**6, "n_layers": 1000},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_do_not_exist_are_refused_before_they_are_allocated(folder, load, changes):
+    """Also where the table of packed tensors tells the same tale."""
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    values = json.loads(path.read_text())
+    old = SparseTransformerConfig.from_dict(values["config"])
+    values["config"].update(changes)
+    path.write_text(json.dumps(values))
+    assert outcome(load, changes) == "refused"
+    data = weights.read_bytes()
+    header = header_of(data)
+    table = json.loads(header["__metadata__"]["packed"])
+    for row in table.values():
+        for name, size in changes.items():
+            known = getattr(old, name) or old.d_vocab
+            row[1] = [size if length == known else length for length in row[1]]
+        row[2:] = [min(row[2], 1), 0]
+    header["__metadata__"]["packed"] = json.dumps(table)
+    weights.write_bytes(with_header(data, header))
+    assert outcome(load, changes) == "refused"
+
+
+def test_a_long_context_costs_no_memory_of_its_own(small_model, tmp_path):
+    """Where positions are not embedded, no tensor tells the length of the context."""
+    small_model().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    values["config"]["n_ctx"] = 2**31 - 1
+    path.write_text(json.dumps(values))
+    assert outcome(lambda: from_pretrained(tmp_path / "model"), "n_ctx") == "loaded"
+
+
+# --------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+def test_damaged_tokenizers(tokenized):
+    path = tokenized / "tokenizer.json"
+    contents = damaged(path.read_bytes(), seed=2)
+    tally = outcomes(lambda: read_tokenizer(tokenized, 30), path, contents)
+    assert tally["refused"] > 80
+
+
+def test_hostile_tokenizer_fields(tokenized):
+    path = tokenized / "tokenizer.json"
+    cases = written(nasty_fields(json.loads(path.read_text())))
+    chosen = (case for i, case in enumerate(cases) if i % 3 == 0)
+    assert outcomes(lambda: read_tokenizer(tokenized, 30), path, chosen)["refused"] > 100
+    path = tokenized / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | dict.fromkeys(("unk_token", "truncation_side"))
+    cases = written(nasty_fields(values))
+    assert outcomes(lambda: read_tokenizer(tokenized, 30), path, cases)["refused"] > 50
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(tokenized):
+    path = tokenized / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["w3"] = 2**31
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"token with id 2147483648, the config says d_vocab=30"):
+        from_pretrained(tokenized)
+
+
+# --------------------------------------------------------------------------------------------------
+# code
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.fixture
+def sentinel(tmp_path):
+    path = tmp_path / "code-was-run"
+    pickle.loads(pickle.dumps(Bomb(path)))  # it would show
+    path.rmdir()
+    return path
+
+
+def test_pickles_in_the_place_of_weights_are_not_opened(tokenized, sentinel):
+    folder = tokenized
+
+    def load():
+        return from_pretrained(folder)
+
+    bombs = [pickle.dumps(Bomb(sentinel), protocol) for protocol in range(6)]
+    torch.save({"embed.W_E": Bomb(sentinel)}, folder / "pytorch_model.bin")
+    bombs.append((folder / "pytorch_model.bin").read_bytes())
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        tally = outcomes(load, folder / name, ((name, bomb) for bomb in bombs))
+        assert tally["loaded"] == 0
+    (folder / "model.safetensors").unlink()
+    assert outcome(load, "only the pickle is left") == "refused"
+    assert not sentinel.exists()
+
+
+def test_no_file_of_a_folder_is_imported(tokenized, sentinel):
+    """A tokenizer_config.json may name classes, other files, and templates: they are not used."""
+    code = f"import os\nos.mkdir({str(sentinel)!r})\nclass Trap: pass\n"
+    (tokenized / "trap.py").write_text(code)
+    path = tokenized / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values |= {
+        "tokenizer_class": "Trap",
+        "auto_map": {"AutoTokenizer": ["trap.Trap", "trap.Trap"]},
+        "trust_remote_code": True,
+        "tokenizer_file": "/etc/passwd",
+        "vocab_file": "../../secret",
+        "gguf_file": "model.gguf",
+        "tokenizer_object": {"a": 1},
+        "chat_template": "{{ ''.__class__.__mro__ }}",
+        "added_tokens_decoder": {"0": {"content": "x"}},
+        "name_or_path": "owner/other",
+    }
+    path.write_text(json.dumps(values))
+    model = from_pretrained(tokenized)
+    assert type(model.tokenizer).__module__.startswith("transformers.")
+    assert model.tokenizer.name_or_path == str(tokenized)
+    assert model.tokenizer.chat_template is None
+    assert not sentinel.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# folders
+
+NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_file_is_refused(tokenized, name, tmp_path):
+    path = tokenized / name
+    path.rename(tmp_path / "original")
+
+    def load():
+        return from_pretrained(tokenized)
+
+    # without a tokenizer.json the model has none; without the other file, no BOS token
+    assert outcome(load, name) == ("loaded" if name == "tokenizer.json" else "refused")
+    for make in (
+        path.mkdir,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to(path),
+        lambda: path.symlink_to(tmp_path / "nothing"),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(tmp_path),
+    ):
+        make()
+        assert outcome(load, name) == "refused"
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "original")  # as the hub's cache has them
+    assert outcome(load, name) == "loaded"
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for name in (tmp_path / "file", tmp_path / "file" / "model", "\0", "x" * 5000, tmp_path):
+        assert outcome(lambda name=name: from_pretrained(name), name) == "refused"
+
+
+# --------------------------------------------------------------------------------------------------
+# circuits
+
+
+@pytest.fixture
+def circuit(tmp_path):
+    """(folder of a saved circuit, function that loads it)."""
+    config = SparseTransformerConfig(
+        n_layers=1, d_model=8, d_head=4, d_mlp=8, n_ctx=8, d_vocab=20,
+        activation_density=ActivationDensity.paper(0.5),
+    )  # fmt: skip
+    model = SparseTransformer(config).eval()
+    means = activation_means(model, torch.randint(0, 20, (4, 8)))
+    index = NodeIndex.of(model)
+    kept = torch.rand(index.n_nodes) < 0.6
+    made = Circuit(
+        task="t", index=index, kept=kept, tau=torch.rand(index.n_nodes), means=means,
+        edges=circuit_edges(model, index, kept), losses=torch.rand(5),
+        losses_calibrated=torch.rand(5), correct=torch.rand(5) < 0.5, calibration=Calibration(),
+        selection_loss=0.1, model_loss=0.1, target_loss=0.15, n_active=3, seed=0,
+        config={"seed": 0}, model_name="SparseTransformer",
+        model_fingerprint=means.model_fingerprint, seconds=1.5,
+        size_curve=pd.DataFrame({"n_nodes": [0, 5, 9], "loss": [0.7, 0.2, 0.1]}),
+    )  # fmt: skip
+    made.save(tmp_path / "circuit")
+    return tmp_path / "circuit", lambda: Circuit.load(tmp_path / "circuit", model)
+
+
+def test_damaged_circuits(circuit):
+    folder, load = circuit
+    for name in ("circuit.safetensors", "circuit.json"):
+        path = folder / name
+        cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=3)) if i % 3 == 0)
+        assert outcomes(load, path, cases)["refused"] > 20
+
+
+def test_hostile_circuit_fields(circuit):
+    folder, load = circuit
+    path = folder / "circuit.json"
+    tally = outcomes(load, path, written(nasty_fields(json.loads(path.read_text()))))
+    assert tally["refused"] > 300
+
+
+def test_hostile_curves(circuit):
+    folder, load = circuit
+    path = folder / "circuit.json"
+    values = json.loads(path.read_text())
+    rows = [[nasty, 0.1] for nasty in NASTY] + [[3, nasty] for nasty in NASTY] + NASTY
+    cases = ((row, {**values, "size_curve": [[0, 0.7], row]}) for row in rows)
+    tally = outcomes(load, path, written(cases))
+    assert tally["refused"] > 40
+    assert tally["loaded"] > 5  # any loss may be
+
+
+def test_hostile_circuit_tensors(circuit):
+    folder, load = circuit
+    path = folder / "circuit.safetensors"
+    tensors = load_file(path)
+    shutil.copy(path, folder / "copy")
+    n_refused = 0
+    for name, tensor in tensors.items():
+        others = [
+            tensor[:-1], tensor[None], torch.cat([tensor, tensor]), torch.zeros(0),
+            torch.tensor(1.0), torch.full(tensor.shape, 10**9), torch.full(tensor.shape, -1),
+            tensor.to(torch.complex64), tensor.to(torch.float8_e4m3fn),
+        ]  # fmt: skip
+        for other in others:
+            save_file(tensors | {name: other.contiguous()}, path)
+            n_refused += outcome(load, (name, other.shape, other.dtype)) == "refused"
+    assert n_refused > 50
+    shutil.copy(folder / "copy", path)
+    assert outcome(load, "restored") == "loaded"
+
+
+# --------------------------------------------------------------------------------------------------
+# OpenAI's format, whose weights are a pickle
+
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+
+@pytest.fixture
+def openai(tmp_path):
+    """(folder with a model in OpenAI's format, function that loads it)."""
+    shutil.copytree(REFERENCE / "yolo_like", tmp_path / "openai")
+    return tmp_path / "openai", lambda: SparseTransformer.from_openai(tmp_path / "openai")
+
+
+def test_damaged_openai_models(openai):
+    folder, load = openai
+    path = folder / "final_model.pt"
+    cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=4)) if i % 3 == 0)
+    assert outcomes(load, path, cases)["refused"] > 15
+    path = folder / "beeg_config.json"
+    assert outcomes(load, path, damaged(path.read_bytes(), seed=5))["refused"] > 100
+
+
+def test_hostile_openai_config_fields(openai):
+    folder, load = openai
+    path = folder / "beeg_config.json"
+    cases = written(nasty_fields(json.loads(path.read_text())))
+    chosen = (case for i, case in enumerate(cases) if i % 2)
+    assert outcomes(load, path, chosen)["refused"] > 100
+
+
+def test_pickles_in_openai_models_run_nothing(openai, sentinel):
+    folder, load = openai
+    path = folder / "final_model.pt"
+    state = torch.load(path, weights_only=True)
+    bombs = []
+    for value in ({**state, "bomb": Bomb(sentinel)}, Bomb(sentinel), [Bomb(sentinel)]):
+        for zipped in (True, False):
+            torch.save(value, path, _use_new_zipfile_serialization=zipped)
+            bombs.append(path.read_bytes())
+        bombs += [pickle.dumps(Bomb(sentinel), protocol) for protocol in range(6)]
+    torch.save(state, path)
+    assert outcomes(load, path, (("bomb", bomb) for bomb in bombs))["loaded"] == 0
+    assert not sentinel.exists()
+
+
+def test_tensors_larger_than_their_storage_are_refused(openai):
+    """A stride of zero makes any shape out of one number."""
+    folder, load = openai
+    path, config = folder / "final_model.pt", folder / "beeg_config.json"
+    state = torch.load(path, weights_only=True)
+    values = json.loads(config.read_text())
+    d_model = state["transformer.wte.weight"].shape[1]
+    wide = torch.zeros(1).expand(10**9, d_model)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = wide
+    state["final_logits_bias"] = torch.zeros(1).expand(10**9)
+    if "bigram_table" in state:
+        state["bigram_table"] = torch.zeros(1).expand(10**9, 10**9)
+    torch.save(state, path)
+    config.write_text(json.dumps(values | {"vocab_size": 10**9}))
+    assert outcome(load, "stride 0") == "refused"
+
+
+def test_compressed_openai_models_do_not_grow(openai):
+    """A zip archive may be compressed a thousandfold; torch.save never does that."""
+    folder, load = openai
+    path = folder / "final_model.pt"
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            with archive.open(name, "w") as part:
+                part.write(data)
+                for _ in range(50 if name.endswith("data/0") else 0):
+                    part.write(bytes(1 << 24))
+    assert path.stat().st_size < 2 * 10**6
+    assert outcome(load, "zip bomb") == "refused"

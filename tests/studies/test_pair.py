@@ -1,0 +1,383 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tl_sparse import cli
+from tl_sparse.checkpoints.packed import from_pretrained, training_record
+from tl_sparse.config import ActivationDensity, SparseTransformerConfig
+from tl_sparse.data import CorpusConfig, build_corpus
+from tl_sparse.sparsity.projection import SparsityConfig
+from tl_sparse.studies import model_card, pair
+from tl_sparse.studies.model_card import command_line
+from tl_sparse.studies.pair import evaluate_tasks, is_trained, run_folder, train_in, train_pair
+from tl_sparse.studies.pair_config import Pair, PairConfig
+from tl_sparse.tasks import evaluate_task, get, names
+from tl_sparse.training.config import TrainingConfig
+from tl_sparse.training.trainer import Trainer
+
+SPARSE = SparseTransformerConfig(
+    n_layers=1, d_model=16, d_head=4, n_ctx=48, d_mlp=12, bigram_table="frozen",
+    activation_density=ActivationDensity.paper(0.5),
+)  # fmt: skip
+DENSE = replace(SPARSE, d_model=8, n_heads=2, activation_density=ActivationDensity())
+RULE = SparsityConfig(density=0.25, floor=1, embedding_floor=1, lr_factor="unnormalised")
+# the sparse model hardly learns, so the dense one reaches its loss early in its own run
+RUN = TrainingConfig(
+    steps=4, batch_size=4, lr=1e-5, eval_every=2, eval_sequences=8, log_every=1, save_every=2,
+    sparsity=RULE,
+)  # fmt: skip
+DENSE_RUN = replace(RUN, steps=60, lr=0.01, sparsity=None)
+
+
+@pytest.fixture(scope="module")
+def small(sixty_sources, tmp_path_factory):
+    """A pair's config that trains in seconds, and its folders."""
+    folder = tmp_path_factory.mktemp("pair")
+    return PairConfig(
+        out=str(folder / "models"), name="tiny", seeds=(3, 4), cache=str(folder / "cache"),
+        corpus=CorpusConfig(sources=(str(sixty_sources),), idiom_share=0.3),
+        sparse=SPARSE, dense=DENSE, sparse_training=RUN, dense_training=DENSE_RUN, pairs=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(small):
+    return build_corpus(small.corpus, small.cache, progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(small, corpus):
+    """The pairs, and what was said about them."""
+    said = []
+    return train_pair(small, said.append, progress=False), said
+
+
+# --------------------------------------------------------------------------------------------------
+# what is asked for
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "a/b"}, "name='a/b' must be usable as the name of a folder"),
+        ({"name": ""}, "name='' must be usable"),
+        ({"seeds": ()}, r"seeds=\(\) must be different integers"),
+        ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must be different integers"),
+        ({"seeds": (-1,)}, r"seeds=\(-1,\) must be different integers"),
+        ({"pairs": 0}, "pairs=0 must be at least 1"),
+        ({"target_loss": 0.0}, "target_loss=0.0 must be positive"),
+        ({"sparse_training": DENSE_RUN}, "sparse_training needs a sparsity"),
+        ({"dense_training": RUN}, "and dense_training none"),
+        ({"dense_training": replace(DENSE_RUN, stop_at_loss=3.0)}, "leave it unset"),
+        ({"dense": replace(DENSE, n_ctx=32)}, "sparse.n_ctx=48 and dense.n_ctx=32 differ"),
+        (
+            {"dense_training": replace(DENSE_RUN, eval_sequences=7)},
+            r"sparse_training.eval_sequences=\d+ and dense_training.eval_sequences=7 differ",
+        ),
+        (
+            {"dense_training": replace(DENSE_RUN, context=24)},
+            "sparse_training.context=None and dense_training.context=24 differ",
+        ),
+    ],
+)
+def test_what_makes_no_pair_is_refused(small, changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(small, **changes)
+
+
+def test_an_unknown_dtype_names_the_choices(small):
+    config = replace(small)
+    object.__setattr__(config, "dtype", "fp8")  # past the check of types that tests run with
+    with pytest.raises(ValueError, match="dtype='fp8' is unknown; choose from fp32, bf16, fp16"):
+        config.__post_init__()
+
+
+def test_the_shipped_recipe_differs_in_width_sparsity_and_schedule_only():
+    config = PairConfig(out="models")
+    sparse, dense = config.sparse, config.dense
+    assert replace(
+        dense, d_model=sparse.d_model, n_heads=sparse.n_heads, d_mlp=sparse.d_mlp,
+        activation_density=sparse.activation_density,
+    ) == sparse  # fmt: skip
+    assert dense.activation_density == ActivationDensity()
+    assert sparse.activation_density == ActivationDensity.paper(0.25)
+
+
+def test_every_seed_has_folders_of_its_own(small):
+    assert [small.model_name(kind, seed) for seed in (3, 4) for kind in ("sparse", "dense")] == [
+        "tiny-sparse", "tiny-dense", "tiny-sparse-seed4", "tiny-dense-seed4",
+    ]  # fmt: skip
+
+
+def test_only_the_dense_run_stops_at_a_loss(small):
+    assert small.training("sparse", 9, 3.5) == replace(RUN, seed=9)
+    assert small.training("dense", 9, 3.5) == replace(DENSE_RUN, seed=9, stop_at_loss=3.5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"seeds": (5,), "name": "my models", "dtype": "bf16"},
+        {
+            "corpus": CorpusConfig(sources=("python-stdlib", "hf:a b"), max_bytes=7),
+            "sparse": replace(PairConfig(out="").sparse, d_model=64, use_attention_sinks=False),
+            "sparse_training": TrainingConfig.recipe(
+                "cpu", steps=9, decay_after_projection=True, sparsity=replace(RULE, density=0.1)
+            ),
+        },
+    ],
+)
+def test_the_command_of_a_config_is_read_back_as_that_config(changes, monkeypatch):
+    config = PairConfig(out="models", **changes)
+    seen = []
+    monkeypatch.setattr(cli, "train_pair", lambda config, say: seen.append(config) or ())
+    words = model_card.shlex.split(command_line(replace(config, out="/x/y", cache="z")))
+    assert words[:4] == ["tl-sparse", "pair", "--out", "models"]
+    cli.main(words[1:])
+    assert seen == [config]
+
+
+# --------------------------------------------------------------------------------------------------
+# one run
+
+
+def test_a_run_has_a_folder_of_its_own_for_every_recipe(small, corpus, tmp_path):
+    base = run_folder(tmp_path, "x", SPARSE, RUN, corpus)
+    assert base.parent == tmp_path
+    assert base.name.startswith("x-")
+    assert base == run_folder(tmp_path, "x", replace(SPARSE), replace(RUN), corpus)
+    others = {
+        run_folder(tmp_path, "x", replace(SPARSE, seed=1), RUN, corpus),
+        run_folder(tmp_path, "x", SPARSE, replace(RUN, seed=1), corpus),
+        run_folder(tmp_path, "x", SPARSE, RUN, replace(corpus, fingerprint="other")),
+    }
+    assert len(others - {base}) == 3
+
+
+def test_an_interrupted_run_is_resumed_exactly_and_its_time_is_kept(corpus, tmp_path, monkeypatch):
+    architecture = replace(SPARSE, d_vocab=len(corpus.tokenizer))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train_in(whole, architecture, RUN, corpus, progress=False) > 0
+    usual = Trainer.train_step
+
+    def fail(self, model):
+        if self.step == 3:
+            raise RuntimeError("cut off")
+        return usual(self, model)
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    with pytest.raises(RuntimeError, match="cut off"):
+        train_in(cut, architecture, RUN, corpus, progress=False)
+    assert not is_trained(cut)
+    monkeypatch.undo()
+    train_in(cut, architecture, RUN, corpus, progress=False)
+    assert is_trained(cut)
+    first, second = (from_pretrained(folder / "model").state_dict() for folder in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    sessions = [json.loads(line) for line in (cut / "sessions.jsonl").read_text().splitlines()]
+    assert [s["steps"] for s in sessions] == [3, 2]  # the third step was taken twice
+    seconds = sum(s["seconds"] for s in sessions)
+    hours, machine = pair.training_time(cut, 4)
+    assert hours == pytest.approx(seconds / 5 * 4 / 3600)
+    assert machine == pair.machine()
+
+
+def test_a_finished_run_is_not_repeated_unless_asked_for(corpus, tmp_path, monkeypatch):
+    architecture = replace(SPARSE, d_vocab=len(corpus.tokenizer))
+    train_in(tmp_path / "run", architecture, RUN, corpus, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
+        assert train_in(tmp_path / "run", architecture, RUN, corpus, progress=False) == 0
+    again = train_in(tmp_path / "run", architecture, RUN, corpus, progress=False, retrain=True)
+    assert again > 0
+
+
+def test_the_validation_loss_is_the_trainers(corpus, small_model):
+    model = small_model(d_vocab=len(corpus.tokenizer), n_ctx=48, tokenizer=corpus.tokenizer)
+    trainer = Trainer(model, corpus, RUN, progress=False)
+    expected = trainer.validation_loss()
+    assert pair.validation_loss(model.eval(), corpus, 8) == pytest.approx(expected, rel=1e-6)
+    short = Trainer(model, corpus, replace(RUN, context=16), progress=False).validation_loss()
+    assert short != pytest.approx(expected, rel=1e-6)
+    assert pair.validation_loss(model.eval(), corpus, 8, 16) == pytest.approx(short, rel=1e-6)
+
+
+def test_a_run_whose_process_was_killed_before_it_noted_its_time_has_none(tmp_path):
+    hours, machine = pair.training_time(tmp_path, 4)
+    assert math.isnan(hours)
+    assert machine == "a machine that was not recorded"
+
+
+# --------------------------------------------------------------------------------------------------
+# the whole job, small
+
+
+def test_the_dense_model_is_as_good_as_the_sparse_one_and_no_better_than_needed(trained):
+    pairs, _ = trained
+    for found in pairs:
+        goal = found.sparse.record.validation_loss
+        assert found.dense.record.config["stop_at_loss"] == goal
+        assert found.dense.record.validation_loss <= goal
+        assert found.dense.record.steps < DENSE_RUN.steps
+        assert found.dense.record.steps % 2 == 0
+
+
+def test_seeds_change_weights_and_data_order(trained):
+    first, second = (found.sparse for found in trained[0])
+    assert (first.model.config.seed, second.model.config.seed) == (3, 4)
+    assert (first.record.config["seed"], second.record.config["seed"]) == (3, 4)
+    assert not torch.equal(first.model.W_E, second.model.W_E)
+    assert first.record.corpus == second.record.corpus
+
+
+def test_what_is_measured_is_what_is_stored(small, corpus, trained):
+    pairs, _ = trained
+    [member] = [m for m in pairs[0].members if m.kind == "sparse"]
+    architecture = small.model("sparse", 3, len(corpus.tokenizer))
+    folder = run_folder(
+        pair.Path(small.cache), "pair-sparse", architecture, small.training("sparse", 3), corpus
+    )
+    full = from_pretrained(folder / "model").state_dict()
+    stored = from_pretrained(pair.Path(small.out) / "tiny-sparse")
+    assert not all(torch.equal(full[n], t) for n, t in stored.state_dict().items())
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(tensor, full[name].half().float())
+        assert torch.equal(tensor, member.model.state_dict()[name])
+    for name in names():
+        expected = evaluate_task(stored, get(name, stored.tokenizer, 48), 4)
+        assert torch.equal(member.tasks[name].losses, expected.losses)
+    assert member.stored_loss == pair.validation_loss(stored, corpus, 8)
+    assert member.stored_loss == pytest.approx(member.record.validation_loss, abs=0.01)
+    assert training_record(pair.Path(small.out) / "tiny-sparse") == member.record
+
+
+def test_again_nothing_is_trained_and_the_same_is_written(small, trained, monkeypatch):
+    out = pair.Path(small.out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {path.parent.name for path in before} == {
+        "tiny-sparse", "tiny-dense", "tiny-sparse-seed4", "tiny-dense-seed4",
+    }  # fmt: skip
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
+    train_pair(small, lambda _: None, progress=False)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_progress_names_every_model_and_what_it_solves(trained):
+    _, said = trained
+    text = "\n".join(said)
+    for name in ("tiny-sparse", "tiny-dense", "tiny-sparse-seed4", "tiny-dense-seed4"):
+        assert f"{name}: up to " in text
+    assert "Seed 3: both solve no task" in text
+
+
+def test_a_dense_model_that_stays_worse_is_told(small, tmp_path):
+    weak = replace(
+        small, out=str(tmp_path / "out"), seeds=(3,),
+        dense_training=replace(DENSE_RUN, steps=2, lr=1e-9),
+        dense=replace(DENSE, d_model=4, n_heads=1, bigram_table="none"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"tiny-dense ended at .* above .*dense_training\.steps"):
+        train_pair(weak, lambda _: None, progress=False)
+    assert not (tmp_path / "out" / "tiny-dense").exists()
+
+
+def test_common_tasks_are_below_the_target_in_both(trained):
+    found = trained[0][0]
+
+    def with_losses(member, **losses):
+        template = member.tasks["for_while"]
+        results = {t: replace(template, losses=torch.full((8,), v)) for t, v in losses.items()}
+        return replace(member, tasks=results)
+
+    made = Pair(
+        0,
+        with_losses(found.sparse, a=0.01, b=0.2, c=0.14, d=0.1),
+        with_losses(found.dense, a=0.02, b=0.01, c=0.03, d=0.3),
+    )
+    assert made.sparse.solved(0.15) == ("a", "d", "c")
+    assert made.dense.solved(0.15) == ("b", "a", "c")
+    assert made.solved(0.15) == ("a", "c")
+    assert made.solved(0.1) == ("a",)
+
+
+# --------------------------------------------------------------------------------------------------
+# the card
+
+
+def test_the_card_states_what_was_measured(small, corpus, trained):
+    pairs, _ = trained
+    text = (pair.Path(small.out) / "tiny-dense" / "README.md").read_text(encoding="utf-8")
+    found = pairs[0].dense
+    assert text == model_card.model_card(small, corpus, pairs, found)
+    assert text.startswith("# tiny-dense\n")
+    assert "`tiny-sparse`" in text
+    for member in (m for p in pairs for m in p.members):
+        reached, steps = member.record.validation_loss, member.record.steps
+        assert f"| `{member.name}` | {reached:.4f} | {member.stored_loss:.4f} | {steps:,} |" in text
+    for name in names():
+        for p in pairs:
+            a, b = (m.tasks[name] for m in p.members)
+            row = (
+                f"| `{name}` | {a.accuracy:.3f} | {a.loss:.3f} | {b.accuracy:.3f} | {b.loss:.3f} |"
+            )
+            assert row in text
+    assert f"L0 {sum(found.record.l0.values()):,}" in text
+    kinds = [line for line in text.splitlines() if line.startswith("| W_out |")]
+    assert kinds == [f"| W_out | {12 * 8} | {12 * 8} | 1.0000 |"]
+    assert corpus.fingerprint in text
+    assert command_line(small) in text
+    assert f"{found.hours:.2f} hours on {found.machine}" in text
+    assert small.out not in text
+    assert small.cache not in text
+
+
+def test_the_card_of_a_sparse_model_tells_its_density(small, trained):
+    text = (pair.Path(small.out) / "tiny-sparse-seed4" / "README.md").read_text(encoding="utf-8")
+    assert "weight density 0.25" in text
+    assert "AbsTopK keeps: attn_in 0.5, attn_q 0.5, " in text
+    dense = (pair.Path(small.out) / "tiny-dense" / "README.md").read_text(encoding="utf-8")
+    assert "AbsTopK keeps: none." in dense
+    n_out = round(0.25 * 12 * 16)
+    assert f"| W_out | {n_out} | {12 * 16} | 0.2500 |" in text
+
+
+def test_the_tasks_that_a_card_calls_solved_are_those_below_the_target(small, trained):
+    found = trained[0][0]
+    task = get("for_while", found.sparse.model.tokenizer, 48).name
+    losses = {
+        kind: replace(m.tasks[task], losses=torch.full((8,), value))
+        for (kind, value), m in zip((("s", 0.1), ("d", 0.2)), found.members, strict=True)
+    }
+    made = Pair(
+        3,
+        replace(found.sparse, tasks={task: losses["s"]}),
+        replace(found.dense, tasks={task: losses["d"]}),
+    )
+    table = model_card.task_table(made, small)
+    assert table.endswith("| 0.100 | " + f"{losses['d'].accuracy:.3f} | 0.200 | sparse |")
+    assert "by both 0 of 1" in table
+    both = model_card.task_table(made, replace(small, target_loss=0.3))
+    assert both.endswith("| both |")
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def test_the_command_says_where_the_models_are(monkeypatch, capsys, trained):
+    monkeypatch.setattr(cli, "train_pair", lambda config, say: trained[0][:1])
+    cli.main(["pair", "--out", "here"])
+    out = pair.Path("here")
+    expected = f"Models: {out / 'tiny-sparse'}, {out / 'tiny-dense'}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_results_on_all_tasks_are_held_out_ones(trained):
+    model = trained[0][0].sparse.model
+    results = evaluate_tasks(model, 2, seed=5)
+    assert set(results) == set(names())
+    assert {(r.split, r.seed, len(r.losses)) for r in results.values()} == {("held_out", 5, 4)}

@@ -1,0 +1,1 @@
+"""Ablation: means over a distribution, hooks that set nodes to values, runs under them."""

@@ -1,0 +1,118 @@
+"""The answer logit_diff of each prompt: what pruning and its reports are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation.interventions import FwdHook
+from tl_sparse.ablation.prompt_packing import PackedPairs, pack
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.tasks import TaskBatch, logit_diffs, select_last
+
+
+def task_logit_diffs(
+    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook] = ()
+) -> Float[Tensor, " prompt"]:
+    """logit(answer) - logit(other) at each prompt's last token, under hooks.
+
+    The two-way task loss is ``softplus(-logit_diff)``.
+    """
+    return row_logit_diffs(model, trimmed(batch.to(next(model.parameters()).device)), hooks)
+
+
+def row_logit_diffs(
+    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook]
+) -> Float[Tensor, " prompt"]:
+    """:func:`task_logit_diffs` of a batch that is on the model's device and as long as it must be."""
+    return logit_diffs(last_logits(model, batch, hooks).float(), batch)
+
+
+def last_logits(
+    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook]
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits at each prompt's last token.
+
+    What follows a SparseTransformer's last block acts on each position alone, so it runs on those
+    positions only. Of other models that cannot be known: they run in full.
+    """
+    if not isinstance(model, SparseTransformer):
+        run: Any = model
+        logits = run.run_with_hooks(batch.tokens, return_type="logits", fwd_hooks=list(hooks))
+        return select_last(logits, batch)
+    rows = torch.arange(len(batch.last), device=batch.tokens.device)
+    with model.hooks(fwd_hooks=list(hooks)):
+        resid = model(batch.tokens, stop_at_layer=model.config.n_layers)
+        last = (x[rows, batch.last][:, None] for x in (resid, batch.tokens))
+        return model.output_logits(*last)[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A task's pairs packed in rows, in their order, with the answers of both members."""
+
+    packed: PackedPairs
+    """The pairs, a row each."""
+    answer: Int[Tensor, "pair 2"]
+    """Ids of the right next tokens of A and B."""
+    other: Int[Tensor, "pair 2"]
+    """Ids of the wrong ones."""
+    lengths: Int[Tensor, " pair"]
+    """Slots of each row in use, on the CPU."""
+
+    @classmethod
+    def of(cls, batch: TaskBatch) -> PackedBatch:
+        """All pairs of a batch, on its device."""
+        (packed,) = pack(batch, group=len(batch))
+        order = packed.pairs.argsort()
+        parts = {f.name: getattr(packed, f.name)[order] for f in fields(packed)}
+        answer, other = (x.view(-1, 2) for x in (batch.answer, batch.other))
+        whole = PackedPairs(**parts)
+        return cls(whole, answer, other, whole.real.sum(1).cpu())
+
+    def rows(self, chosen: Int[Tensor, " row"]) -> PackedBatch:
+        """Some of the pairs, in any order and number; ``chosen`` is on the CPU."""
+        width = int(self.lengths[chosen].max())
+        there = chosen.to(self.answer.device)
+        packed = PackedPairs(
+            pairs=self.packed.pairs[there],
+            tokens=self.packed.tokens[there, :width],
+            positions=self.packed.positions[there, :width],
+            mask=self.packed.mask[there, :width, :width],
+            last=self.packed.last[there],
+            real=self.packed.real[there, :width],
+        )
+        return PackedBatch(packed, self.answer[there], self.other[there], self.lengths[chosen])
+
+
+def packed_logit_diffs(
+    model: SparseTransformer, batch: PackedBatch, hooks: Sequence[FwdHook]
+) -> Float[Tensor, " prompt"]:
+    """:func:`task_logit_diffs` of packed pairs, for hooks that treat all positions and prompts alike.
+
+    What both members begin with is computed once, and what follows the last attention at the last
+    tokens only: hooks there see two positions a row.
+    """
+    packed, last = batch.packed, model.config.n_layers - 1
+    cuts = [f"blocks.{last}.{name}" for name in ("hook_resid_mid", "ln2_pos.hook_normalized")]
+    here = [name for name in cuts if name in model.hook_dict]
+    cut_hooks = [(name, lambda x, hook=None: packed.at_last(x)) for name in here]
+    with model.hooks(fwd_hooks=[*hooks, *cut_hooks]):
+        resid = model.run_blocks(
+            model.residual_input(packed.tokens, packed.positions), packed.positions, start=0,
+            stop=last + 1, attention_mask=packed.mask, past_kv_cache=None,
+        )  # fmt: skip
+        resid = resid if cuts[0] in here else packed.at_last(resid)
+        logits = model.output_logits(resid, packed.at_last(packed.tokens)).float()
+    right, wrong = (logits.gather(2, ids[..., None]) for ids in (batch.answer, batch.other))
+    return (right - wrong).flatten()
+
+
+def trimmed(batch: TaskBatch) -> TaskBatch:
+    """The batch without columns that are padding in every row."""
+    return replace(batch, tokens=batch.tokens[:, : int(batch.last.max()) + 1])

@@ -1,0 +1,139 @@
+"""What a task's prompts give under many node masks, several masks in each forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_sparse.ablation.interventions import FwdHook, Replacement, ResampleSources
+from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs
+from tl_sparse.circuits.node_masks import gated_ablation_hooks
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.sites import NodeIndex
+from tl_sparse.tasks import TaskBatch
+
+ROWS = 1024  # masks x prompts of one forward pass: more save no time on a CPU, and cost memory
+
+
+@torch.no_grad()
+def masked_logit_diffs(
+    model: nn.Module,
+    batch: TaskBatch,
+    index: NodeIndex,
+    keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"],
+    values: Replacement,
+    *,
+    hooks: Sequence[FwdHook] = (),
+    max_rows: int = ROWS,
+) -> Float[Tensor, "mask prompt"]:
+    """logit(answer) - logit(other) of every prompt under each of many node masks.
+
+    Nodes not kept are set to ``values``, or with :class:`~tl_sparse.ablation.interventions.ResampleSources` to what they
+    are on the donor sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
+    node is then gate * x + (1 - gate) * value. ``hooks`` run before.
+
+    Raises:
+        ValueError: ``keep`` is not one entry a node, or a hook never fired.
+    """
+    return gated_logit_diffs(model, batch, index, keep, values, hooks=hooks, max_rows=max_rows)
+
+
+def gated_logit_diffs(
+    model: nn.Module,
+    batch: TaskBatch,
+    index: NodeIndex,
+    gates: Float[Tensor, "mask node"] | Bool[Tensor, "mask node"],
+    values: Replacement,
+    *,
+    hooks: Sequence[FwdHook] = (),
+    max_rows: int = ROWS,
+) -> Float[Tensor, "mask prompt"]:
+    """:func:`masked_logit_diffs`, differentiable in the gates.
+
+    Raises:
+        ValueError: ``gates`` is not one entry a node, or a hook never fired.
+    """
+    if gates.ndim != 2 or gates.shape[1] != index.n_nodes:
+        raise ValueError(f"keep must be [mask, {index.n_nodes} nodes], not {tuple(gates.shape)}")
+    device = next(model.parameters()).device
+    at_once = max(1, max_rows // len(batch))
+    packed = None
+    if (
+        isinstance(model, SparseTransformer)
+        and not hooks
+        and not isinstance(values, ResampleSources)
+    ):
+        packed = PackedBatch.of(batch.to(device))
+    found = []
+    for part in gates.to(device).split(at_once) if len(gates) else ():
+        rows = values if isinstance(values, ResampleSources) else values.to(device)[None]
+        part = part if part.is_floating_point() else part.float()
+        cut = (part != 1).any(0) | part.requires_grad
+        mixes = [
+            (name, mix)
+            for name, mix in gated_ablation_hooks(index, part, rows)
+            if bool(cut[index.slices[name]].any())
+        ]
+        if packed is not None and isinstance(model, SparseTransformer):
+            again = torch.arange(len(packed.lengths)).repeat(len(part))
+            logit_diffs = packed_logit_diffs(model, packed.rows(again), mixes)
+        else:
+            logit_diffs = task_logit_diffs(model, tiled(batch, len(part)), [*hooks, *mixes])
+        check_fired(mixes)
+        found.append(logit_diffs.view(len(part), len(batch)))
+    return torch.cat(found) if found else torch.zeros(0, len(batch), device=device)
+
+
+def masked_losses(
+    model: nn.Module,
+    batch: TaskBatch,
+    index: NodeIndex,
+    keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"],
+    values: Replacement,
+    *,
+    hooks: Sequence[FwdHook] = (),
+    max_rows: int = ROWS,
+) -> Float[Tensor, " mask"]:
+    """Mean two-way task loss (nats) of the prompts under each mask; see :func:`masked_logit_diffs`."""
+    logit_diffs = masked_logit_diffs(
+        model, batch, index, keep, values, hooks=hooks, max_rows=max_rows
+    )
+    return F.softplus(-logit_diffs).mean(1)
+
+
+def tiled(batch: TaskBatch, copies: int) -> TaskBatch:
+    """The batch so many times over, one copy after the other."""
+    return replace(
+        batch,
+        tokens=batch.tokens.repeat(copies, 1),
+        last=batch.last.repeat(copies),
+        answer=batch.answer.repeat(copies),
+        other=batch.other.repeat(copies),
+        prompts=batch.prompts * copies,
+        answers=batch.answers * copies,
+    )
+
+
+def joined(batches: Sequence[TaskBatch]) -> TaskBatch:
+    """Batches one after the other, padded on the right to one length."""
+    longest = max(batch.tokens.shape[1] for batch in batches)
+    return replace(
+        batches[0],
+        tokens=torch.cat([F.pad(b.tokens, (0, longest - b.tokens.shape[1])) for b in batches]),
+        last=torch.cat([b.last for b in batches]),
+        answer=torch.cat([b.answer for b in batches]),
+        other=torch.cat([b.other for b in batches]),
+        prompts=tuple(prompt for b in batches for prompt in b.prompts),
+        answers=tuple(answer for b in batches for answer in b.answers),
+    )
+
+
+def check_fired(mixes: Sequence[tuple[str, object]]) -> None:
+    """ValueError for hooks that never ran: what they should do was not done."""
+    if silent := [name for name, mix in mixes if not getattr(mix, "fired", True)]:
+        raise ValueError(f"hooks {', '.join(silent)} never fired on this model")

@@ -1,0 +1,1 @@
+"""Checkpoints: files in three formats (ours, OpenAI's, TransformerLens') and back."""

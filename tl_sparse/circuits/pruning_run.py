@@ -1,0 +1,411 @@
+"""A pruning problem: one task in one model, how a circuit is searched for, and what it is measured
+on. Every way to find a circuit starts with :func:`set_up` and ends with :func:`measured`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation.interventions import (
+    ActivationMeans,
+    FwdHook,
+    Replacement,
+    ResampleSources,
+    ablation_hooks,
+    activation_means,
+    frozen_norm_hooks,
+)
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.masked_forward import masked_losses
+from tl_sparse.circuits.calibration import calibrate, calibrated
+from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.edges import circuit_edges, count_edges
+from tl_sparse.circuits.node_masks import ranked_units, unit_ranks, units
+from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.tasks import Task, TaskBatch
+
+MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
+ROUNDING = 1e-6  # of a loss
+SCHEME_PAIRS = 24  # selection pairs that are run under schemes
+GRID = 8  # numbers of nodes tried side by side in one round of the bisection
+
+
+class PruningFailed(ValueError):
+    """No subset of the learned mask's open gates reaches the target loss."""
+
+    def __init__(self, message: str, loss: float = math.inf) -> None:
+        super().__init__(message)
+        self.loss = loss
+        """The lowest loss on the selection pairs that was reached; infinite if unknown."""
+
+
+@dataclass(frozen=True, eq=False)
+class PruningRun:
+    """One task in one model, and everything that a way to find its circuit needs."""
+
+    model: nn.Module
+    """The model."""
+    task: Task
+    """The task."""
+    config: PruningConfig
+    """How the circuit is searched for."""
+    means: ActivationMeans
+    """What removed nodes are set to, and where that was measured; zeros for ``zero``."""
+    values: Replacement
+    """The same on the model's device; donors for ``resample``, as many as the longest batch."""
+    selection: TaskBatch
+    """Pairs on which the number of nodes is chosen."""
+    train: TaskBatch
+    """Pairs to train on, none of them in ``selection``."""
+    report: TaskBatch
+    """Held-out pairs that the results are reported on."""
+    selection_hooks: tuple[FwdHook, ...]
+    """Hooks that freeze the norms' scales on ``selection``; none unless asked for."""
+    report_hooks: tuple[FwdHook, ...]
+    """The same for ``report``."""
+    exclude: Bool[Tensor, " node"] | None
+    """Nodes that are always removed."""
+    full_loss: float
+    """The full model's loss on the selection pairs."""
+    started: float
+    """When the search began, by time.perf_counter."""
+    groups: Int[Tensor, " node"] | None = None
+    """The unit of each node, where nodes are kept and removed together; None: each is one."""
+    schemes: Float[Tensor, "scheme node"] | None = None
+    """What is left of removed nodes, from 0 to 1, in further runs that have to do the task too;
+    None: there are no further runs."""
+    scheme_limit: float = math.inf
+    """Loss that each of these runs has to reach."""
+
+    @property
+    def index(self) -> NodeIndex:
+        """The nodes."""
+        return self.means.index
+
+    @property
+    def unit(self) -> Int[Tensor, " node"]:
+        """The unit of each node: nodes of one unit share a gate."""
+        return units(self.index, self.config.tie_qk) if self.groups is None else self.groups
+
+    @cached_property
+    def few(self) -> PruningRun:
+        """The same problem with the pairs alone on which ``schemes`` have to hold."""
+        return self.on_few(SCHEME_PAIRS)
+
+    def reached(self, keep: Bool[Tensor, "mask node"]) -> list[bool]:
+        """Whether each mask's loss on the selection pairs is at most the target."""
+        # rounding differs between ways to batch the same prompts
+        return [loss <= self.config.target_loss - ROUNDING for loss in self.losses(keep).tolist()]
+
+    def on_few(self, pairs: int) -> PruningRun:
+        """The same problem with the first selection pairs alone, for what is tried often."""
+        few = self.selection.pairs(0, min(pairs, len(self.selection) // 2))
+        hooks = frozen_norms_of(self.model, few) if self.config.freeze_norm else ()
+        return replace(self, selection=few, selection_hooks=hooks)
+
+    def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
+        """Mean loss on the selection pairs under each of many masks.
+
+        With ``schemes`` the worst of the runs so far, those under schemes in proportion to their
+        limit; what misses the target is not run further.
+        """
+        worst = masked_losses(
+            self.model, self.selection, self.index, keep, self.values, hooks=self.selection_hooks
+        )
+        for scheme in () if self.schemes is None else self.schemes.to(keep.device):
+            left = worst <= self.config.target_loss - ROUNDING
+            losses = masked_losses(
+                self.model, self.few.selection, self.index, torch.where(keep[left], 1.0, scheme),
+                self.values, hooks=self.few.selection_hooks,
+            )  # fmt: skip
+            share = self.config.target_loss / self.scheme_limit
+            worst[left] = worst[left].maximum(share * losses)
+        return worst
+
+
+def set_up(
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig | None = None,
+    *,
+    means: ActivationMeans,
+    donors: ResampleSources | None = None,
+    exclude: Bool[Tensor, " node"] | None = None,
+    groups: Int[Tensor, " node"] | None = None,
+) -> PruningRun:
+    """Check that a circuit can be searched for, and draw the prompts.
+
+    Args:
+        model: A SparseTransformer or any TransformerLens model.
+        task: The task.
+        config: The search.
+        means: Means over the pretraining distribution; their index is the set of nodes.
+        donors: What ``resample`` takes removed nodes from; none otherwise.
+        exclude: Nodes that no circuit may have.
+        groups: The unit of every node, from 0 on, where nodes are kept and removed together, such
+            as the channels of a head.
+
+    Raises:
+        ValueError: means, donors, excluded nodes or groups of another model or other nodes, groups
+            beside ``tie_qk``, the model itself does not reach the target, the task has a single
+            pair, or edges are not defined for the model.
+    """
+    config = config or PruningConfig()
+    started = time.perf_counter()
+    mine, index = fingerprint(model), means.index
+    if means.model_fingerprint != mine:
+        raise ValueError("means belong to another model: compute them with activation_means")
+    if (donors is None) == (config.ablation == "resample"):
+        raise ValueError(
+            "donors= are the sequences that ablation='resample' takes removed nodes from: give "
+            f"both or neither (ablation={config.ablation!r})"
+        )
+    if donors is not None and (donors.model_fingerprint != mine or donors.index != index):
+        raise ValueError(
+            "donors belong to another model or other sites than the means: compute them with "
+            "resample_sources"
+        )
+    if exclude is not None and exclude.shape != (index.n_nodes,):
+        raise ValueError(f"exclude must be one entry for each of {index.n_nodes} nodes")
+    if groups is not None and (config.tie_qk or groups.shape != (index.n_nodes,)):
+        raise ValueError(
+            f"groups must be one entry for each of {index.n_nodes} nodes, and without tie_qk, "
+            "whose pairs are groups too"
+        )
+    unit = units(index, config.tie_qk) if groups is None else groups.cpu()
+    if exclude is not None:  # of a tied pair neither can be kept without the other
+        exclude = (torch.bincount(unit, exclude.cpu().float())[unit] > 0).to(exclude.device)
+    # without an edge among them: models whose edges are undefined are refused now
+    device = next(model.parameters()).device
+    count_edges(model, index, torch.zeros(index.n_nodes, dtype=torch.bool))
+    selection, train = selection_and_training(task, config)
+    report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
+    with frozen(model):
+        if config.ablation == "task_mean":
+            means = activation_means(model, train.tokens, index.sites, last=train.last)
+        elif config.ablation == "zero":
+            means = replace(means, values=torch.zeros_like(means.values))
+        values: Replacement = means.values.to(device)
+        if donors is not None:
+            longest = max(len(selection), len(report), 2 * config.batch_pairs)
+            generator = torch.Generator().manual_seed(config.seed)
+            values = donors.take(torch.randint(len(donors), (longest,), generator=generator))
+        with torch.no_grad():
+            whole = float(F.softplus(-task_logit_diffs(model, selection)).mean())
+        frozen_norms = [
+            frozen_norms_of(model, batch) if config.freeze_norm else ()
+            for batch in (selection, report)
+        ]
+    problem = PruningRun(
+        model=model, task=task, config=config, means=means, values=values, selection=selection,
+        train=train, report=report, selection_hooks=frozen_norms[0], report_hooks=frozen_norms[1],
+        exclude=exclude, full_loss=whole, started=started, groups=groups,
+    )  # fmt: skip
+    check_solved(problem)
+    return problem
+
+
+def set_up_many(
+    model: nn.Module,
+    jobs: Sequence[tuple[Task, PruningConfig]],
+    means: ActivationMeans,
+    donors: ResampleSources | None,
+    exclude: Bool[Tensor, " node"] | None,
+    groups: Int[Tensor, " node"] | None = None,
+) -> list[PruningRun]:
+    """:func:`set_up` for many jobs; what some share is drawn and computed once."""
+    posed: dict[tuple[object, ...], PruningRun] = {}
+    problems = []
+    for task, config in jobs:
+        shared = (
+            id(task), min(config.steps * config.batch_pairs, MAX_POOL), config.batch_pairs,
+            config.selection_pairs, config.report_pairs, config.seed, config.ablation,
+            config.freeze_norm, config.tie_qk,
+        )  # fmt: skip
+        if shared not in posed:
+            posed[shared] = set_up(
+                model, task, config, means=means, donors=donors, exclude=exclude, groups=groups
+            )
+        problems.append(replace(posed[shared], config=config))
+        check_solved(problems[-1])
+    return problems
+
+
+def check_solved(problem: PruningRun) -> None:
+    """ValueError if the full model misses the target: no circuit could be said to do the task.
+
+    With ``must_solve`` off it is searched for all the same.
+    """
+    config = problem.config
+    if config.must_solve and problem.full_loss > config.target_loss:
+        raise ValueError(
+            f"the full model has loss {problem.full_loss:.3f} on {problem.task.name}, above the "
+            f"target {problem.config.target_loss}: it does not solve the task"
+        )
+
+
+def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[FwdHook, ...]:
+    """Hooks that hold the norms' scales at the full model's on a batch, for task_logit_diffs."""
+    return tuple(
+        frozen_norm_hooks(
+            model, batch.tokens, lambda run, hooks: task_logit_diffs(run, batch, hooks)
+        )
+    )
+
+
+def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch, TaskBatch]:
+    """Pairs to choose the number of nodes on, and pairs to train on, none of them in both.
+
+    A task with too few distinct pairs for both parts has at most half of them chosen on.
+
+    Raises:
+        ValueError: the task has a single pair.
+    """
+    pool = min(config.steps * config.batch_pairs, MAX_POOL)
+    drawn = task.batch(pool + config.selection_pairs, split="train", seed=config.seed)
+    # a batch repeats pairs only after all distinct ones
+    distinct = len(set(zip(drawn.prompts[::2], drawn.prompts[1::2], strict=True)))
+    if distinct < 2:
+        raise ValueError(f"task {task.name} has a single pair: none is left to train on")
+    chosen_on = min(config.selection_pairs, distinct // 2)
+    return drawn.pairs(0, chosen_on), drawn.pairs(chosen_on, distinct)
+
+
+def smallest(
+    problem: PruningRun, order: Int[Tensor, " candidate"]
+) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
+    """The fewest first nodes of an order whose loss on the selection pairs is at most the target.
+
+    Bisected on fixed pairs, several numbers of nodes a round; of those tried, the smallest that
+    reaches the target counts (the monotone envelope of the losses). With ``tie_qk`` a tied pair
+    counts as one, by its first place.
+
+    Returns:
+        The mask of the nodes kept, and a row per number tried: n_nodes, loss.
+
+    Raises:
+        PruningFailed: all candidates together miss the target.
+    """
+    target = problem.config.target_loss
+    unit = problem.unit.to(order.device)
+    ranked = ranked_units(unit, order)
+    position = unit_ranks(unit, ranked)
+
+    def masks(sizes: list[int]) -> Bool[Tensor, "size node"]:
+        return position[None] < torch.tensor(sizes, device=order.device)[:, None]
+
+    tried: dict[int, tuple[int, float]] = {}
+
+    def reach(sizes: list[int]) -> list[bool]:
+        keep = masks(sizes)
+        losses = problem.losses(keep).tolist()
+        for size, kept, loss in zip(sizes, keep.sum(1).tolist(), losses, strict=True):
+            tried[size] = (kept, loss)
+        return [loss <= target - ROUNDING for loss in losses]
+
+    high = len(ranked)
+    if not reach([high])[0]:
+        raise PruningFailed(
+            f"all {tried[high][0]} candidate nodes together have loss {tried[high][1]:.3f} on the "
+            f"selection pairs of {problem.task.name}, above the target {target}",
+            tried[high][1],
+        )
+    low = -1
+    while high - low > 1:
+        step = max(1, (high - low) // (GRID + 1))
+        sizes = list(range(low + step, high, step))[: GRID + 1]
+        enough = reach(sizes)
+        for size, right in zip(sizes, enough, strict=True):
+            if right:
+                high = size
+                break
+            low = size
+    curve = pd.DataFrame(sorted(tried.values()), columns=["n_nodes", "loss"])
+    return masks([high])[0], curve
+
+
+def measured(
+    problem: PruningRun,
+    kept: Bool[Tensor, " node"],
+    tau: Float[Tensor, " node"],
+    *,
+    n_active: int,
+    curve: pd.DataFrame | None = None,
+    seconds: float | None = None,
+    config: dict[str, object] | None = None,
+) -> Circuit:
+    """The finished circuit: its edges, calibration on the selection pairs, held-out results.
+
+    Args:
+        problem: What it is a circuit of.
+        kept: Its nodes.
+        tau: The score by which nodes were ranked.
+        n_active: Nodes among which they were chosen.
+        curve: Loss on the selection pairs against the number of nodes.
+        seconds: What the search took; default the time since ``set_up``.
+        config: What is stored as the config; default the problem's.
+    """
+    model, index, task_config = problem.model, problem.index, problem.config
+    hooks = ablation_hooks(index, kept, problem.values)
+    with frozen(model), torch.no_grad():
+        chosen = task_logit_diffs(model, problem.selection, [*problem.selection_hooks, *hooks])
+        calibration = calibrate(chosen)
+        logit_diffs = task_logit_diffs(model, problem.report, [*problem.report_hooks, *hooks])
+        model_logit_diffs = task_logit_diffs(model, problem.report)
+    means = problem.means
+    return Circuit(
+        task=problem.task.name,
+        index=index,
+        kept=kept.cpu(),
+        tau=tau.detach().cpu(),
+        means=replace(means, values=means.values.cpu()),
+        edges=circuit_edges(model, index, kept.cpu()),
+        losses=F.softplus(-logit_diffs).cpu(),
+        losses_calibrated=F.softplus(-calibrated(logit_diffs, calibration)).cpu(),
+        correct=(logit_diffs > 0).cpu(),
+        calibration=calibration,
+        selection_loss=float(F.softplus(-chosen).mean()),
+        model_loss=float(F.softplus(-model_logit_diffs).mean()),
+        target_loss=task_config.target_loss,
+        n_active=n_active,
+        seed=task_config.seed,
+        config=asdict(task_config) if config is None else config,
+        model_name=type(model).__name__,
+        model_fingerprint=means.model_fingerprint,
+        seconds=time.perf_counter() - problem.started if seconds is None else seconds,
+        size_curve=pd.DataFrame(columns=["n_nodes", "loss"]) if curve is None else curve,
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for the model's own parameters, restored afterwards.
+
+    Gradients of other things can be taken inside, also where the user has switched them off.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    for parameter, _ in required:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, needed in required:
+            parameter.requires_grad_(needed)

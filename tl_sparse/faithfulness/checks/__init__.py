@@ -1,0 +1,1 @@
+"""The checks of the faithfulness suite, one file each."""

@@ -1,0 +1,136 @@
+"""Where heads attend in the circuit's run and in the full model's, and how far apart that is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_sparse.ablation.interventions import FwdHook, ablation_hooks
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits.pruning_run import frozen
+from tl_sparse.faithfulness.subject import Subject
+
+PARTS = ("q", "k", "v", "z")
+_HOOK = re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z)")
+_PATTERN = "blocks.{}.attn.hook_pattern"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPatterns:
+    """How far each head's attention in the circuit is from the full model's."""
+
+    heads: pd.DataFrame
+    """A row per head that the circuit uses: layer, head, and whether it keeps any node of its
+    queries, keys, values and outputs (keeps_q, keeps_k, keeps_v, keeps_z; missing where these are
+    no nodes of the universe, which means that they are not ablated)."""
+    js: Float[Tensor, "head prompt"]
+    """Distance of circuit and model, mean over query positions."""
+    js_last: Float[Tensor, "head prompt"]
+    """The same at the prompt's last token alone."""
+    uniform: Float[Tensor, "head prompt"]
+    """Distance of uniform attention from the model's, mean over query positions."""
+    uniform_last: Float[Tensor, "head prompt"]
+    """The same at the prompt's last token alone."""
+    missing: tuple[int, ...]
+    """Layers with heads of the circuit whose patterns the model does not lay open."""
+
+
+def head_patterns(subject: Subject) -> HeadPatterns:
+    """The patterns of all heads that the circuit uses, compared on the test prompts."""
+    frame = used_heads(subject)
+    layers = sorted(set(frame["layer"]))
+    hook_dict: Any = subject.model.hook_dict
+    missing = tuple(layer for layer in layers if _PATTERN.format(layer) not in hook_dict)
+    frame = frame[~frame["layer"].isin(missing)].reset_index(drop=True)
+    here = [layer for layer in layers if layer not in missing]
+    cut = ablation_hooks(subject.index, subject.kept, subject.values)
+    circuit = patterns(subject, here, [*subject.norms, *cut])
+    whole = patterns(subject, here, ())
+    last = subject.batch.last.cpu()
+    rows: list[list[Tensor]] = [[], [], [], []]
+    for layer, head in frame[["layer", "head"]].itertuples(index=False, name=None):
+        mine, theirs = circuit[layer][:, head], whole[layer][:, head]
+        for i, other in enumerate((mine, evened(theirs))):
+            apart = js_distance(other, theirs)
+            queries = torch.arange(apart.shape[1]) <= last[:, None]
+            rows[2 * i].append((apart * queries).sum(1) / queries.sum(1))
+            rows[2 * i + 1].append(apart[torch.arange(len(last)), last])
+    none = torch.zeros(0, len(last), dtype=torch.float64)
+    js, js_last, uniform, uniform_last = (torch.stack(row) if row else none for row in rows)
+    return HeadPatterns(frame, js, js_last, uniform, uniform_last, missing)
+
+
+def patterns(
+    subject: Subject, layers: Sequence[int], hooks: Sequence[FwdHook]
+) -> dict[int, Float[Tensor, "prompt head query source"]]:
+    """The attention patterns of some layers on the test prompts, under hooks."""
+    found: dict[int, Tensor] = {}
+
+    def reader(layer: int) -> FwdHook:
+        def record(x: Tensor, hook: Any = None) -> Tensor:
+            found[layer] = x.detach().double().cpu()
+            return x
+
+        return _PATTERN.format(layer), record
+
+    with frozen(subject.model), torch.no_grad():
+        task_logit_diffs(subject.model, subject.batch, [*hooks, *map(reader, layers)])
+    return found
+
+
+def js_distance(
+    p: Float[Tensor, "*row source"], q: Float[Tensor, "*row source"]
+) -> Float[Tensor, " *row"]:
+    """Jensen-Shannon distance of distributions: the root of the divergence in bits, from 0 to 1.
+
+    What a row lacks to 1 is on the head's attention sink, which counts as one more outcome. Source:
+    Endres and Schindelin 2003.
+    """
+    p, q = (torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=0)], -1) for x in (p, q))
+    middle = (p + q) / 2
+
+    def bits(x: Tensor) -> Tensor:
+        return (torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1) / torch.log(torch.tensor(2.0))
+
+    return ((bits(p) + bits(q)) / 2).clamp(0, 1).sqrt()
+
+
+def evened(
+    pattern: Float[Tensor, "prompt query source"],
+) -> Float[Tensor, "prompt query source"]:
+    """The same mass on all sources up to the query, spread evenly; a sink keeps its own."""
+    n_query, n_source = pattern.shape[1:]
+    seen = torch.ones(n_query, n_source, dtype=pattern.dtype).tril(n_source - n_query)
+    return pattern.sum(-1, keepdim=True) * seen / seen.sum(-1, keepdim=True)
+
+
+def used_heads(subject: Subject) -> pd.DataFrame:
+    """Heads of whose queries, keys, values or outputs the circuit keeps any node.
+
+    Where heads share keys and values, those kept count for every head that reads them.
+    """
+    cfg: Any = subject.model.cfg
+    kept: dict[tuple[int, str], Bool[Tensor, " head"]] = {}
+    for hook, piece in subject.index.slices.items():
+        if (match := _HOOK.fullmatch(hook)) is None:
+            continue
+        by_head = subject.kept[piece].view(-1, cfg.d_head).any(1)
+        kept[int(match[1]), match[2]] = by_head.repeat_interleave(cfg.n_heads // len(by_head))
+    rows = []
+    for layer in sorted({layer for layer, _ in kept}):
+        has: dict[str, Int[Tensor, " head"]] = {
+            part: kept[layer, part].int() for part in PARTS if (layer, part) in kept
+        }
+        used = torch.stack(list(has.values())).any(0)
+        for head in torch.nonzero(used).flatten().tolist():
+            keeps = [bool(has[part][head]) if part in has else pd.NA for part in PARTS]
+            rows.append([layer, head, *keeps])
+    frame = pd.DataFrame(rows, columns=["layer", "head", *(f"keeps_{part}" for part in PARTS)])
+    return frame.astype({"layer": int, "head": int} | {f"keeps_{p}": "boolean" for p in PARTS})

@@ -1,0 +1,148 @@
+"""The quick search by which parts F, G and H find circuits anew, real and null ones alike.
+
+It is :func:`~tl_sparse.circuits.prune` with fewer steps and prompts. Circuits found so are compared
+with one another only, all at the same budget: they are a little larger than those of a full search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from tl_sparse.ablation.interventions import ActivationMeans, resample_sources
+from tl_sparse.ablation.masked_forward import masked_logit_diffs
+from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune_many
+from tl_sparse.circuits.pruning_run import frozen
+from tl_sparse.faithfulness.subject import HookCircuit, Subject, pruning_config_of
+from tl_sparse.tasks import Task
+
+Found = Circuit | PruningFailed
+"""What a search came to: a circuit, or why there is none."""
+
+LR, ADAPT_RATE = 0.05, 0.05  # faster than a full search's, as there are fewer steps
+SELECTION = 32  # pairs on which a circuit's nodes are chosen
+REPORT = 32  # held-out pairs that its loss is reported on
+DONORS = 64  # sequences from which removed nodes are resampled, of circuits that were found so
+DISCOVERY = 64  # discovery pairs on which the loss of a circuit without a target is measured
+
+
+def search_config(subject: Subject, seed: int, steps: int | None = None) -> PruningConfig:
+    """The quick search under a seed, of ``config.search_steps`` unless others are given.
+
+    The ablation, frozen norms and tied q and k are those that the circuit was found with. No mask
+    is rescued that broke (``on_collapse="fail"``), and no task refused that the model cannot do.
+
+    Raises:
+        ValueError: the target loss is chance or above.
+    """
+    config = subject.config
+    base = PruningConfig()
+    if isinstance(subject.circuit, Circuit):
+        base = pruning_config_of(subject.circuit)
+    return PruningConfig(
+        target_loss=search_target(subject),
+        steps=config.search_steps if steps is None else steps,
+        batch_pairs=config.search_pairs,
+        lr=LR,
+        adapt_rate=ADAPT_RATE,
+        ablation=base.ablation,
+        freeze_norm=base.freeze_norm,
+        tie_qk=base.tie_qk,
+        refine=config.search_refine,
+        on_collapse="fail",
+        must_solve=False,
+        selection_pairs=SELECTION,
+        report_pairs=REPORT,
+        seed=seed,
+    )
+
+
+def search_target(subject: Subject) -> float:
+    """The loss (nats) that circuits are searched to: the config's, or else the circuit's own.
+
+    That of a circuit that was not pruned to a target is its loss on discovery prompts.
+
+    Raises:
+        ValueError: it is chance or above.
+    """
+    target = subject.config.search_target
+    if target is None and isinstance(subject.circuit, Circuit):
+        own = subject.circuit.target_loss
+        target = None if math.isnan(own) else own
+    if target is None:
+        batch = subject.discovery.pairs(0, DISCOVERY)
+        with frozen(subject.model):
+            logit_diffs = masked_logit_diffs(
+                subject.model, batch, subject.index, subject.kept[None], subject.values
+            )
+        target = float(F.softplus(-logit_diffs).mean())
+    if not target < math.log(2):
+        raise ValueError(
+            f"the circuit of {subject.circuit.task} has loss {target:.3f} on discovery prompts, "
+            "chance or above: give search_target= to search for others"
+        )
+    return target
+
+
+def search(
+    subject: Subject,
+    jobs: Sequence[tuple[Task, int]],
+    *,
+    steps: int | None = None,
+    model: nn.Module | None = None,
+    means: ActivationMeans | None = None,
+    exclude: Bool[Tensor, " node"] | None = None,
+) -> list[Found]:
+    """The quick search for tasks under seeds, whose masks train in shared passes.
+
+    Args:
+        subject: Whose nodes, ablation and budget the searches have.
+        jobs: Tasks and the seed of each search.
+        steps: Mask training steps; by default ``config.search_steps``.
+        model: Where to search; by default the subject's model.
+        means: Means of that model; by default the circuit's.
+        exclude: Nodes that no circuit may have.
+
+    Raises:
+        ValueError: no target below chance, or no text for a circuit that resamples.
+    """
+    model = subject.model if model is None else model
+    means = subject.circuit.means if means is None else means
+    posed = [(task, search_config(subject, seed, steps)) for task, seed in jobs]
+    donors = None
+    if posed and posed[0][1].ablation == "resample":
+        if subject.tokens is None:
+            raise ValueError("the circuit resamples removed nodes: give tokens= to do so")
+        with frozen(model):
+            donors = resample_sources(model, subject.tokens[:DONORS], index=subject.index)
+    groups = subject.unit if isinstance(subject.circuit, HookCircuit) else None
+    return prune_many(
+        model, posed, means=means, donors=donors, exclude=exclude, groups=groups, progress=False
+    )
+
+
+def n_units(subject: Subject, found: Found) -> float:
+    """Units of a circuit that was found; infinite for none."""
+    if isinstance(found, PruningFailed):
+        return math.inf
+    return float(len(subject.unit[found.kept].unique()))
+
+
+def row(subject: Subject, found: Found) -> dict[str, object]:
+    """A search in a table: found, n_nodes (units), n_edges, held-out loss, reached, why_not.
+
+    ``reached`` is its loss on the selection pairs, or the lowest that was reached without success.
+    """
+    if isinstance(found, PruningFailed):
+        return {
+            "found": False, "n_nodes": math.nan, "n_edges": math.nan, "loss": math.nan,
+            "reached": found.loss, "why_not": str(found),
+        }  # fmt: skip
+    return {
+        "found": True, "n_nodes": n_units(subject, found), "n_edges": float(found.n_edges),
+        "loss": found.loss, "reached": found.selection_loss, "why_not": "",
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The model: one forward pass with TransformerLens' hook names and methods."""

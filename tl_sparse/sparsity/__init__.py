@@ -1,0 +1,1 @@
+"""Weight sparsity: the top-k projection, its schedules, and masks on any model."""

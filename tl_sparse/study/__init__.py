@@ -1,9 +1,0 @@
-"""A study: a grid of models, their circuits, and the paper's figures for them, resumable."""
-
-from tl_sparse.study.config import StudyConfig as StudyConfig
-from tl_sparse.study.report import write_study as write_study
-from tl_sparse.study.results import StudyResult as StudyResult
-from tl_sparse.study.run import read_study as read_study
-from tl_sparse.study.run import run_study as run_study
-
-__all__ = ["StudyConfig", "StudyResult", "read_study", "run_study", "write_study"]

@@ -1,0 +1,1 @@
+"""Training: one loop for sparse and dense models, resumable to the bit."""

@@ -1,0 +1,338 @@
+"""``Trainer``: one loop for sparse and dense models, one process or many, resumable to the bit."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tl_sparse.checkpoints.packed import TrainingRecord, save_pretrained
+from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
+from tl_sparse.sparsity.projection import check_l0, final_budget, l0, project_all
+from tl_sparse.training import resume as training_state
+from tl_sparse.training import train_step as steps
+from tl_sparse.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run measured."""
+
+    metrics: pd.DataFrame
+    """One row per logged step: step, tokens, loss, lr, density, and validation_loss where taken."""
+    record: TrainingRecord
+    """What is stored with the model."""
+
+    @property
+    def validation_loss(self) -> float:
+        """Last validation loss, nats per token."""
+        return float(self.metrics["validation_loss"].dropna().iloc[-1])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The metrics."""
+        return self.metrics
+
+    def _repr_html_(self) -> str:
+        return self.metrics.dropna().to_html(index=False)
+
+
+class Trainer:
+    """Trains a SparseTransformer on a corpus (Gao et al. 2025, appendix A.2).
+
+    Each step: learning rate and density of the step, next-token cross-entropy and its gradient,
+    gradient rule, AdamW on all weights, top-k projection. Gradients and moments are never masked.
+
+    With ``folder`` it writes metrics.jsonl, resumable checkpoints, and at the end the model; run
+    again with the same arguments, it resumes from the last checkpoint exactly, unless ``restart``
+    asks to begin anew. Interrupted by Ctrl-C, it ends the step and saves a checkpoint first.
+    """
+
+    def __init__(
+        self,
+        model: SparseTransformer,
+        corpus: TokenizedCorpus,
+        config: TrainingConfig | None = None,
+        folder: str | Path | None = None,
+        *,
+        progress: bool = True,
+        wandb_project: str | None = None,
+        restart: bool = False,
+    ) -> None:
+        self.model, self.corpus, self.config = model, corpus, config or TrainingConfig()
+        self.folder = None if folder is None else Path(folder)
+        self.progress, self.restart = progress, restart
+        self.accelerator = steps.make_accelerator()
+        self.context = self.config.context or model.config.n_ctx
+        steps.check_run(model, corpus, self.config, self.context, self.accelerator.num_processes)
+        self.model.to(self.accelerator.device)
+        self.matrices = self.sparse_matrices()
+        self.optimizer = steps.make_optimizer(model, self.config)
+        self.wandb = self.start_wandb(wandb_project)
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+
+    # ----------------------------------------------------------------------------------------------
+    # the loop
+
+    def train(self) -> TrainingResult:
+        """Train (or go on training) to the last step; returns what was measured.
+
+        Raises:
+            ValueError: the folder holds a checkpoint of another run.
+            RuntimeError: the loss or a weight is no longer finite.
+        """
+        if self.folder is not None:
+            self.restore(self.folder)
+        if self.step == 0:
+            steps.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
+        model = self.distributed_model()
+        self.model.train()
+        bar = tqdm(
+            total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True,
+            disable=not (self.progress and self.accelerator.is_main_process),
+        )  # fmt: skip
+        with bar, training_state.interrupt_deferred() as interrupted:
+            self.run_steps(model, bar, interrupted)
+        self.model.eval()
+        record = self.record()
+        if self.folder is not None and self.accelerator.is_main_process:
+            save_pretrained(self.model, self.folder / training_state.MODEL, record)
+        self.accelerator.wait_for_everyone()
+        if self.wandb is not None:
+            self.wandb.finish()
+        return TrainingResult(pd.DataFrame(self.rows), record)
+
+    def run_steps(self, model: nn.Module, bar: tqdm, interrupted: threading.Event) -> None:
+        """Steps until finished or interrupted, with metrics and checkpoints at their times."""
+        config = self.config
+        started, first = time.perf_counter(), self.step
+        while not self.finished():
+            loss = self.train_step(model)
+            self.step += 1
+            last = self.step == config.steps
+            evaluates = last or self.step % config.eval_every == 0
+            if evaluates or self.step % config.log_every == 0:
+                row = self.measure(loss, evaluates)
+                self.log(row)
+                elapsed = time.perf_counter() - started
+                rate = (self.step - first) * config.batch_size * self.context / elapsed
+                bar.set_postfix_str(self.postfix(row, rate), refresh=False)
+            bar.update(1)
+            if self.finished() or self.step % config.save_every == 0 or interrupted.is_set():
+                self.save_checkpoint()
+            if interrupted.is_set():
+                raise KeyboardInterrupt(f"training interrupted after step {self.step}")
+
+    def finished(self) -> bool:
+        """Whether the last step is taken, or ``stop_at_loss`` reached at the final density."""
+        goal, row = self.config.stop_at_loss, self.rows[-1] if self.rows else None
+        if self.step == self.config.steps or goal is None or row is None:
+            return self.step == self.config.steps
+        measured = row["validation_loss"] if row["step"] == self.step else None
+        return measured is not None and measured <= goal and self.has_final_density()
+
+    def has_final_density(self) -> bool:
+        """Whether the weights are as sparse as they are to become."""
+        sparsity, now = self.config.sparsity, (self.step, self.config.steps)
+        return sparsity is None or (
+            sparsity.density_at(*now) == sparsity.density
+            and sparsity.embedding_density_at(*now) == sparsity.final_embedding_density
+        )
+
+    def train_step(self, model: nn.Module) -> Float[Tensor, ""]:
+        """One optimiser step; returns the mean training loss of this process' sequences."""
+        config = self.config
+        steps.set_learning_rate(self.optimizer, config, self.step)
+        losses = []
+        batches = self.batch(self.step).chunk(config.accumulation)
+        for index, tokens in enumerate(batches):
+            syncs = index == len(batches) - 1
+            autocast = steps.autocast(config.precision, self.accelerator.device)
+            with nullcontext() if syncs else self.accelerator.no_sync(model):
+                with autocast:
+                    loss = model(tokens, return_type="loss")
+                (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        steps.apply_gradient_rule(self.model.parameters(), config.gradient)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if config.sparsity is not None:
+            project_all(self.matrices, config.sparsity, self.step + 1, config.steps)
+        if config.decay_after_projection:
+            steps.decay_matrices(self.optimizer, config)
+        return torch.stack(losses).mean()
+
+    def batch(self, step: int) -> Int[Tensor, "sequence pos"]:
+        """This process' sequences of a step."""
+        config, tokens = self.config, self.corpus.train
+        starts = steps.training_starts(
+            config.seed, step, config.batch_size, len(tokens), self.context
+        )
+        mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
+        return self.sequences(tokens, mine)
+
+    def sequences(self, tokens: np.ndarray, starts: np.ndarray) -> Int[Tensor, "sequence pos"]:
+        """Windows of a token stream; the first token is BOS where the model expects one."""
+        expects = self.model.config.default_prepend_bos and self.model.tokenizer is not None
+        bos = self.model.tokenizer.bos_token_id if expects else None
+        return windows(tokens, starts, self.context, bos).to(self.accelerator.device)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean next-token loss (nats) on fixed, evenly spaced validation sequences."""
+        tokens = self.corpus.validation
+        starts = evenly_spaced(self.config.eval_sequences, len(tokens), self.context)
+        losses = []
+        self.model.eval()
+        for part in np.array_split(starts, math.ceil(len(starts) / 64)):
+            with steps.autocast(self.config.precision, self.accelerator.device):
+                loss = self.model(
+                    self.sequences(tokens, part), return_type="loss", loss_per_token=True
+                )
+            losses.append(loss.mean(-1))
+        self.model.train()
+        # every process measures the same; the mean makes it the same to the bit
+        return float(self.accelerator.reduce(torch.cat(losses).mean(), "mean"))
+
+    # ----------------------------------------------------------------------------------------------
+    # parts
+
+    def distributed_model(self) -> nn.Module:
+        """The model itself, or wrapped to average gradients over processes."""
+        if self.accelerator.num_processes == 1:
+            return self.model
+        wrapped = self.accelerator.prepare_model(self.model)
+        self.matrices = self.sparse_matrices()  # wrapping gave the weights new storage
+        return wrapped
+
+    def sparse_matrices(self) -> tuple[WeightMatrix, ...]:
+        """The matrices to project, none for a dense model.
+
+        Raises:
+            ValueError: a budget is below its floors: now, not after an hour of annealing.
+        """
+        sparsity = self.config.sparsity
+        if sparsity is None:
+            return ()
+        matrices = weight_matrices(self.model, biases=sparsity.sparse_biases)
+        for matrix in matrices:
+            final_budget(matrix, sparsity)
+        return matrices
+
+    def measure(self, loss: Float[Tensor, ""], evaluates: bool) -> dict[str, Any]:
+        """The row of metrics of the step just taken.
+
+        Raises:
+            RuntimeError: the loss is not finite.
+        """
+        mean = float(self.accelerator.reduce(loss, "mean"))
+        if not math.isfinite(mean):
+            raise RuntimeError(f"the training loss is {mean} at step {self.step}: lower lr, or use "
+                               "gradient='normalise'")  # fmt: skip
+        sparsity, step = self.config.sparsity, self.step
+        return {
+            "step": step,
+            "tokens": step * self.config.batch_size * self.context,
+            "loss": mean,
+            "lr": self.config.lr_at(step - 1),
+            "density": 1.0 if sparsity is None else sparsity.density_at(step, self.config.steps),
+            "l0": sum(l0(self.matrices or weight_matrices(self.model)).values()),
+            "validation_loss": self.validation_loss() if evaluates else None,
+        }
+
+    def postfix(self, row: dict[str, Any], rate: float) -> str:
+        """What the progress bar says."""
+        validation = [r["validation_loss"] for r in self.rows if r["validation_loss"] is not None]
+        shown = f", val {validation[-1]:.3f}" if validation else ""
+        return f"loss {row['loss']:.3f}{shown}, L0 {row['l0']:,}, {rate / 1000:.1f}k tok/s"
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Keep a row, and append it to metrics.jsonl and wandb."""
+        self.rows.append(row)
+        if not self.accelerator.is_main_process:
+            return
+        if self.folder is not None:
+            training_state.append_metrics(self.folder, row)
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+    def start_wandb(self, project: str | None) -> Any:
+        """A wandb run on the main process, if a project is named."""
+        if project is None or not self.accelerator.is_main_process:
+            return None
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"wandb_project={project!r} needs wandb: pip install 'tl-sparse[wandb]'"
+            ) from error
+
+        return wandb.init(project=project, config=self.description())
+
+    def description(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed."""
+        return {
+            "training": asdict(self.config),
+            "model": self.model.config.to_dict(),
+            "corpus": self.corpus.fingerprint,
+        }
+
+    def record(self) -> TrainingRecord:
+        """The record saved with the model; its L0 is checked to be exact once density is final.
+
+        Raises:
+            RuntimeError: a weight is not finite, so that no such model is ever saved.
+            ValueError: a matrix is over or under its budget.
+        """
+        steps.check_finite(self.model, self.step)
+        counts = l0(weight_matrices(self.model))
+        if self.config.sparsity is not None and self.has_final_density():
+            counts = check_l0(self.matrices, self.config.sparsity)
+        validation = [r["validation_loss"] for r in self.rows if r["validation_loss"] is not None]
+        return TrainingRecord(
+            steps=self.step,
+            tokens=self.step * self.config.batch_size * self.context,
+            validation_loss=validation[-1] if validation else None,
+            l0=counts,
+            config=asdict(self.config),
+            corpus=self.corpus.fingerprint,
+        )
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint from which :meth:`train` resumes exactly."""
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        run, record = self.description(), self.record()
+        training_state.save_checkpoint(
+            self.folder, self.step, run, self.model, self.optimizer, record
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Go on from the newest checkpoint of a folder, or begin there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            training_state.remove_drafts(folder)
+            if self.restart and self.step == 0:
+                training_state.remove_run(folder)
+        self.accelerator.wait_for_everyone()
+        found = training_state.load_checkpoint(
+            folder, self.description(), self.model, self.optimizer
+        )
+        if found is not None:
+            self.step, self.rows = found, training_state.read_metrics(folder, found)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            training_state.write_metrics(folder, self.rows)
