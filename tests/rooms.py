@@ -40,14 +40,13 @@ def import_graph(package: Path = PACKAGE) -> nx.DiGraph:
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
         paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    graph = nx.DiGraph()
+    graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from(paths)
     for name, path in paths.items():
         inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for target in imported(ast.parse(path.read_text(encoding="utf-8")), inside):
             while target and target not in paths:
                 target = target.rpartition(".")[0]
-            # the package itself only gathers names; importing it is an import of everything
             if target and target != name:
                 graph.add_edge(name, target)
     return graph
@@ -74,7 +73,6 @@ def arrows_up(graph: nx.DiGraph) -> list[str]:
 
 def circles(graph: nx.DiGraph) -> list[list[str]]:
     """Groups of modules that import each other, directly or not; the largest first."""
-    # a package's face imports its modules, which is no circle unless they import the face
     groups = [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
     return sorted(groups, key=lambda group: (-len(group), group))
 
