@@ -54,7 +54,7 @@ def import_graph(package: Path = PACKAGE) -> nx.DiGraph:
 
 def room(module: str) -> str:
     """The room that a module is in; the package's own face is above all."""
-    return (module.split(".") + [""])[1]
+    return module.split(".")[1] if "." in module else ""
 
 
 def arrows_up(graph: nx.DiGraph) -> list[str]:

@@ -42,7 +42,7 @@ def test_every_room_has_a_place_in_the_order():
         "import tl_sparse.circuits.b",
         "from ..circuits import b",
         "def f():\n    from tl_sparse.circuits import b",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tl_sparse.circuits.b import x",
+        "from typing import TYPE_CHECKING as T\nif T:\n    from tl_sparse.circuits.b import x",
     ],
 )
 def test_an_arrow_up_is_found_wherever_it_hides(package, text):
