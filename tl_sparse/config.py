@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
+
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 
 Normalization = Literal["RMS", "LN", "none"]
@@ -210,6 +212,14 @@ class SparseTransformerConfig:
     def concat_positions(self) -> bool:
         """Whether positions are extra channels that attention and MLP read beside the stream."""
         return self.positional_embedding_type in ("concat", "sinusoidal_concat")
+
+    def eps_for(self, dtype: torch.dtype) -> float:
+        """Epsilon of the norms: ``eps``, or the default for activations of a dtype."""
+        # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1).
+        # nn.RMSNorm computes in single precision at least: with half precision's eps (1e-3, 8e-3)
+        # a cast model would be another function wherever the residual stream is small.
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.eps or (torch.finfo(wide).eps if self.normalization_type == "RMS" else 1e-5)
 
     def has_site(self, site: str) -> bool:
         """Whether a model has this one of the ten activation sites: not those of absent MLPs."""

@@ -19,7 +19,6 @@ from tl_sparse.checkpoints.transformer_lens_config import (
     config_values,
 )
 from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.model.layers import default_eps
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import BIASES
 from tl_sparse.storage.torch_files import check_plain, read_pt
@@ -195,7 +194,7 @@ def to_transformer_lens(model: SparseTransformer) -> Any:
     )  # fmt: skip
     fields = {name: getattr(model.cfg, name) for name in names}
     fields |= {"positional_embedding_type": "standard", "init_weights": False}
-    fields["eps"] = config.eps or default_eps(config, model.cfg.dtype)
+    fields["eps"] = config.eps_for(model.cfg.dtype)
     if config.attn_scale is not None:
         fields["attn_scale"] = config.attn_scale
     weights = dict(model.tl_parameters())

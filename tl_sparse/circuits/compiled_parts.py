@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tl_sparse.compat import HookPoint, has_hooks
 from tl_sparse.model.abstopk import top_k_mask
 from tl_sparse.model.attention import attention
-from tl_sparse.model.layers import Norm, default_eps
+from tl_sparse.model.layers import Norm
 
 
 class Where(NamedTuple):
@@ -130,7 +130,7 @@ class Stage(nn.Module):
         self.centred = isinstance(norm, Norm) and norm.centred
         self.eps = 0.0
         if isinstance(norm, Norm):
-            self.eps = norm.eps or default_eps(norm.config, norm.w.dtype)
+            self.eps = norm.eps or norm.config.eps_for(norm.w.dtype)
         self.register_buffer("added", added[:, tracked])
         tokens, places = embed[:, ~tracked], added[:, ~tracked]
         means = tokens.sum(1), places.sum(1)

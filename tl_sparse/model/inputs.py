@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tl_sparse.compat import runtime_dtype
 from tl_sparse.model.additivity import check_edge_switches
-from tl_sparse.model.layers import default_eps
 from tl_sparse.model.tokens import TokenMixin
 
 RETURN_TYPES = ("logits", "loss", "both", None)
@@ -291,5 +290,5 @@ class InputMixin(TokenMixin):
         nn.Module._apply(self, fn, recurse)
         self.cfg.device = str(self.unembed.b_U.device)
         self.cfg.dtype = runtime_dtype(self)
-        self.cfg.eps = self.config.eps or default_eps(self.config, self.cfg.dtype)
+        self.cfg.eps = self.config.eps_for(self.cfg.dtype)
         return self

@@ -96,15 +96,6 @@ def sinusoids(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def default_eps(config: SparseTransformerConfig, dtype: torch.dtype) -> float:
-    """Epsilon of norms whose config gives none, for activations of a dtype."""
-    # The released code's nn.RMSNorm takes finfo(dtype).eps, its LayerNorm 1e-5 (A.1). nn.RMSNorm
-    # computes in single precision at least: with half precision's eps (1e-3, 8e-3) a cast model
-    # would be another function wherever the stream is small.
-    wide = torch.promote_types(dtype, torch.float32)
-    return torch.finfo(wide).eps if config.normalization_type == "RMS" else 1e-5
-
-
 def make_norm(config: SparseTransformerConfig, width: int) -> nn.Module:
     """The config's norm over ``width`` channels."""
     return NoNorm() if config.normalization_type == "none" else Norm(config, width)
@@ -137,7 +128,7 @@ class Norm(Layer):
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         """``x`` divided by its scale (and centred before, as LayerNorm), times the weight."""
-        eps = self.eps or default_eps(self.config, x.dtype)
+        eps = self.eps or self.config.eps_for(x.dtype)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16

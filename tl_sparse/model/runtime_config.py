@@ -10,7 +10,6 @@ import torch
 
 from tl_sparse.compat import RuntimeConfig
 from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.model.layers import default_eps
 
 
 def frozen_config(cfg: Any) -> SparseTransformerConfig:
@@ -39,7 +38,7 @@ def runtime_config(config: SparseTransformerConfig) -> RuntimeConfig:
     return RuntimeConfig(
         **values
         | {
-            "eps": config.eps or default_eps(config, torch.float32),
+            "eps": config.eps_for(torch.float32),
             "d_vocab_out": config.n_logits,
             "n_params": config.n_layers * config.d_model * (4 * width + 2 * d_mlp),
             "device": "cpu",
