@@ -39,10 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tl_sparse as tls
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.circuits import PruningConfig, PruningFailed, count_edges, prune
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning import prune_many
-from tl_sparse.circuits.pruning_run import frozen, set_up
+from tl_sparse.circuits.pruning_run import set_up
 
 SETTINGS = 32
 
@@ -181,7 +182,7 @@ def circuits(
                 reference.step()
             return reference, reference.bisect(target)
 
-        with frozen(model):
+        with eval_mode(model):
             (reference, kept), seconds = timed(straight)
             with torch.no_grad():
                 loss = float(reference.loss(report, kept.float()))
@@ -197,7 +198,7 @@ def one_step(name: str, model: Any, task: Any, means: Any, rounds: int) -> dict[
     problem = set_up(model, task, PruningConfig(steps=few), means=means)
     reference = Reference(model, task, means, 10**6, 0)
     times: dict[str, list[float]] = {"reference": [], "prune": []}
-    with frozen(model):
+    with eval_mode(model):
         for turn in range(rounds + 1):
             taken = {
                 "reference": timed(lambda: [reference.step() for _ in range(few)])[1],

@@ -37,11 +37,12 @@ import pandas as pd
 import torch
 
 import tl_sparse as tls
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.circuits.mask_training import clipped, train_masks
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, gated_ablation_hooks
-from tl_sparse.circuits.pruning_run import GRID, frozen, set_up
+from tl_sparse.circuits.pruning_run import GRID, set_up
 from tl_sparse.ground_truth.quoted_text import CLOSING, quote_task, quoted_tokenizer, running_text
 
 LAYERS, DENSITY, PAIRS = 8, 1 / 64, 2
@@ -133,7 +134,7 @@ def measure(width: int) -> dict[str, Any]:
         hooks = [("hook_embed", differentiable)]
         task_logit_diffs(model, batch, hooks).sum().backward()
 
-    with frozen(model):
+    with eval_mode(model):
         row["masks"] = seconds(mask_part)
         row["update"] = seconds(update)
         row["ranking"] = seconds(lambda: masks.tau[0].argsort(descending=True, stable=True))

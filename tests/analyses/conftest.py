@@ -16,7 +16,7 @@ def circuit_of(random_tokens: Any) -> Callable[..., Any]:
     def build(model: Any, task: Any, nodes: Any) -> Any:
         from tl_sparse.ablation.interventions import activation_means
         from tl_sparse.circuits import PruningConfig
-        from tl_sparse.circuits.pruning_run import measured, set_up
+        from tl_sparse.circuits.pruning_run import build_circuit, set_up
 
         means = activation_means(model, random_tokens)
         config = PruningConfig(target_loss=0.6, steps=8, selection_pairs=16, report_pairs=16)
@@ -24,7 +24,7 @@ def circuit_of(random_tokens: Any) -> Callable[..., Any]:
         kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
         for layer, site, channel in nodes:
             kept[means.index.slices[means.index.hook(layer, site)].start + channel] = True
-        return measured(problem, kept, kept.float(), n_active=int(kept.sum()))
+        return build_circuit(problem, kept, kept.float(), n_active=int(kept.sum()))
 
     return build
 

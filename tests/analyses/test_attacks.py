@@ -9,7 +9,7 @@ from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.analyses import dilution, distracted, distractor
 from tl_sparse.analyses.attacks import harmless_prompt, plain_prompt, rewritten
 from tl_sparse.circuits import PruningConfig
-from tl_sparse.circuits.pruning_run import measured, set_up
+from tl_sparse.circuits.pruning_run import build_circuit, set_up
 
 N_CTX = 64
 
@@ -28,7 +28,7 @@ def circuit(model):
     config = PruningConfig(steps=8, selection_pairs=8, report_pairs=8)
     kept = torch.arange(means.index.n_nodes) < 3 * means.index.n_nodes // 4
     problem = set_up(model, task, config, means=means)
-    return measured(problem, kept, kept.float(), n_active=int(kept.sum()))
+    return build_circuit(problem, kept, kept.float(), n_active=int(kept.sum()))
 
 
 class Counting(nn.Module):

@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
 from tl_sparse.circuits.edge_search import fewest, remove_greedily, straight_through
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import frozen, measured, set_up
+from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.config import ActivationDensity
 from tl_sparse.storage.fingerprint import fingerprint
 
@@ -28,7 +29,7 @@ def circuit_of(model, task, tokens, chain, share, config=SEARCH):
     kept = torch.rand(index.n_nodes, generator=torch.Generator().manual_seed(1)) < share
     for layer, site, channel in chain:
         kept[index.slices[index.hook(layer, site)].start + channel] = True
-    return measured(problem, kept, torch.zeros(index.n_nodes), n_active=int(kept.sum()))
+    return build_circuit(problem, kept, torch.zeros(index.n_nodes), n_active=int(kept.sum()))
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_what_is_left_is_minimal(found, marks):
     with torch.no_grad():
         before = task_logit_diffs(model, marks.batch(24, split="held_out", seed=0), circuit.hooks())
     assert pruned.circuit_loss == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
-    with frozen(model):
+    with eval_mode(model):
         problem = EdgeProblem.of(model, circuit, marks, pruned.config)
         keep = torch.tensor(~pruned.edges["removed"].to_numpy())
         assert problem.loss(keep, pruned.kept_nodes) == pytest.approx(pruned.selection_loss)

@@ -3,10 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse.ablation.interventions import ablation_hooks, activation_means, resample_sources
-from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.prompt_packing import pack
 from tl_sparse.circuits.importance import NodeScores, ablated_logit_diffs, ablation_importance
-from tl_sparse.circuits.pruning_run import frozen_norms_of
 from tl_sparse.tasks import TaskBatch
 
 PROMPTS = [

@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse import data
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import activation_means, frozen_norm_hooks, norm_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.circuits import PruningConfig, circuit_edges, prune
 from tl_sparse.circuits.node_masks import RowAdamW
-from tl_sparse.circuits.pruning_run import frozen, measured, set_up, smallest
+from tl_sparse.circuits.pruning_run import bisect_size, build_circuit, set_up
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.model.abstopk import AbsTopK
 from tl_sparse.sparsity.projection import SparsityConfig
@@ -189,13 +190,13 @@ def test_3_an_unknown_field_is_an_error(kind):
 def test_4_calibration_is_of_the_two_answers_and_blind_to_all_other_tokens(posed):
     problem, keep = posed
     tau = keep.float()
-    first = measured(problem, keep, tau, n_active=6)
+    first = build_circuit(problem, keep, tau, n_active=6)
     assert first.calibration.scale != 1
     third = 20
     assert third not in problem.selection.answer
     with torch.no_grad():
         problem.model.unembed.b_U[third] += 50.0  # with it, the cross-entropy over all tokens is 50
-    again = measured(problem, keep, tau, n_active=6)
+    again = build_circuit(problem, keep, tau, n_active=6)
     assert again.calibration == first.calibration
     assert torch.equal(again.losses_calibrated, first.losses_calibrated)
     logits = problem.model(problem.report.tokens, return_type="logits")
@@ -208,11 +209,11 @@ def test_4_calibration_is_of_the_two_answers_and_blind_to_all_other_tokens(posed
 def test_4_the_shift_undoes_a_lean_that_the_circuit_has(posed):
     problem, keep = posed
     tau = keep.float()
-    straight = measured(problem, keep, tau, n_active=6)
+    straight = build_circuit(problem, keep, tau, n_active=6)
     lean = float(task_logit_diffs(problem.model, problem.selection).detach().mean())
     with torch.no_grad():
         problem.model.unembed.b_U[problem.selection.answer[0]] += 2 * lean
-    leaning = measured(problem, keep, tau, n_active=6)
+    leaning = build_circuit(problem, keep, tau, n_active=6)
     assert leaning.accuracy == pytest.approx(0.5)
     assert leaning.loss > math.log(2)
     assert leaning.loss_calibrated == pytest.approx(straight.loss_calibrated, abs=0.02)
@@ -225,7 +226,7 @@ def test_4_the_shift_undoes_a_lean_that_the_circuit_has(posed):
 
 def test_5_edges_are_counted_and_not_nodes(posed):
     problem, keep = posed
-    circuit = measured(problem, keep, keep.float(), n_active=6)
+    circuit = build_circuit(problem, keep, keep.float(), n_active=6)
     assert (circuit.n_nodes, circuit.n_edges) == (6, 4)
     assert circuit.n_edges == len(circuit_edges(problem.model, problem.index, keep))
 
@@ -252,11 +253,11 @@ def test_6_a_loss_does_not_depend_on_how_many_prompts_or_tokens_there_are(posed)
 def test_7_the_bisection_gives_the_same_answer_twice(posed, marks):
     problem, _ = posed
     order = torch.randperm(problem.index.n_nodes, generator=torch.Generator().manual_seed(0))
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         torch.manual_seed(1)
-        first, curve = smallest(problem, order)
+        first, curve = bisect_size(problem, order)
         torch.manual_seed(2)
-        again, curve_again = smallest(problem, order)
+        again, curve_again = bisect_size(problem, order)
         assert torch.equal(first, again)
         assert curve.equals(curve_again)
         redrawn = replace(problem, selection=marks.batch(16, split="train", seed=99))

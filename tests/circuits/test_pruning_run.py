@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ablation_hooks, activation_means, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig, circuit_edges
 from tl_sparse.circuits.pruning_run import (
     MAX_POOL,
-    frozen,
-    measured,
+    build_circuit,
     selection_and_training,
     set_up,
     set_up_many,
@@ -230,7 +230,7 @@ def test_a_circuit_of_given_nodes_is_measured(posed):
     model, index = problem.model, problem.index
     kept = torch.zeros(index.n_nodes, dtype=torch.bool)
     kept[places] = True
-    circuit = measured(problem, kept, kept.float(), n_active=6)
+    circuit = build_circuit(problem, kept, kept.float(), n_active=6)
     hooks = ablation_hooks(index, kept, problem.values)
     assert circuit.selection_loss == pytest.approx(loss_of(model, problem.selection, hooks))
     assert circuit.loss == pytest.approx(loss_of(model, problem.report, hooks), abs=1e-6)
@@ -239,7 +239,9 @@ def test_a_circuit_of_given_nodes_is_measured(posed):
     assert circuit.seconds > 0
     assert circuit.size_curve.empty
     assert list(circuit.size_curve.columns) == ["n_nodes", "loss"]
-    told = measured(problem, kept, kept.float(), n_active=6, seconds=2.5, config={"by": "hand"})
+    told = build_circuit(
+        problem, kept, kept.float(), n_active=6, seconds=2.5, config={"by": "hand"}
+    )
     assert (told.seconds, told.config) == (2.5, {"by": "hand"})
 
 
@@ -253,7 +255,7 @@ def test_flags_are_restored_after_an_error(planted):
     assert len(set(needed.values())) == len(set(modes.values())) == 2
 
     def interrupted():
-        with frozen(model):
+        with eval_mode(model):
             assert not any(m.training for m in model.modules())
             assert not any(p.requires_grad for p in model.parameters())
             raise KeyboardInterrupt

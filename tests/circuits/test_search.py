@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, prune, search_study
-from tl_sparse.circuits.pruning_run import measured, set_up
+from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.circuits.search import search, values_of
 from tl_sparse.circuits.search_result import best_of, not_beaten
 from tl_sparse.circuits.search_study import (
@@ -58,7 +58,7 @@ def pruned(monkeypatch, setting):
         """A circuit of so many nodes; what it measures is a formula too."""
         if not templates:
             problem = set_up(model, task, config, means=means)
-            templates[0] = measured(problem, must, torch.zeros(index.n_nodes), n_active=0)
+            templates[0] = build_circuit(problem, must, torch.zeros(index.n_nodes), n_active=0)
         kept = must.clone()
         kept[torch.nonzero(~must).flatten()[:n_more]] = True
         loss = config.target_loss * (1 - 1 / (5 + n_more))

@@ -13,7 +13,7 @@ from tl_sparse.ablation.interventions import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig, PruningFailed
 from tl_sparse.circuits import pruning_run as problems
-from tl_sparse.circuits.pruning_run import set_up, smallest
+from tl_sparse.circuits.pruning_run import bisect_size, set_up
 
 SEARCH = PruningConfig(steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
 
@@ -44,7 +44,7 @@ def test_one_node_fewer_misses_the_target(posed, target):
     others = [i for i in range(index.n_nodes) if i not in places]
     order = [*places[:3], *others[:12], *places[3:5], *others[12:14], places[5], *others[14:60]]
     assert order.index(places[5]) == 19
-    kept, curve = smallest(problem, torch.tensor(order))
+    kept, curve = bisect_size(problem, torch.tensor(order))
     chosen = torch.nonzero(kept).flatten().tolist()
     assert sorted(order[: len(chosen)]) == chosen
     assert len(chosen) >= 20
@@ -80,7 +80,7 @@ def test_of_the_sizes_tried_the_smallest_that_reaches_the_target_counts(posed, l
     table = [*losses, 0.1]
     with pytest.MonkeyPatch.context() as patch:
         asked = table_of_losses(patch, table)
-        kept, curve = smallest(problem, torch.arange(len(losses)))
+        kept, curve = bisect_size(problem, torch.arange(len(losses)))
     n = int(kept.sum())
     assert kept[:n].all()
     assert table[n] <= 0.15
@@ -95,7 +95,7 @@ def test_of_the_sizes_tried_the_smallest_that_reaches_the_target_counts(posed, l
 def test_a_dip_below_a_size_that_misses_is_not_trusted(posed, monkeypatch):
     """Curve 1 1 .1 1 1 1 .1 .1: the bisection ends at a size whose predecessor misses."""
     asked = table_of_losses(monkeypatch, [1, 1, 0.1, 1, 1, 1, 0.1, 0.1])
-    kept, _ = smallest(posed[0], torch.arange(7))
+    kept, _ = bisect_size(posed[0], torch.arange(7))
     assert int(kept.sum()) == 2  # with so few, every size is tried, and the smallest counts
     assert sorted(set(asked)) == list(range(8))
 
@@ -105,16 +105,16 @@ def test_an_order_that_misses_the_target_fails(posed, monkeypatch, loss, text):
     table_of_losses(monkeypatch, [0.0] * 9 + [loss])
     message = f"all 9 candidate nodes together have loss {text} .*marked, above the target 0.15"
     with pytest.raises(PruningFailed, match=message) as failure:
-        smallest(posed[0], torch.arange(9))
+        bisect_size(posed[0], torch.arange(9))
     assert failure.value.loss == pytest.approx(loss, nan_ok=True)
 
 
 def test_no_candidates_are_an_empty_circuit_or_a_failure(posed, monkeypatch):
     none = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(PruningFailed, match="all 0 candidate nodes"):
-        smallest(posed[0], none)
+        bisect_size(posed[0], none)
     table_of_losses(monkeypatch, [0.1])
-    kept, curve = smallest(posed[0], none)
+    kept, curve = bisect_size(posed[0], none)
     assert not kept.any()
     assert curve.values.tolist() == [[0, pytest.approx(0.1)]]
 
@@ -127,6 +127,6 @@ def test_tied_nodes_count_as_one_by_their_first_place(posed, monkeypatch):
     # units: {0}, {q + 1, k + 1}, {last}, {q, k}; the key of the first pair comes late
     order = torch.tensor([0, k + 1, last, q + 1, q])
     table_of_losses(monkeypatch, {0: 1.0, 1: 1.0, 3: 1.0, 4: 0.1, 6: 0.1})
-    kept, curve = smallest(problem, order)
+    kept, curve = bisect_size(problem, order)
     assert set(torch.nonzero(kept).flatten().tolist()) == {0, q + 1, k + 1, last}
     assert curve["n_nodes"].tolist() == [0, 1, 3, 4, 6]

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.faithfulness.checks.test_schemes import noisy
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import activation_means, resample_sources
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.circuits.node_masks import NodeMasks
-from tl_sparse.circuits.pruning_run import PruningFailed, frozen, set_up
+from tl_sparse.circuits.pruning_run import PruningFailed, set_up
 from tl_sparse.faithfulness import subject
 from tl_sparse.faithfulness.faithful import (
     FaithfulConfig,
@@ -86,7 +87,7 @@ def test_the_objective_is_its_losses_weighted(problem):
     )  # fmt: skip
     with torch.no_grad():
         masks.tau -= 0.15
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         gates = masks.gates()
         total, watched = objective.losses(0, masks, gates)
         torch.autograd.grad(total.sum(), masks.tau)
@@ -103,7 +104,7 @@ def test_the_objective_is_its_losses_weighted(problem):
     calm = set_up(
         problem.model, problem.task, replace(SEARCH, freeze_norm=True), means=problem.means
     )
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         calm = replace(calm, selection=pairs).on_few(len(pairs)).losses(gates.detach().bool())
     terms = [full, 0.5 * stochastic, 2 * sum(adversarial) / 2, 0.25 * float(calm)]
     assert float(total.detach()) == pytest.approx(sum(terms), abs=1e-4)
@@ -118,7 +119,7 @@ def test_adversaries_climb_their_own_loss_while_masks_train(problem):
         temperature=[1.0], seeds=[0],
     )  # fmt: skip
     start = objective.schemes.clone().requires_grad_()
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         gates = masks.gates().detach()
         alone = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
         rows = torch.cat([gates, gates + (1 - gates) * start])
@@ -139,7 +140,7 @@ def test_nodes_that_an_attack_asks_for_are_added_and_no_others(noisy, problem):
     scheme = torch.ones(problem.index.n_nodes)
     scheme[chain[2]] = 0.0
     held = replace(problem, schemes=scheme[None], scheme_limit=0.15)
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         assert not held.reached(part[None])[0]
         found = grown(held, part, scheme)
     assert torch.equal(found, noisy.circuit.kept)
@@ -152,14 +153,14 @@ def test_excluded_nodes_are_not_added(noisy, problem):
     held = replace(
         problem, schemes=torch.zeros(1, len(exclude)), scheme_limit=0.15, exclude=exclude
     )
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         found = grown(held, noisy.circuit.kept & ~exclude, held.schemes[0])
     assert not bool((found & exclude).any())
 
 
 def test_attacks_go_on_until_they_are_withstood(noisy, problem):
     held = replace(problem, schemes=torch.zeros(0, problem.index.n_nodes), scheme_limit=0.09)
-    with frozen(problem.model):
+    with eval_mode(problem.model):
         kept, record = withstanding(held, noisy.circuit.kept, replace(QUICK, rounds=6))
     assert record["withstood"]
     assert record["attack_loss"] <= 0.09

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import FwdHook
+from tl_sparse.ablation.interventions import FwdHook, frozen_norm_hooks
 from tl_sparse.ablation.prompt_packing import PackedPairs, pack
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import TaskBatch, logit_diffs, select_last
@@ -111,6 +111,15 @@ def packed_logit_diffs(
         logits = model.output_logits(resid, packed.at_last(packed.tokens)).float()
     right, wrong = (logits.gather(2, ids[..., None]) for ids in (batch.answer, batch.other))
     return (right - wrong).flatten()
+
+
+def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[FwdHook, ...]:
+    """Hooks that hold the norms' scales at the full model's on a batch, for task_logit_diffs."""
+    return tuple(
+        frozen_norm_hooks(
+            model, batch.tokens, lambda run, hooks: task_logit_diffs(run, batch, hooks)
+        )
+    )
 
 
 def trimmed(batch: TaskBatch) -> TaskBatch:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.runs import (
@@ -27,7 +28,6 @@ from tl_sparse.analyses.runs import (
     prompt_logit_diffs,
 )
 from tl_sparse.circuits import Circuit
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Split, TaskBatch, get
 
@@ -110,7 +110,7 @@ def dilution(
     reader = None if node is None else LastToken(model, node)
     get(task, tokenizer, n_ctx, variant="dilution")  # unknown names are refused, not listed
     frames, refused = [], {}
-    with frozen(model):
+    with eval_mode(model):
         for n in sizes:
             posed = get(task, tokenizer, n_ctx, variant="dilution", n=n)
             try:
@@ -243,7 +243,7 @@ def distracted(
         if batch.answers != plain.answers:
             raise ValueError(f"the {key} prompts do not correspond to the plain ones row by row")
     frames = []
-    with frozen(model):
+    with eval_mode(model):
         for run, hooks in _runs(model, circuit):
             for key, batch in given.items():
                 frame = _frame(batch, prompt_logit_diffs(model, batch, hooks))

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_logit_diffs
 from tl_sparse.circuits import Circuit
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 
@@ -179,7 +179,7 @@ def binarise(
     report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
     pool = min(MAX_POOL, max(SAMPLES, config.steps * config.batch_pairs))
     train = task.batch(pool, split="train", seed=config.seed)
-    with frozen(model):
+    with eval_mode(model):
         seen = observed(model, index, places, train.pairs(0, SAMPLES), base)
         first = first_values(seen)
         low, high, history = train_values(

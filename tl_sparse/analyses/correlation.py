@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.runs import token_losses
-from tl_sparse.circuits.pruning_run import frozen
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -93,7 +93,7 @@ def token_loss_correlation(
     _check_vocabularies(model_a, model_b)
     losses = []
     for model in (model_a, model_b):
-        with frozen(model):
+        with eval_mode(model):
             losses.append(token_losses(model, tokens, batch_size=batch_size))
     a, b = losses
     return TokenLossCorrelation(

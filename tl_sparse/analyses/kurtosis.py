@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.runs import device_of
-from tl_sparse.circuits.pruning_run import frozen
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -103,7 +103,7 @@ def residual_kurtosis(
     hooks = ("blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(n_layers)))
     per_channel = {name: Moments() for name in hooks}
     per_token: dict[str, list[Tensor]] = {name: [] for name in hooks}
-    with frozen(model):
+    with eval_mode(model):
         for part in tokens.to(device_of(model)).split(batch_size):
             seen: dict[str, Tensor] = {}
             # by the name that was asked for: a hook reached by an alias goes by another

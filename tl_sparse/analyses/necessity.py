@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import node_view
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.analyses.runs import accuracy, check_belongs
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edges import input_major
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.sparsity.matrices import BLOCK_MATRICES
 from tl_sparse.tasks import Split, Task, TaskBatch
@@ -151,7 +151,7 @@ def necessity(
     values = (circuit.means.values if values is None else values).cpu()
     batch = task.batch(pairs, split=split, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    with frozen(model):
+    with eval_mode(model):
         moved, degree = displacement(model, index, values, batch), degrees(model, index)
         cut = [("none", 0, torch.zeros_like(kept)), ("circuit", 0, kept)]
         for kind in CONTROLS:

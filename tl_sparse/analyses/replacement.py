@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.analyses.runs import Node, by_sequence, channels, device_of, places, token_losses
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 
@@ -75,7 +75,7 @@ def constant_node_check(
     zeros = torch.zeros_like(means.values)
     at_mean: list[Tensor] = []
     at_zero: list[Tensor] = []
-    with frozen(model):
+    with eval_mode(model):
         losses = token_losses(model, tokens, batch_size=batch_size)
         for place in where:
             keep = torch.ones(index.n_nodes, dtype=torch.bool)
@@ -158,7 +158,7 @@ def linear_replacement(
     to, of = places(index, targets), places(index, sources)
     _check_order(index, to, of)
     device = device_of(model)
-    with frozen(model):
+    with eval_mode(model):
         fitted = fit(Recorder(index, torch.cat([of, to]), device), model, fit_tokens, len(of),
                      batch_size)  # fmt: skip
         weights, bias, mean = (x.float() for x in fitted)

@@ -16,22 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, FwdHook
-from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.masked_forward import check_fired
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.importance import NodeScores, ablation_importance, restoration_importance
 from tl_sparse.circuits.node_masks import gated_ablation_hooks
 from tl_sparse.circuits.pruning import refined
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import (
-    PruningRun,
-    frozen,
-    frozen_norms_of,
-    measured,
-    set_up,
-    smallest,
-)
+from tl_sparse.circuits.pruning_run import PruningRun, bisect_size, build_circuit, set_up
 from tl_sparse.tasks import Task, TaskBatch
 
 METHODS = ("attribution", "integrated_gradients", "exact", "restore", "random")
@@ -123,7 +117,7 @@ def gate_gradient(problem: PruningRun, batch: TaskBatch, level: float) -> Float[
     model, index, values = problem.model, problem.index, fixed_values(problem)
     gates = torch.full((1, index.n_nodes), level, device=values.device, requires_grad=True)
     total = torch.zeros(index.n_nodes, device=values.device)
-    with frozen(model):
+    with eval_mode(model):
         for part in chunks(batch):
             mixes = gated_ablation_hooks(index, gates, values[None])
             hooks: list[FwdHook] = [*mixes]
@@ -181,13 +175,13 @@ def circuit_of(problem: PruningRun, scores: NodeScores) -> Circuit:
     order = scores.order.to(next(problem.model.parameters()).device)
     if problem.exclude is not None:
         order = order[~problem.exclude.to(order.device)[order]]
-    with frozen(problem.model):
-        kept, curve = smallest(problem, order)
+    with eval_mode(problem.model):
+        kept, curve = bisect_size(problem, order)
         if problem.config.refine:
             kept = refined(problem, kept)
     ranks = torch.full((problem.index.n_nodes,), -1.0, device=order.device)
     ranks[order] = torch.linspace(1.0, -1.0, len(order), device=order.device)
-    return measured(
+    return build_circuit(
         problem,
         kept,
         ranks,

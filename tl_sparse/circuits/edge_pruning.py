@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.calibration import calibrate, calibrated
@@ -38,7 +39,7 @@ from tl_sparse.circuits.edge_weights import (
     some_pairs,
 )
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import frozen, selection_and_training
+from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.sites import MATRICES, NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 
@@ -70,7 +71,7 @@ def prune_edges(
         raise ValueError(f"this is a circuit of task {circuit.task}, not of {task.name}")
     if not len(circuit.edges):
         raise ValueError("the circuit has no edges: there is nothing to prune")
-    with frozen(model):
+    with eval_mode(model):
         return EdgeProblem.of(model, circuit, task, config).solved(progress)
 
 

@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import MARGIN, SNAPSHOTS, TrainingPool, clipped
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
 from tl_sparse.circuits.pruning import finished
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, frozen, set_up
+from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, set_up
 from tl_sparse.tasks import Task
 
 TEMPERATURE = 2 / 3
@@ -86,7 +87,7 @@ def hard_concrete(
         raise ValueError(f"lr={lr} must be positive")
     problem = set_up(model, task, config, means=means)
     began = time.perf_counter()
-    with frozen(model):
+    with eval_mode(model):
         stages = train_log_alpha(problem, lr, initial, progress)
         largest = torch.stack(stages).sub(CLOSED).abs().max()
         shifted = [(stage - CLOSED) / largest for stage in stages]

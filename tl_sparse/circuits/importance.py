@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import (
     Freeze,
     FwdHook,
@@ -27,11 +28,10 @@ from tl_sparse.ablation.interventions import (
     ablation_hooks,
     resample_sources,
 )
-from tl_sparse.ablation.logit_diff import trimmed
+from tl_sparse.ablation.logit_diff import frozen_norms_of, trimmed
 from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.ablation.partial_forward import PartialForward
 from tl_sparse.ablation.prompt_packing import pack
-from tl_sparse.circuits.pruning_run import frozen, frozen_norms_of
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
@@ -131,7 +131,7 @@ def ablated_logit_diffs(
     if not bool(keep[nodes].all()):
         raise ValueError("only nodes that are kept can be removed besides those that are not")
     batch = batch.to(device)
-    with frozen(model):
+    with eval_mode(model):
         if isinstance(values, ResampleSources) or not isinstance(model, SparseTransformer):
             return _one_forward_each(
                 model, batch, index, values, nodes, keep, freeze_norm, max_slots
@@ -244,7 +244,7 @@ def restoration_importance(
     ]
     scores = torch.zeros(index.n_nodes, device=values.device)
     none = torch.zeros(1, index.n_nodes, dtype=torch.bool, device=values.device)
-    with frozen(model):
+    with eval_mode(model):
         whole = resample_sources(model, batch.tokens, index.sites).activations
         hooks: list[FwdHook] = [*frozen_norms_of(model, batch)] if freeze_norm else []
         # every node is put at what it is in the full model first, then all but one are removed

@@ -14,10 +14,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_sparse.ablation.interventions import Freeze, FwdHook, Replacement, ResampleSources
-from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, row_logit_diffs
+from tl_sparse.ablation.logit_diff import (
+    PackedBatch,
+    frozen_norms_of,
+    packed_logit_diffs,
+    row_logit_diffs,
+)
 from tl_sparse.ablation.masked_forward import check_fired, joined
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
-from tl_sparse.circuits.pruning_run import PruningRun, frozen_norms_of
+from tl_sparse.circuits.pruning_run import PruningRun
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import TaskBatch
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.elimination import eliminated, without_first
@@ -21,10 +22,9 @@ from tl_sparse.circuits.pruning_run import (
     ROUNDING,
     PruningFailed,
     PruningRun,
-    frozen,
-    measured,
+    bisect_size,
+    build_circuit,
     set_up_many,
-    smallest,
 )
 from tl_sparse.tasks import Task
 
@@ -114,7 +114,7 @@ def prune_many(
         for start in range(0, len(members), size):
             group = [problems[i] for i in members[start : start + size]]
             began = time.perf_counter()
-            with frozen(model):
+            with eval_mode(model):
                 snapshots = train_masks(group, progress)
                 share = (time.perf_counter() - began) / len(group)
                 for row, i in enumerate(members[start : start + size]):
@@ -134,7 +134,7 @@ def finished(
         return failure
     seconds += time.perf_counter() - began
     n_active = int((tau >= 0).sum())
-    return measured(problem, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
+    return build_circuit(problem, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
 
 
 def chosen(
@@ -195,7 +195,7 @@ def choose_nodes(
     Among the open gates only: the closed ones are clamped at -1 and have no order.
     """
     order = tau.argsort(descending=True, stable=True)
-    return smallest(problem, order[: int((tau >= 0).sum())])
+    return bisect_size(problem, order[: int((tau >= 0).sum())])
 
 
 def refined(problem: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:

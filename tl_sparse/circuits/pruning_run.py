@@ -1,13 +1,12 @@
 """A pruning problem: one task in one model, how a circuit is searched for, and what it is measured
-on. Every way to find a circuit starts with :func:`set_up` and ends with :func:`measured`.
+on. Every way to find a circuit starts with :func:`set_up` and ends with :func:`build_circuit`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import (
     ActivationMeans,
     FwdHook,
@@ -24,9 +24,8 @@ from tl_sparse.ablation.interventions import (
     ResampleSources,
     ablation_hooks,
     activation_means,
-    frozen_norm_hooks,
 )
-from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits.calibration import calibrate, calibrated
 from tl_sparse.circuits.circuit import Circuit
@@ -193,7 +192,7 @@ def set_up(
     count_edges(model, index, torch.zeros(index.n_nodes, dtype=torch.bool))
     selection, train = selection_and_training(task, config)
     report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
-    with frozen(model):
+    with eval_mode(model):
         if config.ablation == "task_mean":
             means = activation_means(model, train.tokens, index.sites, last=train.last)
         elif config.ablation == "zero":
@@ -257,15 +256,6 @@ def check_solved(problem: PruningRun) -> None:
         )
 
 
-def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[FwdHook, ...]:
-    """Hooks that hold the norms' scales at the full model's on a batch, for task_logit_diffs."""
-    return tuple(
-        frozen_norm_hooks(
-            model, batch.tokens, lambda run, hooks: task_logit_diffs(run, batch, hooks)
-        )
-    )
-
-
 def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch, TaskBatch]:
     """Pairs to choose the number of nodes on, and pairs to train on, none of them in both.
 
@@ -284,7 +274,7 @@ def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch
     return drawn.pairs(0, chosen_on), drawn.pairs(chosen_on, distinct)
 
 
-def smallest(
+def bisect_size(
     problem: PruningRun, order: Int[Tensor, " candidate"]
 ) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
     """The fewest first nodes of an order whose loss on the selection pairs is at most the target.
@@ -337,7 +327,7 @@ def smallest(
     return masks([high])[0], curve
 
 
-def measured(
+def build_circuit(
     problem: PruningRun,
     kept: Bool[Tensor, " node"],
     tau: Float[Tensor, " node"],
@@ -360,7 +350,7 @@ def measured(
     """
     model, index, task_config = problem.model, problem.index, problem.config
     hooks = ablation_hooks(index, kept, problem.values)
-    with frozen(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         chosen = task_logit_diffs(model, problem.selection, [*problem.selection_hooks, *hooks])
         calibration = calibrate(chosen)
         logit_diffs = task_logit_diffs(model, problem.report, [*problem.report_hooks, *hooks])
@@ -388,24 +378,3 @@ def measured(
         seconds=time.perf_counter() - problem.started if seconds is None else seconds,
         size_curve=pd.DataFrame(columns=["n_nodes", "loss"]) if curve is None else curve,
     )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for the model's own parameters, restored afterwards.
-
-    Gradients of other things can be taken inside, also where the user has switched them off.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
-    for parameter, _ in required:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, needed in required:
-            parameter.requires_grad_(needed)

@@ -23,12 +23,13 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, frozen, set_up
+from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, set_up
 from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
 from tl_sparse.circuits.search_study import (
     RANGES,
@@ -133,7 +134,7 @@ def search(
 
 def full_loss(problem: PruningRun) -> float:
     """The full model's loss on the selection pairs."""
-    with frozen(problem.model), torch.no_grad():
+    with eval_mode(problem.model), torch.no_grad():
         return float(F.softplus(-task_logit_diffs(problem.model, problem.selection)).mean())
 
 

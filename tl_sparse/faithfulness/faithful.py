@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.ablation.masked_forward import gated_logit_diffs
 from tl_sparse.circuits.circuit import Circuit
@@ -25,7 +26,7 @@ from tl_sparse.circuits.mask_training import TrainingPool, train_masks
 from tl_sparse.circuits.node_masks import NodeMasks
 from tl_sparse.circuits.pruning import chosen, prune
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import PruningRun, frozen, measured, set_up
+from tl_sparse.circuits.pruning_run import PruningRun, build_circuit, set_up
 from tl_sparse.faithfulness.checks.schemes import Attack, attack, stochastic_schemes
 from tl_sparse.tasks import Task
 
@@ -123,7 +124,7 @@ def faithful_prune(
         )
     problem = set_up(model, task, config, means=means, donors=donors, exclude=exclude)
     began = time.perf_counter()
-    with frozen(model):
+    with eval_mode(model):
         objective = SchemesObjective(problem, faithful)
         stages = [rows[0] for rows in train_masks([problem], progress, objective.losses)]
         held = replace(
@@ -139,7 +140,7 @@ def faithful_prune(
             # the scores of a circuit's nodes are not negative
             tau = torch.where(kept, tau.clamp(min=0.0), tau)
             record |= found
-    return measured(
+    return build_circuit(
         problem, kept, tau, n_active=n_active, curve=curve, seconds=time.perf_counter() - began,
         config=asdict(config) | {"faithful": record},
     )  # fmt: skip

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import (
     ActivationMeans,
     FwdHook,
@@ -25,9 +26,10 @@ from tl_sparse.ablation.interventions import (
     activation_means,
     resample_sources,
 )
+from tl_sparse.ablation.logit_diff import frozen_norms_of
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig
-from tl_sparse.circuits.pruning_run import frozen, frozen_norms_of, selection_and_training
+from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
@@ -208,7 +210,7 @@ class Subject:
         ``values`` replace removed nodes, by default the circuit's means; ``hooks`` run before, by
         default those under which the circuit was found.
         """
-        with frozen(self.model):
+        with eval_mode(self.model):
             return masked_logit_diffs(
                 self.model, self.batch, self.index, keep,
                 self.values if values is None else values,

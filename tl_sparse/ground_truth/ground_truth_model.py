@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_sparse.ablation.interventions import ActivationMeans
 from tl_sparse.circuits import Circuit, PruningConfig
-from tl_sparse.circuits.pruning_run import measured, set_up
+from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task
@@ -69,7 +69,7 @@ class GroundTruthModel:
         """
         kept = self.check(self.kept if kept is None else kept)
         problem = set_up(self.model, self.task, config, means=self.means)
-        return measured(problem, kept, 2 * kept.float() - 1, n_active=int(kept.sum()))
+        return build_circuit(problem, kept, 2 * kept.float() - 1, n_active=int(kept.sum()))
 
     def check(self, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
         """The mask on the CPU; ValueError if it is not one entry per node."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_losses
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.checks.schemes import attack, gates_of, stochastic_schemes
 
 
@@ -32,7 +32,7 @@ def slow_loss(subject, batch, gates):
 
 def attack_on(subject, kept, **changes):
     settings = {"steps": 12, "restarts": 2, "generator": torch.Generator().manual_seed(0)}
-    with frozen(subject.model):
+    with eval_mode(subject.model):
         return attack(
             subject.model, subject.discovery.pairs(0, 6), subject.index, kept, subject.unit,
             subject.values, **(settings | changes),

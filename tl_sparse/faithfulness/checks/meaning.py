@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import FwdHook, ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.binarise import (
@@ -25,7 +26,6 @@ from tl_sparse.analyses.binarise import (
     steps,
     train_values,
 )
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.controls import on, tuning
 from tl_sparse.faithfulness.measure import Measure, PartResult, measured_mean
 from tl_sparse.faithfulness.metrics import normalised
@@ -72,7 +72,7 @@ def binarised(subject: Subject) -> Measure:
     config, index = subject.config, subject.index
     places = torch.nonzero(subject.kept).flatten()
     fit = tuning(subject, FIT).batch
-    with frozen(subject.model):
+    with eval_mode(subject.model):
         seen = observed(subject.model, index, places, fit, hooks_on(subject, fit))
         first = first_values(seen)
         low, high, _ = train_values(
@@ -199,7 +199,7 @@ def last_activations(subject: Subject) -> Float[Tensor, "prompt node"]:
         found[name] = x.detach().flatten(2)[rows, batch.last].float().cpu()
 
     readers: list[Any] = [(name, partial(record, name=name)) for name in subject.index.slices]
-    with frozen(subject.model), torch.no_grad():
+    with eval_mode(subject.model), torch.no_grad():
         task_logit_diffs(subject.model, batch, [*hooks_on(subject, batch), *readers])
     return torch.cat([found[name] for name in subject.index.slices], 1)
 
@@ -215,7 +215,7 @@ def swapped_logit_diffs(
     for name, channel, which in by_hook(subject.index, torch.nonzero(subject.kept).flatten()):
         node = torch.nonzero(subject.kept).flatten()[which]
         puts.append((name, Put(batch.last, channel, values[:, node])))
-    with frozen(subject.model), torch.no_grad():
+    with eval_mode(subject.model), torch.no_grad():
         return task_logit_diffs(
             subject.model, batch, [*hooks_on(subject, batch), *puts]
         ).cpu()  # fmt: skip

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ablation_hooks, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.checks.effects import (
     UnitEffects,
     opposite,
@@ -192,7 +192,7 @@ def node_values(subject: Subject, hooks: Sequence[Any]) -> Float[Tensor, "prompt
     readers: list[Any] = [
         (name, partial(record, name=name, kept=kept)) for name, kept in parts.items() if kept.any()
     ]
-    with frozen(subject.model), torch.no_grad():
+    with eval_mode(subject.model), torch.no_grad():
         task_logit_diffs(subject.model, subject.batch, [*hooks, *readers])
     return torch.cat([found[name] for name, _ in readers], -1)
 
@@ -393,7 +393,7 @@ def swapped_logit_diffs(
     found = []
     for start in range(0, len(subject.batch) // 2, at_once):
         less = replace(subject, batch=subject.batch.pairs(start, start + at_once))
-        with frozen(less.model), torch.no_grad():
+        with eval_mode(less.model), torch.no_grad():
             tokens = less.batch.tokens[:, :longest]
             whole = resample_sources(less.model, tokens, index=less.index)
             found.append(

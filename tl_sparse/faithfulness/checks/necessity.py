@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.necessity import degrees, displacement
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.checks.completeness import completeness_gaps
 from tl_sparse.faithfulness.controls import (
     few,
@@ -116,7 +116,7 @@ def _necessity(subject: Subject, notes: list[str]) -> list[Measure]:
 def _alike(subject: Subject, notes: list[str]) -> dict[str, Float[Tensor, " unit"] | None]:
     """What units of each kind of control have in common with the circuit's."""
     known = tuning(subject, subject.config.pairs).batch
-    with frozen(subject.model):
+    with eval_mode(subject.model):
         moved = displacement(subject.model, subject.index, subject.values, known)
     found: dict[str, Tensor | None] = {"outside": None, "matched": unit_sums(subject, moved)}
     try:

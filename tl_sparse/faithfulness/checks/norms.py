@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import FwdHook, norm_hooks
-from tl_sparse.ablation.logit_diff import trimmed
+from tl_sparse.ablation.logit_diff import frozen_norms_of, trimmed
 from tl_sparse.ablation.masked_forward import check_fired, tiled
 from tl_sparse.circuits.node_masks import gated_ablation_hooks
-from tl_sparse.circuits.pruning_run import frozen, frozen_norms_of
 from tl_sparse.faithfulness.checks.sufficiency import NULL, f_statistic, prompt_shares
 from tl_sparse.faithfulness.controls import few, random_units
 from tl_sparse.faithfulness.measure import PartResult, measured_mean
@@ -57,7 +57,7 @@ def norms(subject: Subject) -> PartResult:
         )  # fmt: skip
 
     try:
-        with frozen(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             held, held_few = (frozen_norms_of(model, s.batch) for s in (subject, small))
     except ValueError as error:
         notes.append(f"frozen_loss, frozen_f: {error}")
@@ -123,7 +123,7 @@ def norm_drift(
         return dict(seen)
 
     values = subject.values.to(device)[None]
-    with frozen(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         whole = scales(batch.tokens, [])
         found: dict[str, list[Tensor]] = {name: [] for name in whole}
         for part in keep.to(device).split(max(1, ROWS // len(batch))):

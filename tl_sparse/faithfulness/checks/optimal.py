@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
 from tl_sparse.ablation.masked_forward import check_fired, tiled
 from tl_sparse.analyses.necessity import displacement
 from tl_sparse.circuits.node_masks import gated_ablation_hooks
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.controls import on, tuning
 from tl_sparse.faithfulness.subject import Subject
 from tl_sparse.model.transformer import SparseTransformer
@@ -35,7 +35,7 @@ def optimal_values(subject: Subject, keep: Bool[Tensor, "mask node"]) -> Float[T
     device = next(model.parameters()).device
     judge = tuning(subject, config.few_pairs)
     own = subject.values.expand(len(keep), -1)
-    with frozen(model):
+    with eval_mode(model):
         scale = _site_scales(subject, judge.batch).to(device)
         keep, start = keep.to(device), own.to(device)
         shift = torch.zeros(keep.shape, device=device, requires_grad=True)

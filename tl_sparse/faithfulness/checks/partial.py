@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
+from tl_sparse.ablation.logit_diff import frozen_norms_of
 from tl_sparse.ablation.masked_forward import gated_logit_diffs
-from tl_sparse.circuits.pruning_run import frozen, frozen_norms_of
 from tl_sparse.faithfulness.checks.schemes import Attack, attack, gates_of, stochastic_schemes
 from tl_sparse.faithfulness.controls import random_units
 from tl_sparse.faithfulness.measure import Measure, PartResult, Statistic, measured_mean
@@ -116,7 +117,7 @@ def partial(subject: Subject) -> PartResult:
 def attacked(subject: Subject, kept: Bool[Tensor, "circuit unit"], restarts: int) -> Attack:
     """The worst schemes for some circuits, found on the first discovery pairs."""
     config, batch = subject.config, subject.discovery.pairs(0, subject.config.attack_pairs)
-    with frozen(subject.model):
+    with eval_mode(subject.model):
         hooks = frozen_norms_of(subject.model, batch) if subject.norms else ()
         return attack(
             subject.model, batch, subject.index, kept, subject.unit, subject.values,
@@ -127,7 +128,7 @@ def attacked(subject: Subject, kept: Bool[Tensor, "circuit unit"], restarts: int
 
 def gated(subject: Subject, gates: Float[Tensor, "scheme node"]) -> Float[Tensor, "scheme prompt"]:
     """Margins of the test prompts under gates from 0 to 1, on the CPU."""
-    with frozen(subject.model), torch.no_grad():
+    with eval_mode(subject.model), torch.no_grad():
         return gated_logit_diffs(
             subject.model, subject.batch, subject.index, gates, subject.values,
             hooks=subject.norms,

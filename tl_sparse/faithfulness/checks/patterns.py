@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import FwdHook, ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.subject import Subject
 
 PARTS = ("q", "k", "v", "z")
@@ -80,7 +80,7 @@ def patterns(
 
         return _PATTERN.format(layer), record
 
-    with frozen(subject.model), torch.no_grad():
+    with eval_mode(subject.model), torch.no_grad():
         task_logit_diffs(subject.model, subject.batch, [*hooks, *map(reader, layers)])
     return found
 

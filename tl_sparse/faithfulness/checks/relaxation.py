@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.necessity import nearest_values
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edge_weights import gated_logit_diffs, locate, packed_if_possible
 from tl_sparse.circuits.edges import input_major
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.controls import few, per_unit_logit_diffs, random_units
 from tl_sparse.faithfulness.measure import Measure, PartResult, measured_mean
 from tl_sparse.faithfulness.metrics import normalised
@@ -169,7 +169,7 @@ def _edge_ablation(subject: Subject, small: Subject) -> tuple[list[Measure], tup
         weights = locate(model, subject.index, table, torch.zeros(subject.index.n_nodes))
     except ValueError as error:
         return [], (f"edge_ablated_loss: {error}",)
-    with frozen(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         gates = (~sets).float()
         logit_diffs = gated_logit_diffs(
             model, packed_if_possible(model, subject.batch), (), weights, gates[0]

@@ -81,7 +81,7 @@ def attack(
     random starts side by side. Candidates are all schemes on the way, the roundings of the last and
     of the worst ones, and the schemes 0 and 1: what is found is never milder than the circuit's own
     ablation or the full model on these prompts, and never milder than its rounded variant. To be
-    run inside :func:`~tl_sparse.circuits.pruning_run.frozen`.
+    run inside :func:`~tl_sparse.ablation.eval_mode.eval_mode`.
 
     Args:
         model: The model.

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import ActivationMeans, resample_sources
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune_many
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.subject import HookCircuit, Subject, pruning_config_of
 from tl_sparse.tasks import Task
 
@@ -75,7 +75,7 @@ def search_target(subject: Subject) -> float:
         target = None if math.isnan(own) else own
     if target is None:
         batch = subject.discovery.pairs(0, DISCOVERY)
-        with frozen(subject.model):
+        with eval_mode(subject.model):
             logit_diffs = masked_logit_diffs(
                 subject.model, batch, subject.index, subject.kept[None], subject.values
             )
@@ -117,7 +117,7 @@ def search(
     if posed and posed[0][1].ablation == "resample":
         if subject.tokens is None:
             raise ValueError("the circuit resamples removed nodes: give tokens= to do so")
-        with frozen(model):
+        with eval_mode(model):
             donors = resample_sources(model, subject.tokens[:DONORS], index=subject.index)
     groups = subject.unit if isinstance(subject.circuit, HookCircuit) else None
     return prune_many(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.interventions import (
     Replacement,
     ResampleSources,
@@ -24,7 +25,6 @@ from tl_sparse.ablation.interventions import (
 )
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.calibration import Calibration, calibrate, calibrated
-from tl_sparse.circuits.pruning_run import frozen
 from tl_sparse.faithfulness.checks.optimal import optimal_values
 from tl_sparse.faithfulness.checks.ranking import ranking_measures
 from tl_sparse.faithfulness.controls import few, on, random_units, tuning
@@ -99,7 +99,7 @@ def ablations(subject: Subject, notes: list[str]) -> dict[str, Values]:
     model, index = subject.model, subject.index
     own, text = subject.values, subject.tokens
     known = subject.discovery.pairs(0, MEAN_PAIRS)
-    with frozen(model):
+    with eval_mode(model):
         task = activation_means(model, known.tokens, last=known.last, index=index).values.cpu()
     found: dict[str, Values] = {
         "own": lambda batch: own,
@@ -109,7 +109,7 @@ def ablations(subject: Subject, notes: list[str]) -> dict[str, Values]:
     if text is None:
         notes.append("mean, positional_mean, resample: no text of the pretraining distribution")
         return found
-    with frozen(model):
+    with eval_mode(model):
         mean = activation_means(model, text, index=index).values.cpu()
     found["mean"] = lambda batch: mean
     longest = int(max(subject.batch.last.max(), subject.discovery.last.max())) + 1
@@ -119,7 +119,7 @@ def ablations(subject: Subject, notes: list[str]) -> dict[str, Values]:
             f"longest prompt, of {longest}"
         )
         return found
-    with frozen(model):
+    with eval_mode(model):
         by_position = positional_means(model, text[:, :longest], index)
     seed = subject.config.seed
 
@@ -128,7 +128,7 @@ def ablations(subject: Subject, notes: list[str]) -> dict[str, Values]:
 
     def resampled(batch: TaskBatch) -> ResampleSources:
         drawn = text[donors_of(batch.prompts, len(text), seed)]
-        with frozen(model):
+        with eval_mode(model):
             return resample_sources(model, drawn[:, : int(batch.last.max()) + 1], index=index)
 
     return found | {"positional_mean": averaged, "resample": resampled}
