@@ -48,7 +48,7 @@ def text_tokens(model: Any, rows: int = 256, width: int = 64) -> Tensor:
 
 def first(batch: TaskBatch, n: int) -> TaskBatch:
     """The batch's first n prompts."""
-    tensors = ("tokens", "last", "answer", "other", "prompts", "answers")
+    tensors = ("tokens", "last", "correct_token", "incorrect_token", "prompts", "answers")
     return replace(batch, **{name: getattr(batch, name)[:n] for name in tensors})
 
 

@@ -98,7 +98,9 @@ class Reference:
         logits = self.model.run_with_hooks(batch.tokens, return_type="logits", fwd_hooks=hooks)
         rows = torch.arange(len(batch))
         last = logits[rows, batch.last]
-        return F.softplus(last[rows, batch.other] - last[rows, batch.answer]).mean()
+        return F.softplus(
+            last[rows, batch.incorrect_token] - last[rows, batch.correct_token]
+        ).mean()
 
     def step(self) -> None:
         """One step of mask training."""

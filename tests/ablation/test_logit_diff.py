@@ -16,8 +16,8 @@ def batch_of(pairs, answers=(3, 4)):
     return TaskBatch(
         tokens=torch.stack([F.pad(torch.tensor(ids), (0, longest - len(ids))) for ids in rows]),
         last=torch.tensor([len(ids) - 1 for ids in rows]),
-        answer=answer,
-        other=answer.view(-1, 2).flip(1).flatten(),
+        correct_token=answer,
+        incorrect_token=answer.view(-1, 2).flip(1).flatten(),
         prompts=tuple(" ".join(map(str, ids)) for ids in rows),
         answers=tuple(map(str, answer.tolist())),
     )

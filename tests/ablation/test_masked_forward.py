@@ -151,7 +151,7 @@ def test_joined_batches_are_padded_to_one_length(marks, small_model):
     short = min(batches, key=lambda b: b.tokens.shape[1])
     long = max(batches, key=lambda b: b.tokens.shape[1])
     assert short.tokens.shape[1] < long.tokens.shape[1]
-    swapped = replace(long, answer=long.other, other=long.answer)
+    swapped = replace(long, correct_token=long.incorrect_token, incorrect_token=long.correct_token)
     model = small_model("together")
     together = task_logit_diffs(model, joined([short, swapped, long]))
     parts = [task_logit_diffs(model, b) for b in (short, swapped, long)]

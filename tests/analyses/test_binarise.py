@@ -106,7 +106,7 @@ def test_under_the_hooks_every_node_takes_its_two_values_only(chain):
         assert set(values.tolist()) <= {float(low), float(high)}
     rows = torch.arange(len(batch))
     at_last = logits[rows, batch.last]
-    logit_diffs = at_last[rows, batch.answer] - at_last[rows, batch.other]
+    logit_diffs = at_last[rows, batch.correct_token] - at_last[rows, batch.incorrect_token]
     torch.testing.assert_close(
         found.losses, F.softplus(-logit_diffs).detach(), atol=1e-5, rtol=1e-4
     )

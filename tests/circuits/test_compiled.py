@@ -178,7 +178,9 @@ def test_a_known_circuit_is_six_nodes(planted, marks, random_tokens):
     assert set(names) == chain
     assert compiled.n_weights == circuit.n_edges == 4
     assert compiled.tracked == (0, 1, 2)
-    assert compiled.token_ids.tolist() == sorted({*batch.answer.tolist(), *batch.other.tolist()})
+    assert compiled.token_ids.tolist() == sorted(
+        {*batch.correct_token.tolist(), *batch.incorrect_token.tolist()}
+    )
     expected = task_logit_diffs(model, batch, circuit.hooks())
     torch.testing.assert_close(compiled.logit_diffs(batch), expected, rtol=0, atol=1e-4)
     assert "6 nodes, 4 weights, 3 stream channels, 2 logits" in repr(compiled)

@@ -31,8 +31,8 @@ def batch() -> TaskBatch:
     return TaskBatch(
         tokens=torch.tensor([row + [2] * (longest - len(row)) for row in PROMPTS]),
         last=torch.tensor([len(row) - 1 for row in PROMPTS]),
-        answer=torch.tensor([3, 4] * 5),
-        other=torch.tensor([4, 3] * 5),
+        correct_token=torch.tensor([3, 4] * 5),
+        incorrect_token=torch.tensor([4, 3] * 5),
         prompts=tuple(map(str, PROMPTS)),
         answers=("w3", "w4") * 5,
     )

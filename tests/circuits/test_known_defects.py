@@ -193,7 +193,7 @@ def test_4_calibration_is_of_the_two_answers_and_blind_to_all_other_tokens(posed
     first = build_circuit(problem, keep, tau, n_active=6)
     assert first.calibration.scale != 1
     third = 20
-    assert third not in problem.selection.answer
+    assert third not in problem.selection.correct_token
     with torch.no_grad():
         problem.model.unembed.b_U[third] += 50.0  # with it, the cross-entropy over all tokens is 50
     again = build_circuit(problem, keep, tau, n_active=6)
@@ -201,7 +201,7 @@ def test_4_calibration_is_of_the_two_answers_and_blind_to_all_other_tokens(posed
     assert torch.equal(again.losses_calibrated, first.losses_calibrated)
     logits = problem.model(problem.report.tokens, return_type="logits")
     rows = range(len(problem.report))
-    all_tokens = F.cross_entropy(logits[rows, problem.report.last], problem.report.answer)
+    all_tokens = F.cross_entropy(logits[rows, problem.report.last], problem.report.correct_token)
     assert all_tokens > 30
     assert again.loss < 0.15
 
@@ -212,7 +212,7 @@ def test_4_the_shift_undoes_a_lean_that_the_circuit_has(posed):
     straight = build_circuit(problem, keep, tau, n_active=6)
     lean = float(task_logit_diffs(problem.model, problem.selection).detach().mean())
     with torch.no_grad():
-        problem.model.unembed.b_U[problem.selection.answer[0]] += 2 * lean
+        problem.model.unembed.b_U[problem.selection.correct_token[0]] += 2 * lean
     leaning = build_circuit(problem, keep, tau, n_active=6)
     assert leaning.accuracy == pytest.approx(0.5)
     assert leaning.loss > math.log(2)
@@ -237,7 +237,7 @@ def test_6_a_loss_does_not_depend_on_how_many_prompts_or_tokens_there_are(posed)
     twice = replace(
         batch,
         tokens=F.pad(batch.tokens, (0, 3)).repeat(2, 1),
-        **{n: getattr(batch, n).repeat(2) for n in ("last", "answer", "other")},
+        **{n: getattr(batch, n).repeat(2) for n in ("last", "correct_token", "incorrect_token")},
         prompts=batch.prompts * 2,
         answers=batch.answers * 2,
     )

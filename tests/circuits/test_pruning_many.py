@@ -174,7 +174,12 @@ def test_tasks_with_the_same_prompts_and_other_answers_keep_theirs(planted, mark
     model, _ = planted()
     first = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
     train = first.train
-    swapped = replace(train, answer=train.other, other=train.answer, answers=train.answers[::-1])
+    swapped = replace(
+        train,
+        correct_token=train.incorrect_token,
+        incorrect_token=train.correct_token,
+        answers=train.answers[::-1],
+    )
     both = [first, replace(first, train=swapped)]
     pool = TrainingPool(both)
     masks = NodeMasks(

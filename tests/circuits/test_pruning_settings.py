@@ -194,7 +194,7 @@ def test_norms_are_held_at_the_whole_models(planted, marks, random_tokens):
     with torch.no_grad():
         logits = model.run_with_hooks(batch.tokens, return_type="logits", fwd_hooks=hooks)
     logits = logits[rows, batch.last]
-    logit_diffs = logits[rows, batch.answer] - logits[rows, batch.other]
+    logit_diffs = logits[rows, batch.correct_token] - logits[rows, batch.incorrect_token]
     torch.testing.assert_close(circuit.losses, F.softplus(-logit_diffs), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"freeze_norm=True.*use hooks_for\(model, tokens\)"):
         circuit.hooks()

@@ -21,7 +21,7 @@ def slow_logit_diffs(model, batch, index, keep, value_of):
         with torch.no_grad():
             logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
         last = logits[0, -1]
-        found.append(float(last[batch.answer[i]] - last[batch.other[i]]))
+        found.append(float(last[batch.correct_token[i]] - last[batch.incorrect_token[i]]))
     return found
 
 

@@ -50,7 +50,7 @@ def test_margins_are_those_of_plain_runs_one_prompt_at_a_time(whole):
         tokens = batch.tokens[row : row + 1, :length]
         for fwd_hooks, found in ((hooks, whole.circuit_logit_diffs), ([], whole.model_logit_diffs)):
             logits = model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)[0, -1]
-            logit_diff = logits[batch.answer[row]] - logits[batch.other[row]]
+            logit_diff = logits[batch.correct_token[row]] - logits[batch.incorrect_token[row]]
             assert float(logit_diff) == pytest.approx(float(found[row]), abs=1e-4)
 
 

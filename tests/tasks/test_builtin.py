@@ -123,9 +123,9 @@ def test_the_answer_is_the_next_token_of_the_text(tokenizer, name):
         drawn = batch(tokenizer, name, split, 30)
         for i, (prompt, answer) in enumerate(zip(drawn.prompts, drawn.answers, strict=True)):
             ids = tokenizer.encode(prompt + answer + ENDINGS[name][i % 2])
-            assert ids[len(tokenizer.encode(prompt))] == drawn.answer[i]
-            assert tokenizer.decode([drawn.answer[i]]) == answer
-            assert drawn.other[i] == drawn.answer[i ^ 1] != drawn.answer[i]
+            assert ids[len(tokenizer.encode(prompt))] == drawn.correct_token[i]
+            assert tokenizer.decode([drawn.correct_token[i]]) == answer
+            assert drawn.incorrect_token[i] == drawn.correct_token[i ^ 1] != drawn.correct_token[i]
 
 
 @pytest.mark.parametrize("name", NAMES)

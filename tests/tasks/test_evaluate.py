@@ -17,7 +17,7 @@ class Oracle(nn.Module):
         self.logit_diff = nn.Parameter(torch.tensor(logit_diff))
         self.known = {
             tuple(row[: int(last) + 1].tolist()): int(answer)
-            for row, last, answer in zip(batch.tokens, batch.last, batch.answer, strict=True)
+            for row, last, answer in zip(batch.tokens, batch.last, batch.correct_token, strict=True)
         }
         self.calls = []
 
@@ -44,7 +44,7 @@ def test_losses_are_the_two_way_cross_entropy(bound, tokenizer):
     logits = torch.randn(8, len(tokenizer))
     losses = task_losses(logits, batch)
     for i in range(8):
-        two = logits[i, [int(batch.answer[i]), int(batch.other[i])]]
+        two = logits[i, [int(batch.correct_token[i]), int(batch.incorrect_token[i])]]
         assert losses[i].item() == pytest.approx(-two.log_softmax(0)[0].item(), abs=1e-6)
     assert task_accuracy(logits, batch).tolist() == (losses < math.log(2)).tolist()
 
@@ -61,8 +61,8 @@ def test_losses_can_be_differentiated(bound, tokenizer):
     logits = torch.zeros(4, len(tokenizer), requires_grad=True)
     task_losses(logits, batch).sum().backward()
     assert logits.grad is not None
-    assert logits.grad[0, batch.answer[0]].item() == pytest.approx(-0.5)
-    assert logits.grad[0, batch.other[0]].item() == pytest.approx(0.5)
+    assert logits.grad[0, batch.correct_token[0]].item() == pytest.approx(-0.5)
+    assert logits.grad[0, batch.incorrect_token[0]].item() == pytest.approx(0.5)
 
 
 def test_select_last_takes_the_last_real_position(bound):

@@ -35,8 +35,8 @@ def test_a_line_becomes_a_pair_of_its_split(path, tokenizer):
     assert pairs(train) == {("x = [[1]", "x = [1]"), ("x = [[3]", "x = [3]")}
     assert train.answers == ("]", "\n", "]", "\n")
     one, other = tokenizer.encode("]\n")
-    assert train.answer.tolist() == [one, other] * 2
-    assert train.other.tolist() == [other, one] * 2
+    assert train.correct_token.tolist() == [one, other] * 2
+    assert train.incorrect_token.tolist() == [other, one] * 2
     assert task.batch(1, split="held_out", seed=0).prompts == ("x = [[2]", "x = [2]")
 
 
@@ -182,8 +182,11 @@ def test_a_task_survives_the_file(path, tokenizer, name):
     again = from_jsonl(path, tokenizer)
     for split in SPLITS:
         one, other = task.batch(12, split=split, seed=3), again.batch(12, split=split, seed=0)
-        found = set(zip(one.prompts, one.answers, one.answer.tolist(), strict=True))
-        assert set(zip(other.prompts, other.answers, other.answer.tolist(), strict=True)) == found
+        found = set(zip(one.prompts, one.answers, one.correct_token.tolist(), strict=True))
+        assert (
+            set(zip(other.prompts, other.answers, other.correct_token.tolist(), strict=True))
+            == found
+        )
         assert pairs(one) == pairs(other)
 
 

@@ -32,17 +32,17 @@ def test_batches_keep_the_contract(tokenizer, name, split):
     batch = bound.batch(16, split=split, seed=0)
     assert len(batch) == 32 == len(batch.prompts) == len(batch.tokens)
     assert batch.tokens.shape[1] <= 64
-    assert batch.tokens.dtype == batch.answer.dtype == torch.int64
+    assert batch.tokens.dtype == batch.correct_token.dtype == torch.int64
     assert (batch.tokens[:, 0] == tokenizer.bos_token_id).all()
     for i, prompt in enumerate(batch.prompts):
         last = int(batch.last[i])
         assert batch.tokens[i, 1 : last + 1].tolist() == tokenizer.encode(prompt)
         assert (batch.tokens[i, last + 1 :] == tokenizer.pad_token_id).all()
-        assert tokenizer.encode(batch.answers[i]) == [int(batch.answer[i])]
-        assert int(batch.other[i]) == int(batch.answer[i ^ 1])
+        assert tokenizer.encode(batch.answers[i]) == [int(batch.correct_token[i])]
+        assert int(batch.incorrect_token[i]) == int(batch.correct_token[i ^ 1])
         if bound.answers is not None:
             assert batch.answers[i] == bound.answers[i % 2]
-            assert int(batch.answer[i]) == bound.answer_ids[i % 2]
+            assert int(batch.correct_token[i]) == bound.answer_ids[i % 2]
     assert batch.last.max() == batch.tokens.shape[1] - 1
 
 
@@ -96,7 +96,7 @@ def test_pairs_may_have_their_own_answers_and_those_split_are_left_out(tokenizer
     batch = bound.batch(20, split="train", seed=0)
     assert set(batch.answers) == {":", "?", "!"}
     assert all(p[1] == a for p, a in zip(batch.prompts, batch.answers, strict=True))
-    assert batch.answer.tolist() == [tokenizer.encode(a)[0] for a in batch.answers]
+    assert batch.correct_token.tolist() == [tokenizer.encode(a)[0] for a in batch.answers]
 
 
 def test_a_task_all_of_whose_own_answers_are_split_is_refused(tokenizer):
@@ -136,9 +136,9 @@ def test_pairs_slices_by_pair_and_keeps_the_padding(tokenizer):
     assert part.prompts == batch.prompts[4:10]
     assert torch.equal(part.tokens, batch.tokens[4:10])
     assert torch.equal(part.last, batch.last[4:10])
-    assert torch.equal(part.answer, batch.answer[4:10])
+    assert torch.equal(part.correct_token, batch.correct_token[4:10])
     assert part.answers == batch.answers[4:10]
-    assert torch.equal(part.other, batch.other[4:10])
+    assert torch.equal(part.incorrect_token, batch.incorrect_token[4:10])
     assert len(batch.pairs(6, 100)) == 4
 
 
@@ -147,12 +147,12 @@ def test_select_takes_pairs_in_any_order(tokenizer):
     part = batch.select([5, 1])
     assert part.prompts == batch.prompts[10:12] + batch.prompts[2:4]
     assert torch.equal(part.tokens, batch.tokens[[10, 11, 2, 3]])
-    assert torch.equal(part.answer, batch.answer[[10, 11, 2, 3]])
+    assert torch.equal(part.correct_token, batch.correct_token[[10, 11, 2, 3]])
 
 
 def test_to_moves_every_tensor(tokenizer):
     batch = tasks.get("bracket_counting", tokenizer).batch(2, split="train", seed=0).to("meta")
-    for tensor in (batch.tokens, batch.last, batch.answer, batch.other):
+    for tensor in (batch.tokens, batch.last, batch.correct_token, batch.incorrect_token):
         assert tensor.device.type == "meta"
 
 

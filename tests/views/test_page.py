@@ -47,7 +47,13 @@ class Page(HTMLParser):
 
 
 def example(tokens=("print", '("'), activations=None, **values):
-    facts = {"answer": '")', "other": "')", "p_model": 0.97, "p_circuit": 0.9, **values}
+    facts = {
+        "correct_token": '")',
+        "incorrect_token": "')",
+        "p_model": 0.97,
+        "p_circuit": 0.9,
+        **values,
+    }
     return PageExample(tokens=tokens, activations=activations, **facts)
 
 
@@ -98,7 +104,9 @@ def test_page_follows_the_colour_scheme(quote_circuit):
 
 def test_hostile_texts_stay_texts(quote_circuit):
     evil = HOSTILE[1]
-    shown = PageCircuit(quote_circuit, evil, (example(HOSTILE, answer=evil, other="<b>"),))
+    shown = PageCircuit(
+        quote_circuit, evil, (example(HOSTILE, correct_token=evil, incorrect_token="<b>"),)
+    )
     table = pd.DataFrame({evil: [evil]}, index=[evil])
     html = report_page(
         report(shown, title=evil, summary=evil, facts=((evil, evil),), table=table, notes=(evil,))

@@ -19,7 +19,7 @@ from tl_sparse.tasks import TaskBatch, logit_diffs, select_last
 def task_logit_diffs(
     model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook] = ()
 ) -> Float[Tensor, " prompt"]:
-    """logit(answer) - logit(other) at each prompt's last token, under hooks.
+    """logit(correct) - logit(incorrect) at each prompt's last token, under hooks.
 
     The two-way task loss is ``softplus(-logit_diff)``.
     """
@@ -58,9 +58,9 @@ class PackedBatch:
 
     packed: PackedPairs
     """The pairs, a row each."""
-    answer: Int[Tensor, "pair 2"]
+    correct_token: Int[Tensor, "pair 2"]
     """Ids of the right next tokens of A and B."""
-    other: Int[Tensor, "pair 2"]
+    incorrect_token: Int[Tensor, "pair 2"]
     """Ids of the wrong ones."""
     lengths: Int[Tensor, " pair"]
     """Slots of each row in use, on the CPU."""
@@ -71,14 +71,14 @@ class PackedBatch:
         (packed,) = pack(batch, group=len(batch))
         order = packed.pairs.argsort()
         parts = {f.name: getattr(packed, f.name)[order] for f in fields(packed)}
-        answer, other = (x.view(-1, 2) for x in (batch.answer, batch.other))
+        correct, incorrect = (x.view(-1, 2) for x in (batch.correct_token, batch.incorrect_token))
         whole = PackedPairs(**parts)
-        return cls(whole, answer, other, whole.real.sum(1).cpu())
+        return cls(whole, correct, incorrect, whole.real.sum(1).cpu())
 
     def rows(self, chosen: Int[Tensor, " row"]) -> PackedBatch:
         """Some of the pairs, in any order and number; ``chosen`` is on the CPU."""
         width = int(self.lengths[chosen].max())
-        there = chosen.to(self.answer.device)
+        there = chosen.to(self.correct_token.device)
         packed = PackedPairs(
             pairs=self.packed.pairs[there],
             tokens=self.packed.tokens[there, :width],
@@ -87,7 +87,9 @@ class PackedBatch:
             last=self.packed.last[there],
             real=self.packed.real[there, :width],
         )
-        return PackedBatch(packed, self.answer[there], self.other[there], self.lengths[chosen])
+        return PackedBatch(
+            packed, self.correct_token[there], self.incorrect_token[there], self.lengths[chosen]
+        )
 
 
 def packed_logit_diffs(
@@ -109,8 +111,10 @@ def packed_logit_diffs(
         )  # fmt: skip
         resid = resid if cuts[0] in here else packed.at_last(resid)
         logits = model.output_logits(resid, packed.at_last(packed.tokens)).float()
-    right, wrong = (logits.gather(2, ids[..., None]) for ids in (batch.answer, batch.other))
-    return (right - wrong).flatten()
+    correct, incorrect = (
+        logits.gather(2, ids[..., None]) for ids in (batch.correct_token, batch.incorrect_token)
+    )
+    return (correct - incorrect).flatten()
 
 
 def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[FwdHook, ...]:

@@ -31,7 +31,7 @@ def masked_logit_diffs(
     hooks: Sequence[FwdHook] = (),
     max_rows: int = ROWS,
 ) -> Float[Tensor, "mask prompt"]:
-    """logit(answer) - logit(other) of every prompt under each of many node masks.
+    """logit(correct) - logit(incorrect) of every prompt under each of many node masks.
 
     Nodes not kept are set to ``values``, or with :class:`~tl_sparse.ablation.interventions.ResampleSources` to what they
     are on the donor sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
@@ -112,8 +112,8 @@ def tiled(batch: TaskBatch, copies: int) -> TaskBatch:
         batch,
         tokens=batch.tokens.repeat(copies, 1),
         last=batch.last.repeat(copies),
-        answer=batch.answer.repeat(copies),
-        other=batch.other.repeat(copies),
+        correct_token=batch.correct_token.repeat(copies),
+        incorrect_token=batch.incorrect_token.repeat(copies),
         prompts=batch.prompts * copies,
         answers=batch.answers * copies,
     )
@@ -126,8 +126,8 @@ def joined(batches: Sequence[TaskBatch]) -> TaskBatch:
         batches[0],
         tokens=torch.cat([F.pad(b.tokens, (0, longest - b.tokens.shape[1])) for b in batches]),
         last=torch.cat([b.last for b in batches]),
-        answer=torch.cat([b.answer for b in batches]),
-        other=torch.cat([b.other for b in batches]),
+        correct_token=torch.cat([b.correct_token for b in batches]),
+        incorrect_token=torch.cat([b.incorrect_token for b in batches]),
         prompts=tuple(prompt for b in batches for prompt in b.prompts),
         answers=tuple(answer for b in batches for answer in b.answers),
     )

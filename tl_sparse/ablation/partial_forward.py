@@ -35,9 +35,9 @@ class PartialForward:
 
     model: SparseTransformer
     packed: PackedPairs
-    answer: Int[Tensor, "pair 2"]
+    correct_token: Int[Tensor, "pair 2"]
     """Ids of the right next tokens of A and B."""
-    other: Int[Tensor, "pair 2"]
+    incorrect_token: Int[Tensor, "pair 2"]
     """Ids of the wrong ones."""
     hooks: tuple[FwdHook, ...] = ()
     """What holds in every run, such as a circuit's ablation; of any number of positions."""
@@ -51,8 +51,10 @@ class PartialForward:
         cls, model: SparseTransformer, batch: TaskBatch, packed: PackedPairs, *, freeze_norm: bool
     ) -> PartialForward:
         """Pairs of a batch, without hooks; norms held at the full model's scales if asked for."""
-        answer, other = (x[packed.prompts].view(-1, 2) for x in (batch.answer, batch.other))
-        run = cls(model, packed, answer, other)
+        correct, incorrect = (
+            x[packed.prompts].view(-1, 2) for x in (batch.correct_token, batch.incorrect_token)
+        )
+        run = cls(model, packed, correct, incorrect)
         if not freeze_norm:
             return run
         # norms of positions keep their scales anyway
@@ -102,16 +104,17 @@ class PartialForward:
         return 2 * len(self.packed.pairs) if late else self.packed.tokens.numel()
 
     def logit_diffs(self, resid: Float[Tensor, "row 2 channel"]) -> Float[Tensor, "copy prompt"]:
-        """logit(answer) - logit(other) from the last block's output at the last tokens."""
-        copies = len(resid) // len(self.answer)
+        """logit(correct) - logit(incorrect) from the last block's output at the last tokens."""
+        copies = len(resid) // len(self.correct_token)
         tokens = self.packed.at_last(self.packed.tokens).repeat(copies, 1)
         # the final norm's scale was recorded at the last tokens
         with self.model.hooks(fwd_hooks=self._norms("ln_final.")):
             logits = self.model.output_logits(resid, tokens).float()
-        right, wrong = (
-            logits.gather(2, ids.repeat(copies, 1)[..., None]) for ids in (self.answer, self.other)
+        correct, incorrect = (
+            logits.gather(2, ids.repeat(copies, 1)[..., None])
+            for ids in (self.correct_token, self.incorrect_token)
         )
-        return (right - wrong).view(copies, -1)
+        return (correct - incorrect).view(copies, -1)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class PartialForward:
     ) -> Tensor:
         """The last block's output at the last tokens, from the stream before block ``first``."""
         last = self.model.config.n_layers - 1
-        mask = self.packed.mask.repeat(len(resid) // len(self.answer), 1, 1)
+        mask = self.packed.mask.repeat(len(resid) // len(self.correct_token), 1, 1)
         for layer in range(first, last + 1):
             name = f"blocks.{layer}."
             middle, place = f"{name}hook_resid_mid", f"{name}{PLACE}"
@@ -148,7 +151,7 @@ class PartialForward:
     def _rest_of_block(self, resid: Tensor, layer: int, at: str, change: FwdHook) -> Tensor:
         """A block's output from the stream at one of its hooks: what comes before runs on a single
         position, whose outcome ``resid`` replaces."""
-        name, copies = f"blocks.{layer}.", len(resid) // len(self.answer)
+        name, copies = f"blocks.{layer}.", len(resid) // len(self.correct_token)
         cut = layer == self.model.config.n_layers - 1
         hooks: list[FwdHook] = [(at, _put(resid))]
         if at.endswith("hook_resid_mid"):

@@ -132,18 +132,18 @@ class CompiledCircuit(HookedRootModule):
         return logits if self.W_B is None else logits + self.W_B[where.tokens]
 
     def logit_diffs(self, batch: TaskBatch) -> Float[Tensor, " prompt"]:
-        """logit(answer) - logit(other) at each prompt's last token.
+        """logit(correct) - logit(incorrect) at each prompt's last token.
 
         Raises:
             ValueError: an answer is not among ``token_ids``.
         """
         batch = trimmed(batch.to(self.token_ids.device))
         logits = self(batch.tokens, batch.last)
-        answer, other = (
+        correct, incorrect = (
             logits.gather(1, self.columns(ids)[:, None])[:, 0]
-            for ids in (batch.answer, batch.other)
+            for ids in (batch.correct_token, batch.incorrect_token)
         )
-        return answer - other
+        return correct - incorrect
 
     def columns(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Which column of the logits each token has; ValueError for one that has none."""
@@ -241,7 +241,7 @@ def compile_circuit(
             f"residual_act={model.config.residual_act!r}, resid_post_attn="
             f"{density.resid_post_attn}, resid_post_mlp={density.resid_post_mlp}"
         )
-    ids = torch.cat([batch.answer, batch.other]).unique().cpu()
+    ids = torch.cat([batch.correct_token, batch.incorrect_token]).unique().cpu()
     if token_ids is not None:
         ids = torch.tensor(list(token_ids), dtype=torch.int64)
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.config.n_logits:

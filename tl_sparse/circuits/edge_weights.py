@@ -99,7 +99,7 @@ def gated_logit_diffs(
     edges: EdgeWeights,
     gates: Float[Tensor, " edge"],
 ) -> Float[Tensor, " prompt"]:
-    """logit(answer) - logit(other) of every prompt with edges gated, on the model's own forward
+    """logit(correct) - logit(incorrect) of every prompt with edges gated, on the model's own forward
     pass; differentiable in the gates."""
     changed = {f"model.{name}": x for name, x in edges.gated(model, gates).items()}
     return functional_call(_Margins(model), changed, (prompts, hooks))

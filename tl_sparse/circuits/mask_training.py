@@ -194,8 +194,8 @@ class TrainingPool:
             **texts,
             tokens=self.batch.tokens[rows, :width],
             last=self.batch.last[rows],
-            answer=self.batch.answer[rows],
-            other=self.batch.other[rows],
+            correct_token=self.batch.correct_token[rows],
+            incorrect_token=self.batch.incorrect_token[rows],
         )
         norms: list[FwdHook] = [
             (name, Freeze(hook.value[rows, :width]))

@@ -1,6 +1,6 @@
 """The field's metrics as pure functions, one definition each, with formula and source.
 
-Notation: m is the mean of logit(answer) - logit(other) over prompts, L the mean two-way loss; M is
+Notation: m is the mean of logit(correct) - logit(incorrect) over prompts, L the mean two-way loss; M is
 the full model, C the circuit, ∅ the model with every node removed, M∖C the model without the
 circuit. Nothing is clamped: a share above one or below zero says something.
 """

@@ -205,7 +205,7 @@ class Subject:
         values: Replacement | None = None,
         hooks: Sequence[FwdHook] | None = None,
     ) -> Float[Tensor, "mask prompt"]:
-        """logit(answer) - logit(other) of the test prompts under node masks, on the CPU.
+        """logit(correct) - logit(incorrect) of the test prompts under node masks, on the CPU.
 
         ``values`` replace removed nodes, by default the circuit's means; ``hooks`` run before, by
         default those under which the circuit was found.

@@ -42,7 +42,7 @@ def component_edges(planted: GroundTruthModel) -> pd.DataFrame:
     for name, weight in ends.items():
         sent[-1.0, name] = own & written(weight)
     batch = planted.task.batch(64, split="train", seed=0)
-    answers = torch.cat([batch.answer, batch.other]).unique()
+    answers = torch.cat([batch.correct_token, batch.incorrect_token]).unique()
     received[2.0 * n_layers, "logits"] = own & written(model.unembed.W_U[:, answers].T)
     rows = [
         (sender, receiver)

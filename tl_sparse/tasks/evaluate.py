@@ -29,11 +29,11 @@ class TaskResult:
     losses: Float[Tensor, " prompt"]
     """Two-way cross-entropy of each prompt in nats; chance is ln 2."""
     correct: Bool[Tensor, " prompt"]
-    """Whether the right answer got the higher logit."""
+    """Whether the correct token got the higher logit."""
     prompts: tuple[str, ...]
     """The prompts; rows 2i and 2i+1 are a pair."""
     answers: tuple[str, ...]
-    """The right answer to each."""
+    """The correct token of each, as text."""
 
     @property
     def loss(self) -> float:
@@ -42,7 +42,7 @@ class TaskResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of prompts whose right answer got the higher logit."""
+        """Share of prompts whose correct token got the higher logit."""
         return self.correct.float().mean().item()
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def task_losses(
 def task_accuracy(
     logits_at_last: Float[Tensor, "prompt d_vocab"], batch: TaskBatch
 ) -> Bool[Tensor, " prompt"]:
-    """Whether each prompt's right answer has the higher logit; a tie is wrong."""
+    """Whether each prompt's correct token has the higher logit; a tie is wrong."""
     return logit_diffs(logits_at_last, batch) > 0
 
 
@@ -129,7 +129,7 @@ def evaluate_batch(
 def logit_diffs(
     logits_at_last: Float[Tensor, "prompt d_vocab"], batch: TaskBatch
 ) -> Float[Tensor, " prompt"]:
-    """logit(answer) - logit(other) of each prompt; its two-way loss is ``softplus(-logit_diff)``."""
-    right = logits_at_last.gather(1, batch.answer.to(logits_at_last.device)[:, None])
-    wrong = logits_at_last.gather(1, batch.other.to(logits_at_last.device)[:, None])
-    return (right - wrong).squeeze(1)
+    """logit(correct) - logit(incorrect) of each prompt; ``softplus(-logit_diff)`` is its loss."""
+    correct = logits_at_last.gather(1, batch.correct_token.to(logits_at_last.device)[:, None])
+    incorrect = logits_at_last.gather(1, batch.incorrect_token.to(logits_at_last.device)[:, None])
+    return (correct - incorrect).squeeze(1)

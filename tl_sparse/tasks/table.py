@@ -15,12 +15,12 @@ from tl_sparse.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class TaskTable:
-    """What a model does on tasks, and which tasks its tokenizer cannot set_up."""
+    """What a model does on tasks, and which tasks its tokenizer cannot express."""
 
     results: Mapping[str, TaskResult]
     """Task → the model's losses on each prompt."""
     refused: Mapping[str, str]
-    """Task → why it cannot be posed to this model."""
+    """Task → why this model cannot be tested on it."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task in alphabetical order: task, accuracy, loss (nats), pairs, refused.
@@ -42,7 +42,7 @@ class TaskTable:
         return pd.DataFrame(rows, columns=["task", "accuracy", "loss", "pairs", "refused"])
 
     def examples(self) -> pd.DataFrame:
-        """One row per prompt of every posed task, as `TaskResult.to_dataframe` gives them."""
+        """One row per prompt of every accepted task, as `TaskResult.to_dataframe` gives them."""
         frames = [result.to_dataframe() for result in self.results.values()]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -65,7 +65,7 @@ def table(
 
     `names` are built-in tasks (by default all) or tasks of your own, bound to the model's
     tokenizer. Prompts have at most `model.cfg.n_ctx` tokens. A built-in task that this tokenizer or
-    context length cannot set_up is listed as refused, with the reason. Raises `ValueError` for a
+    context length cannot express is listed as refused, with the reason. Raises `ValueError` for a
     model without a tokenizer, an unknown name, two tasks of one name, a task of another tokenizer
     or of longer prompts, an unknown split and fewer pairs than one.
     """

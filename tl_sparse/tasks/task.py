@@ -54,10 +54,10 @@ class TaskBatch:
     """Ids, the beginning-of-sequence token first, padded on the right."""
     last: Int[Tensor, " prompt"]
     """Index of each prompt's last real token, whose next token is asked for."""
-    answer: Int[Tensor, " prompt"]
+    correct_token: Int[Tensor, " prompt"]
     """Id of the correct next token."""
-    other: Int[Tensor, " prompt"]
-    """Id of the answer that is wrong here and right for the other member of the pair."""
+    incorrect_token: Int[Tensor, " prompt"]
+    """Id of the incorrect next token; usually the correct one of the other member of the pair."""
     prompts: tuple[str, ...]
     """The texts, without the beginning-of-sequence token."""
     answers: tuple[str, ...]
@@ -73,8 +73,8 @@ class TaskBatch:
             self,
             tokens=self.tokens.to(device),
             last=self.last.to(device),
-            answer=self.answer.to(device),
-            other=self.other.to(device),
+            correct_token=self.correct_token.to(device),
+            incorrect_token=self.incorrect_token.to(device),
         )
 
     def pairs(self, start: int, stop: int) -> "TaskBatch":
@@ -88,8 +88,8 @@ class TaskBatch:
             self,
             tokens=self.tokens[rows],
             last=self.last[rows],
-            answer=self.answer[rows],
-            other=self.other[rows],
+            correct_token=self.correct_token[rows],
+            incorrect_token=self.incorrect_token[rows],
             prompts=tuple(self.prompts[row] for row in rows),
             answers=tuple(self.answers[row] for row in rows),
         )
@@ -165,9 +165,9 @@ class Task:
     """Draws one pair of prompts (A, B) for a split, or holds all there are."""
     may_shorten: bool = True
     """Whether a long prompt may lose whole lines at its start."""
-    wrong_ids: tuple[int, int] | None = None
-    """Ids of the wrong next token of member A and of member B; None if each is wrong by the other's
-    answer."""
+    incorrect_ids: tuple[int, int] | None = None
+    """Ids of the incorrect next token of members A and B; None if each is the other's correct
+    one."""
 
     @classmethod
     def bind(
@@ -236,7 +236,7 @@ class Task:
         return self._collate(chosen)
 
     def check_pair(self, pair: Pair) -> None:
-        """Raise `ValueError` unless this tokenizer and length can set_up the pair."""
+        """Raise `ValueError` unless this tokenizer and length can express the pair."""
         for answer in pair.answers:
             single(self.name, answer, self.tokenizer)
         encoded = next(self._encoded([pair]))
@@ -319,7 +319,7 @@ class Task:
                 prompt = str(self.tokenizer.decode(list(ids)))
                 if self._encode([prompt + answer])[0] != [*ids, answer_id]:
                     raise ValueError(
-                        f"this tokenizer cannot set_up task {self.name!r}: "
+                        f"this tokenizer cannot express task {self.name!r}: "
                         f"it joins the answer {answer!r} to the end of {prompt!r}"
                     )
 
@@ -332,15 +332,17 @@ class Task:
         return TaskBatch(
             tokens=torch.tensor(rows),
             last=torch.tensor([len(ids) for ids in members]),
-            answer=torch.tensor([i for pair in pairs for i in pair.answer_ids]),
-            other=torch.tensor([i for p in pairs for i in self.wrong_ids or p.answer_ids[::-1]]),
+            correct_token=torch.tensor([i for pair in pairs for i in pair.answer_ids]),
+            incorrect_token=torch.tensor(
+                [i for p in pairs for i in self.incorrect_ids or p.answer_ids[::-1]]
+            ),
             prompts=tuple(self.tokenizer.batch_decode(members)),
             answers=tuple(answer for pair in pairs for answer in pair.answers),
         )
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-    """Raise `ValueError` if no task can be posed with the tokenizer and this length."""
+    """Raise `ValueError` if no task can be set up with the tokenizer and this length."""
     if tokenizer.bos_token_id is None:
         raise ValueError(f"task {name!r} needs a tokenizer with a beginning-of-text token")
     if max_tokens < 2:

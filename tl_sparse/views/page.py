@@ -197,9 +197,9 @@ def _example(parent: ET.Element, example: PageExample) -> None:
         element(tokens, "span", visible(token), class_="token")
         element(tokens, "br" if "\n" in token else "wbr")
     odds = element(box, "p", class_="odds")
-    element(odds, "code", visible(example.answer))
+    element(odds, "code", visible(example.correct_token))
     odds[-1].tail = " over "
-    element(odds, "code", visible(example.other))
+    element(odds, "code", visible(example.incorrect_token))
     for name, p in (("model", example.p_model), ("circuit", example.p_circuit)):
         share = element(odds, "span", f"{name} ", class_="share")
         bar = element(share, "span", class_="track")

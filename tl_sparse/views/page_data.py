@@ -17,12 +17,12 @@ class PageExample:
 
     tokens: tuple[str, ...]
     """The prompt, one string a token."""
-    answer: str
+    correct_token: str
     """The right continuation."""
-    other: str
+    incorrect_token: str
     """The continuation it competes with."""
     p_model: float
-    """Probability of `answer` against `other` in the full model, in [0, 1]."""
+    """Probability of the correct token against the incorrect one in the full model, in [0, 1]."""
     p_circuit: float
     """The same in the circuit, everything else mean-ablated, in [0, 1]."""
     activations: Mapping[str, Sequence[float] | np.ndarray] | None = None

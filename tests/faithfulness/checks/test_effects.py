@@ -18,7 +18,7 @@ def logit_diff_of(subject, row, hooks):
     with torch.no_grad():
         tokens = batch.tokens[row : row + 1, : int(batch.last[row]) + 1]
         logits = subject.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
-    return float(logits[batch.answer[row]] - logits[batch.other[row]])
+    return float(logits[batch.correct_token[row]] - logits[batch.incorrect_token[row]])
 
 
 def test_effects_are_drops_of_the_margin_of_prompts_run_one_at_a_time(whole):

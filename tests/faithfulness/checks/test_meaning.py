@@ -67,7 +67,7 @@ def test_swapped_values_are_those_of_plain_runs_one_prompt_at_a_time(whole):
         hooks = [ablated(name, extra) for name in index.slices]
         with torch.no_grad():
             logits = whole.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
-        return float(logits[batch.answer[row]] - logits[batch.other[row]])
+        return float(logits[batch.correct_token[row]] - logits[batch.incorrect_token[row]])
 
     seen = {}
     for row in range(len(batch)):
@@ -103,10 +103,10 @@ def test_values_of_the_same_answer_keep_the_margin_and_of_the_other_turn_it(whol
 def test_donors_share_the_answer_and_are_of_other_pairs(whole):
     batch = whole.batch
     for same in (True, False):
-        wanted = batch.answer if same else batch.other
+        wanted = batch.correct_token if same else batch.incorrect_token
         groups = candidates(batch, same)
         for donor in donors(whole, groups, independent=True):
-            assert torch.equal(batch.answer[donor], wanted[:, None].expand_as(donor))
+            assert torch.equal(batch.correct_token[donor], wanted[:, None].expand_as(donor))
             assert not bool((donor // 2 == torch.arange(len(batch))[:, None] // 2).any())
             assert donor.unique(dim=1).shape[1] > 1
         for donor in donors(whole, groups, independent=False):

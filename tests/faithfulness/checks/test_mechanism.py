@@ -165,7 +165,7 @@ def test_swapping_in_the_models_values_is_what_hooks_by_hand_do(uneven):
             writers = [(n, lambda x, hook=None, n=n: put(x, name=n)) for n in names]
             hooks = [*uneven.circuit.hooks(), *writers]
             logits = uneven.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
-        logit_diff = float(logits[batch.answer[row]] - logits[batch.other[row]])
+        logit_diff = float(logits[batch.correct_token[row]] - logits[batch.incorrect_token[row]])
         assert float(found[1, row]) == pytest.approx(logit_diff, abs=1e-4)
 
 

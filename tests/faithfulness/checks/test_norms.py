@@ -22,7 +22,9 @@ def slow(subject):
             whole = {name: cache[name].clone() for name in norm_hooks(model)}
             held = [(name, lambda x, hook=None, v=value: v) for name, value in whole.items()]
             logits = model.run_with_hooks(tokens, fwd_hooks=[*held, *ablation])[0, -1]
-            logit_diffs.append(float(logits[batch.answer[i]] - logits[batch.other[i]]))
+            logit_diffs.append(
+                float(logits[batch.correct_token[i]] - logits[batch.incorrect_token[i]])
+            )
             seen = {}
 
             def read(x, hook=None, *, name, into):

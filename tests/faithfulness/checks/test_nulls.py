@@ -64,8 +64,8 @@ def test_swapped_labels_turn_every_answer_around(request, which):
         else:
             right = (" w3", " w4") if which == "marks" or int(first[1:]) % 2 else (" w7", " w8")
             assert answer == right[0 if "w6" in prompt.split() else 1]
-        assert null.tokenizer.decode([int(batch.answer[i])]).strip() == answer.strip()
-        assert int(batch.other[i]) == int(batch.answer[i ^ 1])
+        assert null.tokenizer.decode([int(batch.correct_token[i])]).strip() == answer.strip()
+        assert int(batch.incorrect_token[i]) == int(batch.correct_token[i ^ 1])
     assert not torch.equal(rows[:, 0], rows[:, 1])
 
 
@@ -74,7 +74,7 @@ def test_swapped_twice_is_the_task_itself(marks):
     again = replace(again, name=marks.name)
     one, other = (t.batch(6, split="held_out", seed=3) for t in (marks, again))
     assert torch.equal(one.tokens, other.tokens)
-    assert torch.equal(one.answer, other.answer)
+    assert torch.equal(one.correct_token, other.correct_token)
 
 
 def test_a_swapped_task_has_the_opposite_logit_diffs(whole, marks):
@@ -83,7 +83,9 @@ def test_a_swapped_task_has_the_opposite_logit_diffs(whole, marks):
     real = marks.batch(8, split="held_out", seed=1)
     logits = whole.model(real.tokens)[torch.arange(16), real.last]
     rows = torch.arange(16)
-    logit_diffs = [logits[rows, b.answer] - logits[rows, b.other] for b in (real, batch)]
+    logit_diffs = [
+        logits[rows, b.correct_token] - logits[rows, b.incorrect_token] for b in (real, batch)
+    ]
     torch.testing.assert_close(logit_diffs[0], -logit_diffs[1])
 
 
@@ -94,20 +96,24 @@ def test_arbitrary_answers_are_two_tokens_that_no_prompt_has(request, which):
     assert null.name == f"{real.name}:arbitrary_map:1"
     for split in ("train", "held_out"):
         batch = null.batch(4, split=split, seed=0)
-        assert len(set(batch.answer.tolist())) == 2
-        assert torch.equal(batch.answer.view(-1, 2), batch.answer[:2].expand(len(batch) // 2, 2))
-        assert torch.equal(batch.other, batch.answer.view(-1, 2).flip(1).flatten())
-        assert not torch.isin(batch.answer, batch.tokens).any()
-        assert not torch.isin(batch.answer, real.batch(4, split=split, seed=0).answer).any()
+        assert len(set(batch.correct_token.tolist())) == 2
+        assert torch.equal(
+            batch.correct_token.view(-1, 2), batch.correct_token[:2].expand(len(batch) // 2, 2)
+        )
+        assert torch.equal(batch.incorrect_token, batch.correct_token.view(-1, 2).flip(1).flatten())
+        assert not torch.isin(batch.correct_token, batch.tokens).any()
+        assert not torch.isin(
+            batch.correct_token, real.batch(4, split=split, seed=0).correct_token
+        ).any()
 
 
 def test_a_constant_answer_is_right_for_both_members(marks, own_answers, stored):
     for real in (marks, own_answers, stored):
         null = constant_answer(real, 2)
         batch = null.batch(4, split="train", seed=0)
-        assert batch.answer.unique().numel() == batch.other.unique().numel() == 1
-        assert int(batch.answer[0]) != int(batch.other[0])
-        assert not torch.isin(batch.answer, batch.tokens).any()
+        assert batch.correct_token.unique().numel() == batch.incorrect_token.unique().numel() == 1
+        assert int(batch.correct_token[0]) != int(batch.incorrect_token[0])
+        assert not torch.isin(batch.correct_token, batch.tokens).any()
         assert null.name == f"{real.name}:constant_answer:2"
 
 
@@ -148,7 +154,7 @@ def test_tokens_of_real_tokenizers_stay_whole_after_every_prompt():
                 [p + a for p, a in zip(batch.prompts, batch.answers, strict=True)],
                 add_special_tokens=False,
             )["input_ids"]
-            assert [ids[-1] for ids in encoded] == batch.answer.tolist()
+            assert [ids[-1] for ids in encoded] == batch.correct_token.tolist()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -99,7 +99,9 @@ def test_changes_are_those_of_plain_runs(bundled):
             for run, fwd_hooks in (("model", []), ("circuit", hooks)):
                 with torch.no_grad():
                     logits = model.run_with_hooks(torch.tensor([ids]), fwd_hooks=fwd_hooks)[0, -1]
-                logit_diff = float(logits[batch.answer[row]] - logits[batch.other[row]])
+                logit_diff = float(
+                    logits[batch.correct_token[row]] - logits[batch.incorrect_token[row]]
+                )
                 assert table[run + column][row] == pytest.approx(logit_diff, abs=1e-3)
     change = {run: table[run] - table[f"{run}_plain"] for run in ("model", "circuit")}
     m = found.measure("prediction_agreement", "distractor")

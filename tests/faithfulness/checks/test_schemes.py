@@ -26,7 +26,9 @@ def slow_loss(subject, batch, gates):
         tokens = batch.tokens[row : row + 1, : int(batch.last[row]) + 1]
         with torch.no_grad():
             logits = subject.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
-        losses.append(F.softplus(logits[batch.other[row]] - logits[batch.answer[row]]))
+        losses.append(
+            F.softplus(logits[batch.incorrect_token[row]] - logits[batch.correct_token[row]])
+        )
     return float(torch.stack(losses).mean())
 
 

@@ -280,7 +280,9 @@ def test_examples_show_what_model_and_circuit_make_of_held_out_prompts(result_of
         length = int(batch.last[i]) + 1
         assert "".join(example.tokens[1:]) == batch.prompts[i]
         assert len(example.tokens) == length
-        assert (example.answer, example.other) == ((" in", ":") if i % 2 == 0 else (":", " in"))
+        assert (example.correct_token, example.incorrect_token) == (
+            (" in", ":") if i % 2 == 0 else (":", " in")
+        )
         assert example.p_model == pytest.approx(float(whole[i]))
         assert example.p_circuit == pytest.approx(float(pruned[i]))
         assert set(example.activations) == {"0.attn_in.0", "0.attn_v.1", "0.attn_out.1"}

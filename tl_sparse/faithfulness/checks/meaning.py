@@ -154,10 +154,10 @@ def candidates(batch: TaskBatch, same: bool) -> list[list[int]]:
     that does not depend on the batch's: by their text.
     """
     texts = batch.prompts
-    wanted = (batch.answer if same else batch.other).tolist()
+    wanted = (batch.correct_token if same else batch.incorrect_token).tolist()
     by_answer: dict[int, list[int]] = {}
     for i in sorted(range(len(batch)), key=texts.__getitem__):
-        by_answer.setdefault(int(batch.answer[i]), []).append(i)
+        by_answer.setdefault(int(batch.correct_token[i]), []).append(i)
     found = []
     for i, answer in enumerate(wanted):
         group = [j for j in by_answer.get(answer, []) if j != i]

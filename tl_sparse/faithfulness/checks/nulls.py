@@ -41,7 +41,7 @@ def label_swap(task: Task) -> Task:
         description=f"{task.description}\n\nNull: the other member's answer is the right one.",
         answers=None if task.answers is None else task.answers[::-1],
         answer_ids=None if task.answer_ids is None else task.answer_ids[::-1],
-        wrong_ids=None if task.wrong_ids is None else task.wrong_ids[::-1],
+        incorrect_ids=None if task.incorrect_ids is None else task.incorrect_ids[::-1],
         make=answered(task.make, lambda pair: pair.answers[::-1]),
     )
 
@@ -62,7 +62,7 @@ def arbitrary_map(task: Task, seed: int = 0) -> Task:
         description=f"{task.description}\n\nNull: the answers are {first!r} and {second!r}.",
         answers=(first, second),
         answer_ids=(first_id, second_id),
-        wrong_ids=None,
+        incorrect_ids=None,
         make=answered(task.make, lambda _: (first, second)),
     )
 
@@ -73,14 +73,14 @@ def constant_answer(task: Task, seed: int = 0) -> Task:
     Raises:
         ValueError: no two tokens of the vocabulary fit.
     """
-    (right, right_id), (wrong, wrong_id) = arbitrary_tokens(task, seed)
+    (right, right_id), (wrong, incorrect_id) = arbitrary_tokens(task, seed)
     return replace(
         task,
         name=f"{task.name}:constant_answer:{seed}",
         description=f"{task.description}\n\nNull: {right!r} always follows, {wrong!r} never.",
         answers=(right, right),
         answer_ids=(right_id, right_id),
-        wrong_ids=(wrong_id, wrong_id),
+        incorrect_ids=(incorrect_id, incorrect_id),
         make=answered(task.make, lambda _: (right, right)),
     )
 
@@ -120,7 +120,7 @@ def arbitrary_tokens(task: Task, seed: int) -> tuple[tuple[str, int], tuple[str,
         batch = task.batch(CHECKED, split=split, seed=0)
         rows = zip(batch.tokens.tolist(), batch.last.tolist(), strict=True)
         prompts += [ids[1 : last + 1] for ids, last in rows]
-        taken |= {*batch.answer.tolist(), *batch.other.tolist()}
+        taken |= {*batch.correct_token.tolist(), *batch.incorrect_token.tolist()}
     taken |= {token for ids in prompts for token in ids}
     order = list(range(len(task.tokenizer)))
     random.Random(f"{task.name} arbitrary {seed}").shuffle(order)

@@ -31,7 +31,7 @@ TINY = 1e-12  # variance of logit_diffs below which nothing varies
 def predictions(subject: Subject) -> PartResult:
     """Part K: changes of the prompt, run in the full model and in the circuit.
 
-    Let d be the change of a logit_diff logit(answer) - logit(other):
+    Let d be the change of a logit_diff logit(correct) - logit(incorrect):
 
     - ``prediction_agreement [distractor]``: Pearson correlation over prompts of d in the circuit
       and d in the full model, when a line that distracts is put before the task's (the variant

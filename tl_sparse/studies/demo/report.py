@@ -193,8 +193,8 @@ def examples(trained: TrainedModel, circuit: Circuit) -> tuple[PageExample, ...]
         shown.append(
             PageExample(
                 tokens=tuple(model.to_str_tokens(batch.tokens[i, :length])),
-                answer=model.to_string(int(batch.answer[i])),
-                other=model.to_string(int(batch.other[i])),
+                correct_token=model.to_string(int(batch.correct_token[i])),
+                incorrect_token=model.to_string(int(batch.incorrect_token[i])),
                 p_model=float(whole[i]),
                 p_circuit=float(pruned[i]),
                 activations=values,
