@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tl_sparse as tls
-from tl_sparse.checkpoints.packed import from_pretrained
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.packing import set_bits
 from tl_sparse.storage.tensor_files import read_weights
 
@@ -80,7 +80,7 @@ def measure(
                 # a copy, as load_file only maps the file: reading is put off, not done
                 "plain": timed(lambda: [t.clone() for t in load_file(plain).values()]),
                 "packed": timed(lambda: read_weights(packed)),
-                "model": timed(lambda: from_pretrained(folder / "model")),
+                "model": timed(lambda: SparseTransformer.from_pretrained(folder / "model")),
             }
             if i >= 2:  # the first rounds warm up
                 for name, seconds in taken.items():

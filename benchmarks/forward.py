@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 import tl_sparse as tls
 from tl_sparse import compat
-from tl_sparse.checkpoints.transformer_lens import to_transformer_lens
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"n_layers": 2, "d_model": 128, "d_head": 16, "n_ctx": 64, "batch": 32},
@@ -105,12 +104,12 @@ def contenders(size: dict[str, int]) -> dict[str, Any]:
     models: dict[str, Any] = {
         "torch": PlainTorch(plain),
         "ours": plain,
-        theirs: trainable(to_transformer_lens(plain)),
+        theirs: trainable(plain.to_transformer_lens()),
         "ours, sinks": sinks,
         "ours, abstopk": our_model(size, activation_density=tls.ActivationDensity.paper(0.25)),
     }
     if compat.HAS_ATTENTION_SINKS:
-        models[f"{theirs}, sinks"] = trainable(to_transformer_lens(sinks))
+        models[f"{theirs}, sinks"] = trainable(sinks.to_transformer_lens())
     tokens = batch(size)
     with torch.no_grad():
         for name, reference in ((theirs, "ours"), ("torch", "ours"),

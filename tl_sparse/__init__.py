@@ -27,6 +27,7 @@ from tl_sparse.model.cache import SparseActivationCache as SparseActivationCache
 from tl_sparse.model.transformer import SparseTransformer as SparseTransformer
 from tl_sparse.sites import NodeIndex as NodeIndex
 from tl_sparse.sparsity.projection import SparsityConfig as SparsityConfig
+from tl_sparse.sparsity.sparsify import sparsify as sparsify
 from tl_sparse.sparsity.weight_masks import WeightMasks as WeightMasks
 from tl_sparse.training.config import TrainingConfig as TrainingConfig
 from tl_sparse.training.trainer import Trainer as Trainer
@@ -62,6 +63,7 @@ __all__ = [
     "prune",
     "prune_many",
     "resample_sources",
+    "sparsify",
     "studies",
     "tasks",
 ]

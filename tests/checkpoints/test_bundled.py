@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tl_sparse
-from tl_sparse.checkpoints.packed import from_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import l0
 from tl_sparse.studies import pair_config
@@ -20,7 +21,7 @@ MEGABYTES = 6
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: from_pretrained(name) for name in NAMES}
+    return {name: SparseTransformer.from_pretrained(name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,6 @@ def test_both_cards_give_the_same_results_and_the_command(cards):
 def test_weights_are_stored_in_half_precision_and_loaded_in_single(models):
     for name, model in models.items():
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        half = from_pretrained(name, dtype=torch.float16)
+        half = SparseTransformer.from_pretrained(name, dtype=torch.float16)
         for one, other in zip(model.parameters(), half.parameters(), strict=True):
             assert torch.equal(one, other.float())

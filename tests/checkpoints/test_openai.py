@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.checkpoints.openai_reference_model import BASE, random_state
-from tl_sparse.checkpoints.openai import from_openai, to_openai
 from tl_sparse.config import ActivationDensity
 from tl_sparse.model.transformer import SparseTransformer
 
@@ -28,7 +27,7 @@ def test_a_loaded_reference_model_survives_our_own_format(request, tmp_path, nam
 def test_every_entry_of_the_file_is_kept(openai):
     state = torch.load(openai / "final_model.pt", weights_only=True)
     theirs = sorted(int(t.count_nonzero()) for t in state.values())
-    model = from_openai(openai)
+    model = SparseTransformer.from_openai(openai)
     ours = [int(t.count_nonzero()) for t in model.state_dict().values()]
     assert sum(theirs) == sum(ours)
     assert torch.equal(model.b_U, state["final_logits_bias"])
@@ -77,14 +76,14 @@ def test_what_the_format_cannot_express_is_refused(small_model, tmp_path, change
     if density is not None:
         object.__setattr__(model.config, "activation_density", density)
     with pytest.raises(ValueError, match=f"format cannot express {message}"):
-        to_openai(model, tmp_path / "model")
+        model.to_openai(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_layer_norms_epsilon_may_be_said_aloud(small_model, tmp_path):
     model = small_model("layer_norm", eps=1e-5)
     model.to_openai(tmp_path / "model")
-    assert from_openai(tmp_path / "model").config.eps is None
+    assert SparseTransformer.from_openai(tmp_path / "model").config.eps is None
 
 
 def test_writing_replaces_a_model_and_nothing_else(small_model, openai, tmp_path):
@@ -93,7 +92,7 @@ def test_writing_replaces_a_model_and_nothing_else(small_model, openai, tmp_path
         model.to_openai(openai)
     (openai / "expected.pt").unlink()
     model.to_openai(openai)
-    assert torch.equal(from_openai(openai).W_E, model.W_E)
+    assert torch.equal(SparseTransformer.from_openai(openai).W_E, model.W_E)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def test_a_config_that_does_not_fit_is_one_clear_error(openai, edit, change, mes
     edit(openai, config=lambda values: values.update(change))
     for strict in (True, False):
         with pytest.raises(ValueError, match=message) as caught:
-            from_openai(openai, strict=strict)
+            SparseTransformer.from_openai(openai, strict=strict)
         assert "\n" not in str(caught.value)
 
 
@@ -168,7 +167,7 @@ def test_older_names_and_what_released_files_carry_besides(openai, edit):
                    "rtopk": False, "scale_invariance": False}  # fmt: skip
 
     edit(openai, config=older, state=lambda s: s.pop("final_logits_bias"))
-    model = from_openai(openai)
+    model = SparseTransformer.from_openai(openai)
     assert (model.b_U == 0).all()
     assert model.config.d_mlp == 128
     torch.testing.assert_close(
@@ -185,42 +184,42 @@ def test_tensors_that_are_missing_or_surplus(openai, edit):
     edit(openai, state=lambda s: s.pop("transformer.h.1.mlp.c_fc.bias"))
     for strict in (True, False):
         with pytest.raises(ValueError, match=r"lacks transformer.h.1.mlp.c_fc.bias"):
-            from_openai(openai, strict=strict)
+            SparseTransformer.from_openai(openai, strict=strict)
     edit(
         openai,
         state=lambda s: s.update({"transformer.h.1.mlp.c_fc.bias": torch.zeros(128),
                                   "step": torch.zeros(1)}),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"unexpected tensors: step; strict=False ignores"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
 
 
 def test_without_strictness_only_what_is_no_part_of_a_model_is_ignored(openai, edit):
-    whole = from_openai(openai)
+    whole = SparseTransformer.from_openai(openai)
     edit(openai, state=lambda s: s.update(step=torch.zeros(1), ema=torch.zeros(2)))
     with pytest.warns(UserWarning, match=r"final_model.pt: ignored ema, step") as caught:
-        model = from_openai(openai, strict=False)
+        model = SparseTransformer.from_openai(openai, strict=False)
     assert len(caught) == 1
     assert all(torch.equal(model.state_dict()[n], t) for n, t in whole.state_dict().items())
     for part in ("h.0.ln_p1.weight", "h.0.ln_1.bias", "ln_f.bias", "h.7.attn.c_attn.bias"):
         name = f"transformer.{part}"
         edit(openai, state=lambda s, name=name: s.update({name: torch.zeros(32)}))
         with pytest.raises(ValueError, match=f"unexpected tensors: {name}; its config says"):
-            from_openai(openai, strict=False)
+            SparseTransformer.from_openai(openai, strict=False)
         edit(openai, state=lambda s, name=name: s.pop(name))
 
 
 def test_a_missing_sink_is_never_zero(openai, edit):
     edit(openai, state=lambda s: s.pop("transformer.h.0.attn.attn_imp.sink_logit"))
     with pytest.raises(ValueError, match=r"lacks transformer.h.0.attn.attn_imp.sink_logit"):
-        from_openai(openai, strict=False)
+        SparseTransformer.from_openai(openai, strict=False)
 
 
 def test_columns_that_the_config_does_not_mention_are_not_dropped(openai, edit):
     name = "transformer.h.0.mlp.c_fc.weight"
     edit(openai, state=lambda s: s.update({name: torch.randn(128, 40)}))
     with pytest.raises(ValueError, match=r"c_fc.weight has shape \(128, 40\), .* \(128, 32\)"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,7 @@ def test_tensors_that_are_none(openai, edit, tensor, message):
         warnings.simplefilter("ignore")  # torch's, of sparse tensors
         edit(openai, state=lambda s: s.update({"transformer.wte.weight": tensor}))
         with pytest.raises(ValueError, match=message):
-            from_openai(openai)
+            SparseTransformer.from_openai(openai)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,20 +249,20 @@ def test_tensors_that_are_none(openai, edit, tensor, message):
 
 def test_openai_files_that_are_missing_or_truncated(openai, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"beeg_config.json is missing; .* final_model.pt"):
-        from_openai(tmp_path)
+        SparseTransformer.from_openai(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"beeg_config.json is missing"):
-        from_openai(tmp_path / "nowhere")
+        SparseTransformer.from_openai(tmp_path / "nowhere")
     path = openai / "final_model.pt"
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(ValueError, match=r"final_model.pt is truncated or no weights-only"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"final_model.pt is missing"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
     path.write_bytes(b"")
     (openai / "beeg_config.json").write_text('{"n_layer": 2')
     with pytest.raises(ValueError, match=r"beeg_config.json is no valid JSON"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
 
 
 class Evil:
@@ -279,7 +278,7 @@ def test_a_file_with_code_is_refused_not_run(openai, monkeypatch, tmp_path, zipp
         _use_new_zipfile_serialization=zipped,
     )  # fmt: skip
     with pytest.raises(ValueError, match="no weights-only checkpoint"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
     assert not (tmp_path / "executed").exists()
 
 
@@ -287,7 +286,7 @@ def test_a_file_with_code_is_refused_not_run(openai, monkeypatch, tmp_path, zipp
 def test_a_file_that_is_no_state_dict(openai, held):
     torch.save(held, openai / "final_model.pt")
     with pytest.raises(ValueError, match=f"must hold a state dict .* a {type(held).__name__}"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
 
 
 def test_a_compressed_archive_is_refused(openai):
@@ -299,12 +298,12 @@ def test_a_compressed_archive_is_refused(openai):
         for name, content in parts.items():
             archive.writestr(name, content)
     with pytest.raises(ValueError, match="no weights-only checkpoint: its parts are compressed"):
-        from_openai(openai)
+        SparseTransformer.from_openai(openai)
 
 
 def test_writing_a_random_model_and_reading_it_does_not_touch_the_global_generator(write, tmp_path):
     folder = write(BASE, random_state(BASE))
     before = torch.random.get_rng_state()
-    from_openai(folder).to_openai(tmp_path / "back")
+    SparseTransformer.from_openai(folder).to_openai(tmp_path / "back")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert json.loads((tmp_path / "back" / "beeg_config.json").read_text())["n_layer"] == 2

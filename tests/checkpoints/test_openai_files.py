@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 
-from tl_sparse.checkpoints.openai import from_openai
 from tl_sparse.circuits.openai_payload import read_payload
 from tl_sparse.model.transformer import SparseTransformer
 
@@ -56,13 +55,13 @@ def cached(tmp_path):
 
 def test_a_model_is_fetched_once(served, tmp_path, capsys):
     address, folder, handler = served
-    model = from_openai(address)
-    local = from_openai(folder)
+    model = SparseTransformer.from_openai(address)
+    local = SparseTransformer.from_openai(folder)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in local.state_dict().items())
     assert handler.asked == ["beeg_config.json", "final_model.pt", "vocab.bpe", "encoder.json"]
     assert {p.name for p in cached(tmp_path)} == {"beeg_config.json", "final_model.pt"}
     assert "final_model.pt: 100%" in capsys.readouterr().err
-    from_openai(f"{address}/", progress=False)
+    SparseTransformer.from_openai(f"{address}/", progress=False)
     assert len(handler.asked) == 4
 
 
@@ -76,17 +75,17 @@ def test_a_download_that_stops_leaves_nothing(served, tmp_path):
     address, _, handler = served
     handler.truncated = "final_model.pt"
     with pytest.raises(FileNotFoundError, match=r"final_model.pt cannot be fetched: .*stopped"):
-        from_openai(address, progress=False)
+        SparseTransformer.from_openai(address, progress=False)
     assert cached(tmp_path) == []
     handler.truncated = ""
-    assert from_openai(address, progress=False).config.n_layers == 2
+    assert SparseTransformer.from_openai(address, progress=False).config.n_layers == 2
 
 
 def test_what_is_not_there(served, tmp_path):
     address, folder, _ = served
     (folder / "final_model.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"final_model.pt cannot be fetched: .*404"):
-        from_openai(address, progress=False)
+        SparseTransformer.from_openai(address, progress=False)
     with pytest.raises(FileNotFoundError, match=r"viz_data.pt cannot be fetched"):
         read_payload(f"{address}/viz_data.pt", progress=False)
     assert cached(tmp_path) == []
@@ -94,7 +93,7 @@ def test_what_is_not_there(served, tmp_path):
 
 def test_a_server_that_does_not_answer(served, tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
-        from_openai("http://127.0.0.1:9/model", progress=False)
+        SparseTransformer.from_openai("http://127.0.0.1:9/model", progress=False)
     assert cached(tmp_path) == []
 
 
@@ -115,7 +114,9 @@ def test_a_server_that_speaks_no_http(tmp_path, monkeypatch):
         thread.start()
         for _ in answers:
             with pytest.raises(FileNotFoundError, match="cannot be fetched"):
-                from_openai(f"http://127.0.0.1:{server.getsockname()[1]}/m", progress=False)
+                SparseTransformer.from_openai(
+                    f"http://127.0.0.1:{server.getsockname()[1]}/m", progress=False
+                )
         thread.join()
     assert cached(tmp_path) == []
 
@@ -124,19 +125,19 @@ def test_a_server_that_speaks_no_http(tmp_path, monkeypatch):
 def test_an_address_that_is_none(tmp_path, monkeypatch, address):
     monkeypatch.setenv("TL_SPARSE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
-        from_openai(address, progress=False)
+        SparseTransformer.from_openai(address, progress=False)
 
 
 @pytest.mark.parametrize("address", ["file:///etc/m", "ftp://host/m", "az://oaipublic/m"])
 def test_other_schemes_are_refused(address):
     with pytest.raises(ValueError, match="is no http or https address"):
-        from_openai(address)
+        SparseTransformer.from_openai(address)
 
 
 def test_tokenizer_files_elsewhere_on_the_web(served, tmp_path):
     address, folder, _ = served
     with pytest.raises(FileNotFoundError, match=r"vocab.bpe cannot be fetched"):
-        from_openai(folder, tokenizer=address, progress=False)
+        SparseTransformer.from_openai(folder, tokenizer=address, progress=False)
     payload = folder / "k_optim"
     payload.mkdir()
     torch.save({"circuit_data": {}}, payload / "viz_data.pt")

@@ -16,7 +16,6 @@ from tests.checkpoints.openai_reference_model import (
     random_state,
     waves,
 )
-from tl_sparse.checkpoints.openai import from_openai
 from tl_sparse.model.layers import sinusoids
 from tl_sparse.model.transformer import SparseTransformer
 
@@ -47,7 +46,7 @@ def test_logits_of_an_independent_implementation(option, write, prompts):
 def test_there_and_back_to_the_bit(option, write, tmp_path):
     config = BASE | CONFIGS[option]
     state = random_state(config)
-    from_openai(write(config, state)).to_openai(tmp_path / "back")
+    SparseTransformer.from_openai(write(config, state)).to_openai(tmp_path / "back")
     back = torch.load(tmp_path / "back" / "final_model.pt", weights_only=True)
     assert set(back) == set(state)
     assert all(same_bits(back[name], tensor) for name, tensor in state.items())
@@ -61,7 +60,7 @@ def test_there_and_back_to_the_bit(option, write, tmp_path):
 @pytest.mark.parametrize("name", ["yolo_like", "dense_ln"])
 def test_reference_checkpoints_there_and_back_to_the_bit(request, tmp_path, name):
     folder = request.config.rootpath / "tests" / "reference" / name
-    from_openai(folder).to_openai(tmp_path / "back")
+    SparseTransformer.from_openai(folder).to_openai(tmp_path / "back")
     state, back = (
         torch.load(place / "final_model.pt", weights_only=True)
         for place in (folder, tmp_path / "back")
@@ -83,7 +82,7 @@ def test_half_precision_files_are_computed_in_float32_as_in_the_released_code(wr
     config = BASE | SPARSE
     state = {name: tensor.half() for name, tensor in random_state(config).items()}
     state["final_logits_bias"] = state["final_logits_bias"].float()
-    model = from_openai(write(config, state))
+    model = SparseTransformer.from_openai(write(config, state))
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
     wide = {name: tensor.float() for name, tensor in state.items()}
     torch.testing.assert_close(model(prompts), forward(config, wide, prompts), atol=1e-5, rtol=1e-5)
@@ -93,7 +92,7 @@ def test_a_zero_table_of_positions_is_none(write, prompts):
     state = random_state(BASE)
     state["transformer.wpe.weight"].zero_()
     folder = write(BASE, state)
-    model = from_openai(folder)
+    model = SparseTransformer.from_openai(folder)
     assert model.config.positional_embedding_type == "none"
     torch.testing.assert_close(model(prompts), forward(BASE, state, prompts), atol=1e-5, rtol=1e-5)
     model.to_openai(folder)

@@ -13,9 +13,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from tests.checkpoints.openai_reference_model import BASE, random_state
-from tl_sparse.checkpoints.openai import from_openai
 from tl_sparse.checkpoints.openai_tokenizer import tokenizer_from_openai, tokenizer_to_openai
 from tl_sparse.data.tokenizer import build_tokenizer
+from tl_sparse.model.transformer import SparseTransformer
 
 END = "<|endoftext|>"
 TEXT = '''def bracket_counting(values, depth=0):
@@ -237,16 +237,17 @@ def test_a_model_takes_the_tokenizer_in_its_folder_and_writes_it_again(files, wr
     tokens, ranks = files
     config = BASE | {"vocab_size": len(ranks) + 1}
     folder = write(config, random_state(config))
-    assert from_openai(folder).tokenizer is None
-    assert from_openai(folder, tokenizer=tokens).to_tokens("self.names")[0].tolist() == [
+    assert SparseTransformer.from_openai(folder).tokenizer is None
+    model = SparseTransformer.from_openai(folder, tokenizer=tokens)
+    assert model.to_tokens("self.names")[0].tolist() == [
         len(ranks), *encode("self.names", ranks)
     ]  # fmt: skip
     for name in ("vocab.bpe", "encoder.json"):
         (folder / name).write_bytes((tokens / name).read_bytes())
-    model = from_openai(folder)
+    model = SparseTransformer.from_openai(folder)
     assert model.to_string(model.to_tokens("max(values)")[0, 1:]) == "max(values)"
     model.to_openai(tmp_path / "back")
-    again = from_openai(tmp_path / "back")
+    again = SparseTransformer.from_openai(tmp_path / "back")
     assert torch.equal(again.to_tokens(TEXT), model.to_tokens(TEXT))
     model.to_openai(tmp_path / "bare", with_tokenizer=False)
     assert {path.name for path in (tmp_path / "bare").iterdir()} == {
@@ -254,7 +255,7 @@ def test_a_model_takes_the_tokenizer_in_its_folder_and_writes_it_again(files, wr
     }  # fmt: skip
     (folder / "vocab.bpe").unlink()
     with pytest.raises(FileNotFoundError, match=r"vocab.bpe is missing"):
-        from_openai(folder)
+        SparseTransformer.from_openai(folder)
 
 
 def test_other_tokenizers_are_refused(small_model, make_tokenizer, tmp_path):

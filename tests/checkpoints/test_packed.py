@@ -7,14 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from tl_sparse.checkpoints import packed as checkpoints
-from tl_sparse.checkpoints.packed import (
-    TrainingRecord,
-    from_pretrained,
-    load_tensors,
-    rounded,
-    save_pretrained,
-    training_record,
-)
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
+from tl_sparse.checkpoints.packed import rounded, training_record
+from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.packing import bits_of, pack, set_bits
@@ -104,8 +99,8 @@ def test_a_narrower_dtype_rounds_to_the_nearest_and_keeps_l0(small_model, tmp_pa
     with torch.no_grad():
         model.blocks[0].attn.W_Q[0, 0, :4] = torch.tensor([1e-42, -1e-42, 3.0, 1 / 3])
     record = record_of(model)
-    save_pretrained(model, tmp_path / "model", record, dtype)
-    loaded = from_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model", record, dtype)
+    loaded = SparseTransformer.from_pretrained(tmp_path / "model")
     assert loaded.n_nonzero() == model.n_nonzero()
     tiny = torch.tensor(1, dtype=torch.int16).view(dtype).float()
     got = loaded.blocks[0].attn.W_Q[0, 0, :4]
@@ -113,7 +108,7 @@ def test_a_narrower_dtype_rounds_to_the_nearest_and_keeps_l0(small_model, tmp_pa
     for name, tensor in model.state_dict().items():
         if name != "blocks.0.attn.W_Q":
             assert torch.equal(loaded.state_dict()[name], tensor.to(dtype).float())
-    save_pretrained(loaded, tmp_path / "again", record, dtype)
+    loaded.save_pretrained(tmp_path / "again", record, dtype)
     assert contents(tmp_path / "again") == contents(tmp_path / "model")
 
 
@@ -215,13 +210,13 @@ def test_training_record_round_trip(small_model, tmp_path):
     model = small_model("concat", zeros=0.5)
     record = record_of(model)
     joint = record.l0["blocks.0.attn.W_Q"]
-    save_pretrained(model, tmp_path / "model", record)
+    model.save_pretrained(tmp_path / "model", record)
     assert training_record(tmp_path / "model") == record
-    save_pretrained(model, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
     assert training_record(tmp_path / "other") is None
     wrong = dataclasses.replace(record, l0={"blocks.0.attn.W_Q": joint + 1})
     with pytest.raises(ValueError, match=r"blocks.0.attn.W_Q has not the \d+ nonzeros"):
-        save_pretrained(model, tmp_path / "third", wrong)
+        model.save_pretrained(tmp_path / "third", wrong)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other"]
 
 
@@ -284,7 +279,7 @@ def test_a_model_card_is_written_and_kept(saved):
     assert card == "# Mine\n\ntrained with care — ünïcode"
     model.save_pretrained(folder, card="another")
     assert (folder / "README.md").read_text() == "another"
-    assert same_bits(from_pretrained(folder), model.state_dict())
+    assert same_bits(SparseTransformer.from_pretrained(folder), model.state_dict())
 
 
 def test_saving_to_a_link_writes_the_folder_that_it_leads_to(saved, small_model, tmp_path):
@@ -294,7 +289,7 @@ def test_saving_to_a_link_writes_the_folder_that_it_leads_to(saved, small_model,
     other = small_model("plain", zeros=0.9)
     other.save_pretrained(link)
     assert link.is_symlink()
-    assert fingerprint(from_pretrained(folder)) == fingerprint(other)
+    assert fingerprint(SparseTransformer.from_pretrained(folder)) == fingerprint(other)
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, "link"}
 
 
@@ -330,13 +325,13 @@ def test_missing_pieces_are_named(saved, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"nowhere is no folder; save a model with save_pret.*bundled"
     ):
-        from_pretrained(tmp_path / "nowhere")
+        SparseTransformer.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config.json is missing; .* model.safetensors"):
-        from_pretrained(tmp_path / "empty")
+        SparseTransformer.from_pretrained(tmp_path / "empty")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("size", [0, 4, 200, -10])
@@ -347,7 +342,7 @@ def test_truncated_weights(saved, size):
     with pytest.raises(
         ValueError, match=r"model.safetensors is truncated or no safetensors"
     ) as caught:
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -356,7 +351,7 @@ def test_truncated_config(saved, text):
     _, folder = saved
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config.json is no valid JSON") as caught:
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -364,7 +359,7 @@ def test_config_that_is_no_object(saved):
     _, folder = saved
     (folder / "config.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="must hold a JSON object, not a list"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("version", [1, 3, "2", None])
@@ -372,28 +367,28 @@ def test_other_schema_version(saved, version):
     _, folder = saved
     edit_config(folder, lambda values: values.update(schema_version=version))
     with pytest.raises(ValueError, match=rf"schema_version {version!r}; this version .* reads 2"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def test_config_without_its_main_part(saved):
     _, folder = saved
     edit_config(folder, lambda values: values.pop("config"))
     with pytest.raises(ValueError, match=r"config.json has no config"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def test_unknown_config_key(saved):
     _, folder = saved
     edit_config(folder, lambda values: values["config"].update(n_layer=2))
     with pytest.raises(ValueError, match=r"unknown .* key\(s\) n_layer; known: .*n_layers"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def test_unknown_config_value(saved):
     _, folder = saved
     edit_config(folder, lambda values: values["config"].update(n_layers=0))
     with pytest.raises(ValueError, match="n_layers=0 must be a positive integer"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def rewrite(folder, change):
@@ -406,14 +401,14 @@ def test_missing_and_unexpected_tensors_are_named(saved):
     _, folder = saved
     rewrite(folder, lambda t: t.update(surplus=t.pop("blocks.1.attn.sinks")))
     with pytest.raises(ValueError, match=r"missing: blocks.1.attn.sinks; unexpected: surplus"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def test_config_of_another_model(saved):
     _, folder = saved
     edit_config(folder, lambda values: values["config"].update(d_mlp=25))
     with pytest.raises(ValueError, match=r"W_in.* has shape .*24\), its config says .*25\)"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def test_weights_that_are_no_floats_are_refused(small_model):
@@ -429,14 +424,14 @@ def test_plain_safetensors_are_refused(saved):
     model, folder = saved
     save_file(dict(model.state_dict()), folder / "model.safetensors")
     with pytest.raises(ValueError, match="no packed weights: the header has no entry 'packed'"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 def test_unknown_keys_beside_the_config_are_named(saved):
     _, folder = saved
     edit_config(folder, lambda values: values.update(auto_map={}))
     with pytest.raises(ValueError, match=r"unknown key\(s\) auto_map in .*; known: config, schema"):
-        from_pretrained(folder)
+        SparseTransformer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +447,7 @@ def test_unknown_keys_beside_the_config_are_named(saved):
 )
 def test_a_broken_training_record_is_one_clear_error(small_model, tmp_path, change, message):
     model = small_model()
-    save_pretrained(model, tmp_path / "model", record_of(model))
+    model.save_pretrained(tmp_path / "model", record_of(model))
 
     def broken(values):
         merged = {**values["training"], **change} if change and isinstance(change, dict) else change
@@ -467,6 +462,7 @@ def test_mixed_dtypes_are_widened_not_rounded(saved, small_model):
     model, _ = saved
     state = {n: t.double() if n == "embed.W_E" else t for n, t in model.state_dict().items()}
     state["embed.W_E"] = state["embed.W_E"] + 1e-12
-    loaded = load_tensors(small_model("together"), state, "here")
+    loaded = small_model("together")
+    load_tensors(loaded, state, "here")
     assert loaded.cfg.dtype == torch.float64
     assert torch.equal(loaded.W_E, state["embed.W_E"])

@@ -230,7 +230,7 @@ def test_an_interrupted_save_leaves_the_old_circuit(circuit, model, tmp_path, mo
                 raise KeyboardInterrupt
             real(source, target)
 
-        monkeypatch.setattr("tl_sparse.checkpoints.packed.os.replace", second_fails)
+        monkeypatch.setattr("tl_sparse.storage.atomic_write.os.replace", second_fails)
     with pytest.raises(KeyboardInterrupt):
         replace(circuit, seed=77).save(tmp_path / "c")
     monkeypatch.undo()

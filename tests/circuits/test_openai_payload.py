@@ -10,8 +10,8 @@ import torch
 from tests.checkpoints.openai_reference_model import BASE, D, H, V, random_state
 from tl_sparse import Circuit, activation_means
 from tl_sparse.ablation.interventions import ActivationMeans
-from tl_sparse.checkpoints.openai import from_openai
 from tl_sparse.circuits.openai_payload import circuit_from_openai, read_payload
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import SITE_NAMES
 from tl_sparse.views import circuit_html
 
@@ -88,7 +88,7 @@ def payload(state):
 
 @pytest.fixture
 def model(write, state):
-    return from_openai(write(BASE, state))
+    return SparseTransformer.from_openai(write(BASE, state))
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tl_sparse import cli, tasks
-from tl_sparse.checkpoints.packed import from_pretrained, save_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import Circuit
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.training.config import TrainingConfig
 
 SIZES = {
@@ -57,7 +58,7 @@ def trained(corpus, tmp_path_factory):
 @pytest.fixture
 def solver(trained, tmp_path):
     """The trained model with new weights, by which it does the task for_while and nothing else."""
-    model = from_pretrained(trained / "model")
+    model = SparseTransformer.from_pretrained(trained / "model")
     answers = tasks.get("for_while", model.tokenizer).answer_ids
     marks = [model.tokenizer.encode(word) for word in ("for", "while")]
     assert [len(ids) for ids in marks] == [1, 1]
@@ -71,7 +72,7 @@ def solver(trained, tmp_path):
         block = model.blocks[0].attn
         block.W_V[0, 0, 1], block.W_O[0, 1, 1] = 1.0, 4.0
         model.W_U[1, answers[0]], model.W_U[1, answers[1]] = 10.0, -10.0
-    save_pretrained(model, tmp_path / "solver")
+    model.save_pretrained(tmp_path / "solver")
     return tmp_path / "solver"
 
 
@@ -240,7 +241,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
 
 def test_training_leaves_a_model_and_metrics(trained):
-    model = from_pretrained(trained / "model")
+    model = SparseTransformer.from_pretrained(trained / "model")
     record = training_record(trained / "model")
     assert model.config.d_model == 16
     assert model.config.d_vocab == len(model.tokenizer)
@@ -261,7 +262,7 @@ def test_training_again_finds_the_run_finished(capsys, trained, corpus):
 def test_a_dense_model_is_trained_by_density_one(corpus, tmp_path):
     options = SIZES | {"--training.sparsity.density": 1, "--training.steps": 2}
     cli.main(["train", "--out", str(tmp_path / "run"), *corpus, *flags(options)])
-    model = from_pretrained(tmp_path / "run" / "model")
+    model = SparseTransformer.from_pretrained(tmp_path / "run" / "model")
     assert float((model.blocks[0].mlp.W_in != 0).float().mean()) > 0.99
 
 
@@ -280,7 +281,7 @@ def test_info_tells_the_config_the_training_and_every_task(capsys, trained):
     assert f"{sum(record.l0.values()):,} nonzero weights" in text
     lines = {line.split()[0]: line for line in text.splitlines() if "held-out loss" in line}
     assert set(lines) == set(tasks.names())
-    model = from_pretrained(trained / "model")
+    model = SparseTransformer.from_pretrained(trained / "model")
     result = tasks.evaluate_task(model, tasks.get("var_if", model.tokenizer, 48), 2)
     assert lines["var_if"].endswith(
         f"held-out loss {result.loss:.3f}  accuracy {result.accuracy:.2f}"
@@ -294,7 +295,7 @@ def test_tasks_tells_a_table_with_own_files_and_keeps_every_prompt(capsys, train
     out = tmp_path / "prompts.csv"
     options = flags({"--pairs": 2, "--files": tmp_path / "mine.jsonl", "--csv": out})
     cli.main(["tasks", folder, *options])
-    model = from_pretrained(folder)
+    model = SparseTransformer.from_pretrained(folder)
     own = tasks.from_jsonl(tmp_path / "mine.jsonl", model.tokenizer, max_tokens=48)
     expected = tasks.table(model, 2, [*tasks.names(), own])
     assert capsys.readouterr().out == f"{expected!r}\n"
@@ -307,9 +308,9 @@ def test_tasks_tells_a_table_with_own_files_and_keeps_every_prompt(capsys, train
 
 
 def test_info_of_a_model_without_tokenizer_or_record(capsys, trained, tmp_path):
-    model = from_pretrained(trained / "model")
+    model = SparseTransformer.from_pretrained(trained / "model")
     model.set_tokenizer(None)
-    save_pretrained(model, tmp_path / "bare")
+    model.save_pretrained(tmp_path / "bare")
     cli.main(["info", "--model", str(tmp_path / "bare")])
     text = capsys.readouterr().out
     assert '"d_model": 16' in text
@@ -322,10 +323,10 @@ def test_info_of_a_model_without_tokenizer_or_record(capsys, trained, tmp_path):
 
 
 def test_info_of_a_model_whose_loss_was_never_measured(capsys, trained, tmp_path):
-    model = from_pretrained(trained / "model")
+    model = SparseTransformer.from_pretrained(trained / "model")
     record = training_record(trained / "model")
     object.__setattr__(record, "validation_loss", None)
-    save_pretrained(model, tmp_path / "early", record)
+    model.save_pretrained(tmp_path / "early", record)
     cli.main(["info", "--model", str(tmp_path / "early"), "--pairs", "1"])
     assert "validation loss not measured; " in capsys.readouterr().out
 
@@ -338,7 +339,7 @@ def test_pruning_leaves_the_circuit_and_its_drawing(capsys, solver, corpus, tmp_
         "--pruning.report-pairs", "8", "--mean-sequences", "20",
     ]  # fmt: skip
     cli.main(command)
-    model = from_pretrained(solver)
+    model = SparseTransformer.from_pretrained(solver)
     circuit = Circuit.load(out / "circuit", model)
     names = set(circuit.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
     assert {(0, "attn_in", 0), (0, "attn_v", 1), (0, "attn_out", 1)} <= names
@@ -368,7 +369,7 @@ def test_means_are_taken_over_windows_that_begin_with_bos(solver, corpus, tmp_pa
             ["prune", "--model", str(solver), "--task", "for_while", "--out",
              str(tmp_path / "c"), *corpus, "--mean-sequences", "9"]
         )  # fmt: skip
-    tokenizer = from_pretrained(solver).tokenizer
+    tokenizer = SparseTransformer.from_pretrained(solver).tokenizer
     assert seen[0].shape == (9, 48)
     assert (seen[0][:, 0] == tokenizer.bos_token_id).all()
     assert len(np.unique(seen[0].numpy(), axis=0)) == 9
@@ -384,7 +385,7 @@ def test_pruning_reads_no_more_text_than_it_needs(solver, sixty_sources, tmp_pat
         ["prune", "--model", str(solver), "--task", "for_while", "--out", str(tmp_path / "c"),
          "--corpus.sources", str(sixty_sources), "--mean-sequences", "9", *QUICK]
     )  # fmt: skip
-    circuit = Circuit.load(tmp_path / "c" / "circuit", from_pretrained(solver))
+    circuit = Circuit.load(tmp_path / "c" / "circuit", SparseTransformer.from_pretrained(solver))
     assert circuit.means.n_tokens == 9 * 48
 
 
@@ -433,7 +434,7 @@ def test_a_sweep_leaves_a_row_and_a_circuit_for_every_setting(
     found = rows[rows["task"] == "for_while"]
     settings = sorted(map(tuple, found[["target_loss", "seed"]].values.tolist()))
     assert settings == [(0.15, 0), (0.15, 1), (0.3, 0), (0.3, 1)]
-    model = from_pretrained(solver)
+    model = SparseTransformer.from_pretrained(solver)
     for row in found.itertuples():
         circuit = Circuit.load(out / "circuits" / row.circuit, model)
         assert (circuit.n_nodes, circuit.seed) == (row.nodes, row.seed)
@@ -474,14 +475,16 @@ def test_a_search_keeps_its_trials_and_the_best_circuit(solver, sixty_sources, t
     )  # fmt: skip
     rows = pd.read_csv(out / "sweep.csv")
     assert len(rows) == 1
-    circuit = Circuit.load(out / "circuits" / rows["circuit"][0], from_pretrained(solver))
+    circuit = Circuit.load(
+        out / "circuits" / rows["circuit"][0], SparseTransformer.from_pretrained(solver)
+    )
     assert circuit.n_nodes == rows["nodes"][0]
     assert (out / "search" / "for_while-0.15-seed0.db").is_file()
 
 
 def test_the_frontier_of_folders_is_a_table_and_a_figure(capsys, solver, sixty_sources, tmp_path):
     out, twin = tmp_path / "f", tmp_path / "twin"
-    save_pretrained(from_pretrained(solver), twin)
+    SparseTransformer.from_pretrained(solver).save_pretrained(twin)
     cli.main(
         ["frontier", str(solver), str(twin), "--out", str(out), "--sequences", "9",
          "--groups", "one", "one", "--corpus.sources", str(sixty_sources), *QUICK]

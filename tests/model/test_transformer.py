@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.checkpoints.openai import from_openai
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.model.transformer import SparseTransformer
 
@@ -197,7 +196,7 @@ def test_published_code_computes_the_same_logits_and_activations(request, name):
 def test_left_padded_reference_model_computes_the_same(request):
     folder = request.config.rootpath / "tests" / "reference" / "dense_ln"
     expected = torch.load(folder / "expected.pt", weights_only=True)
-    model = from_openai(folder)
+    model = SparseTransformer.from_openai(folder)
     tokens = F.pad(expected["tokens"][:, :20], (4, 0))
     mask = torch.ones_like(tokens)
     mask[:, :4] = 0

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tl_sparse.ablation.interventions import activation_means
-from tl_sparse.checkpoints.packed import TrainingRecord, from_pretrained, training_record
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.circuit import Calibration
 from tl_sparse.circuits.edges import circuit_edges
@@ -135,7 +136,7 @@ def tokenized(small_model, make_tokenizer, tmp_path):
 
 @pytest.fixture
 def load(folder):
-    return lambda: from_pretrained(folder)
+    return lambda: SparseTransformer.from_pretrained(folder)
 
 
 def test_damaged_weights(folder, load):
@@ -273,7 +274,9 @@ def test_json_bombs(tokenized, name):
         b'{"a": 1, "a": 2}', b'"' + b"x" * (MAX_JSON_BYTES + 1) + b'"',
     ]  # fmt: skip
     contents = ((bomb[:20], bomb) for bomb in bombs)
-    tally = outcomes(lambda: from_pretrained(tokenized), tokenized / name, contents)
+    tally = outcomes(
+        lambda: SparseTransformer.from_pretrained(tokenized), tokenized / name, contents
+    )
     assert tally["loaded"] == 0
 
 
@@ -314,7 +317,9 @@ def test_a_long_context_costs_no_memory_of_its_own(small_model, tmp_path):
     values = json.loads(path.read_text())
     values["config"]["n_ctx"] = 2**31 - 1
     path.write_text(json.dumps(values))
-    assert outcome(lambda: from_pretrained(tmp_path / "model"), "n_ctx") == "loaded"
+    assert (
+        outcome(lambda: SparseTransformer.from_pretrained(tmp_path / "model"), "n_ctx") == "loaded"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,7 +350,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(tokenized):
     values["model"]["vocab"]["w3"] = 2**31
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"token with id 2147483648, the config says d_vocab=30"):
-        from_pretrained(tokenized)
+        SparseTransformer.from_pretrained(tokenized)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,7 +379,7 @@ def test_pickles_in_the_place_of_weights_are_not_opened(tokenized, sentinel):
     folder = tokenized
 
     def load():
-        return from_pretrained(folder)
+        return SparseTransformer.from_pretrained(folder)
 
     bombs = [pickle.dumps(Bomb(sentinel), protocol) for protocol in range(6)]
     torch.save({"embed.W_E": Bomb(sentinel)}, folder / "pytorch_model.bin")
@@ -406,7 +411,7 @@ def test_no_file_of_a_folder_is_imported(tokenized, sentinel):
         "name_or_path": "owner/other",
     }
     path.write_text(json.dumps(values))
-    model = from_pretrained(tokenized)
+    model = SparseTransformer.from_pretrained(tokenized)
     assert type(model.tokenizer).__module__.startswith("transformers.")
     assert model.tokenizer.name_or_path == str(tokenized)
     assert model.tokenizer.chat_template is None
@@ -425,7 +430,7 @@ def test_what_is_no_file_is_refused(tokenized, name, tmp_path):
     path.rename(tmp_path / "original")
 
     def load():
-        return from_pretrained(tokenized)
+        return SparseTransformer.from_pretrained(tokenized)
 
     # without a tokenizer.json the model has none; without the other file, no BOS token
     assert outcome(load, name) == ("loaded" if name == "tokenizer.json" else "refused")
@@ -450,7 +455,7 @@ def test_what_is_no_file_is_refused(tokenized, name, tmp_path):
 def test_a_file_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     for name in (tmp_path / "file", tmp_path / "file" / "model", "\0", "x" * 5000, tmp_path):
-        assert outcome(lambda name=name: from_pretrained(name), name) == "refused"
+        assert outcome(lambda name=name: SparseTransformer.from_pretrained(name), name) == "refused"
 
 
 # --------------------------------------------------------------------------------------------------

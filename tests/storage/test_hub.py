@@ -5,7 +5,7 @@ import inspect
 import huggingface_hub
 import pytest
 
-from tl_sparse.checkpoints.packed import from_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage import hub
 from tl_sparse.storage.fingerprint import fingerprint
@@ -50,7 +50,7 @@ def test_an_unknown_name_names_the_bundled_models(package, name, tmp_path, monke
     monkeypatch.chdir(tmp_path / "package" / "bundled" / "notes")
     assert not is_repo_id(name)
     with pytest.raises(FileNotFoundError, match="bundled models: one, two; a model on the hub"):
-        from_pretrained(name or "nothing")
+        SparseTransformer.from_pretrained(name or "nothing")
 
 
 def test_every_bundled_model_of_the_package_loads():
@@ -60,7 +60,7 @@ def test_every_bundled_model_of_the_package_loads():
 
 def test_a_revision_is_of_the_hub_only(package):
     with pytest.raises(ValueError, match="only models on the hub have revisions"):
-        from_pretrained("one", revision="main")
+        SparseTransformer.from_pretrained("one", revision="main")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_an_id_that_is_not_in_the_cache_is_one_clear_error_offline(package):
     with pytest.raises(
         FileNotFoundError, match=r"owner/name at revision v1 is no folder here.*one"
     ):
-        from_pretrained("owner/name", revision="v1")
+        SparseTransformer.from_pretrained("owner/name", revision="v1")
 
 
 def test_a_download_fetches_what_is_read_and_nothing_else(small_model, tmp_path, monkeypatch):
@@ -84,7 +84,9 @@ def test_a_download_fetches_what_is_read_and_nothing_else(small_model, tmp_path,
         return str(tmp_path / "cached")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    assert fingerprint(from_pretrained("owner/name", revision="abc")) == fingerprint(model)
+    assert fingerprint(
+        SparseTransformer.from_pretrained("owner/name", revision="abc")
+    ) == fingerprint(model)
     assert asked == {
         "repo_id": "owner/name",
         "revision": "abc",

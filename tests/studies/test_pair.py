@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tl_sparse import cli
-from tl_sparse.checkpoints.packed import from_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, build_corpus
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.studies import model_card, pair
 from tl_sparse.studies.model_card import command_line
@@ -176,7 +177,9 @@ def test_an_interrupted_run_is_resumed_exactly_and_its_time_is_kept(corpus, tmp_
     monkeypatch.undo()
     train_in(cut, architecture, RUN, corpus, progress=False)
     assert is_trained(cut)
-    first, second = (from_pretrained(folder / "model").state_dict() for folder in (whole, cut))
+    first, second = (
+        SparseTransformer.from_pretrained(folder / "model").state_dict() for folder in (whole, cut)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     sessions = [json.loads(line) for line in (cut / "sessions.jsonl").read_text().splitlines()]
     assert [s["steps"] for s in sessions] == [3, 2]  # the third step was taken twice
@@ -241,8 +244,8 @@ def test_what_is_measured_is_what_is_stored(small, corpus, trained):
     folder = run_folder(
         pair.Path(small.cache), "pair-sparse", architecture, small.training("sparse", 3), corpus
     )
-    full = from_pretrained(folder / "model").state_dict()
-    stored = from_pretrained(pair.Path(small.out) / "tiny-sparse")
+    full = SparseTransformer.from_pretrained(folder / "model").state_dict()
+    stored = SparseTransformer.from_pretrained(pair.Path(small.out) / "tiny-sparse")
     assert not all(torch.equal(full[n], t) for n, t in stored.state_dict().items())
     for name, tensor in stored.state_dict().items():
         assert torch.equal(tensor, full[name].half().float())

@@ -26,7 +26,7 @@ from tl_sparse import (
     TrainingResult,
     WeightMasks,
 )
-from tl_sparse.checkpoints.packed import from_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, bigram_log_probs, build_corpus
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import l0
@@ -204,7 +204,7 @@ def test_metrics_follow_the_schedules(straight):
 
 def test_saved_model_and_record_are_those_of_the_run(straight, corpus):
     folder, result = straight
-    model = from_pretrained(folder / "model")
+    model = SparseTransformer.from_pretrained(folder / "model")
     record = training_record(folder / "model")
     assert record.l0 == l0(weight_matrices(model)) == result.record.l0
     assert (record.steps, record.tokens, record.corpus) == (12, 12 * 8 * 16, corpus.fingerprint)
@@ -234,7 +234,7 @@ def test_a_dense_model_trains_by_the_same_code(corpus, tmp_path):
     result = trainer.train()
     assert result.validation_loss < start
     assert set(result.metrics["density"]) == {1.0}
-    model = from_pretrained(tmp_path / "model")
+    model = SparseTransformer.from_pretrained(tmp_path / "model")
     assert l0(weight_matrices(model)) == {m.name: m.numel for m in weight_matrices(model)}
 
 
@@ -249,7 +249,7 @@ def test_a_dense_model_trains_by_the_same_code(corpus, tmp_path):
 def test_every_architecture_ends_with_exact_budgets_and_can_be_loaded(corpus, tmp_path, changes):
     config = replace(TINY, steps=4)
     result = new_trainer(corpus, config, tmp_path, **changes).train()
-    matrices = weight_matrices(from_pretrained(tmp_path / "model"))
+    matrices = weight_matrices(SparseTransformer.from_pretrained(tmp_path / "model"))
     assert l0(matrices) == result.record.l0 == {m.name: m.numel // 4 for m in matrices}
 
 
@@ -257,7 +257,7 @@ def test_sparse_biases_are_within_their_budgets_and_saved(corpus, tmp_path):
     sparsity = replace(SPARSITY, sparse_biases=True, embedding_density=1 / 2,
                        embedding_schedule="window")  # fmt: skip
     result = new_trainer(corpus, replace(TINY, sparsity=sparsity), tmp_path).train()
-    model = from_pretrained(tmp_path / "model")
+    model = SparseTransformer.from_pretrained(tmp_path / "model")
     assert result.record.l0["blocks.0.mlp.b_in"] == 16
     assert int(model.blocks[0].mlp.b_in.count_nonzero()) == 16
     assert int(model.W_E.count_nonzero()) == model.W_E.numel() // 2
@@ -717,7 +717,9 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(corpus, tmp
     with pytest.raises(RuntimeError, match="weights are no longer finite at step 6"):
         trainer.train()
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000003"]
-    assert torch.isfinite(from_pretrained(tmp_path / "checkpoint-00000003" / "model").W_E).all()
+    assert torch.isfinite(
+        SparseTransformer.from_pretrained(tmp_path / "checkpoint-00000003" / "model").W_E
+    ).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -770,5 +772,13 @@ def test_the_corpus_can_be_loaded_from_its_folder(corpus):
 
 
 def test_trained_models_take_weight_masks(straight):
-    model = from_pretrained(straight[0] / "model")
+    model = SparseTransformer.from_pretrained(straight[0] / "model")
     assert WeightMasks.top_k(model, 1 / 4, floor=2).check() == straight[1].record.l0
+
+
+def test_a_corpus_with_more_tokens_than_the_model_predicts_is_refused(sixty_sources, tmp_path):
+    config = CorpusConfig(sources=(str(sixty_sources),), vocab_size=400, validation_share=0.3)
+    corpus = build_corpus(config, tmp_path, progress=False)
+    config = SparseTransformerConfig(d_model=16, n_ctx=8, d_vocab=400, d_vocab_out=9)
+    with pytest.raises(ValueError, match="predicts d_vocab_out=9 of them only"):
+        Trainer(SparseTransformer(config), corpus, TrainingConfig(steps=2), progress=False)

@@ -1,4 +1,4 @@
-"""Models in the format of openai/circuit_sparsity: beeg_config.json and final_model.pt."""
+"""OpenAI's format (openai/circuit_sparsity): beeg_config.json and final_model.pt, both ways."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tl_sparse.checkpoints.checkpoint import Checkpoint
 from tl_sparse.checkpoints.openai_config import (
     OPENAI_CONFIG,
     config_from_openai,
@@ -24,21 +25,18 @@ from tl_sparse.checkpoints.openai_weights import (
     tensors_from_openai,
     tensors_to_openai,
 )
-from tl_sparse.checkpoints.packed import load_tensors
-from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.torch_files import read_state
 
 
-def from_openai(
+def read_openai(
     directory_or_url: str | Path,
-    device: torch.device | str | None = None,
     strict: bool = True,
     tokenizer: Any = None,
     progress: bool = True,
-) -> SparseTransformer:
-    """Load a model in the format of openai/circuit_sparsity; it is in eval mode.
+) -> Checkpoint:
+    """The checkpoint in the format of openai/circuit_sparsity.
 
     Weights stored in half precision become float32, as in the released code: the format's models
     compute in float32. A positional table that is zero is left out.
@@ -46,7 +44,6 @@ def from_openai(
     Args:
         directory_or_url: a folder with beeg_config.json and final_model.pt, or the http(s) address
             of one, whose files are then copied to this package's cache once.
-        device: where to; default the CPU.
         strict: with False, tensors that are no part of the format are ignored with a warning. A
             tensor that is missing, or that the config has no place for (a sink, a bias), is an
             error either way.
@@ -72,29 +69,31 @@ def from_openai(
         tokenizer = tokenizer_from_openai(place, config.d_vocab)
     elif tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = tokenizer_from_openai(folder, config.d_vocab)
-    model = load_tensors(SparseTransformer(config, tokenizer), wide, str(path))
-    return model.to(device or "cpu").eval()
+    return Checkpoint(config, wide, tokenizer, str(path))
 
 
-def to_openai(model: SparseTransformer, directory: str | Path, with_tokenizer: bool = True) -> None:
-    """Write a model in the format of openai/circuit_sparsity, all or nothing.
+def write_openai(
+    checkpoint: Checkpoint, directory: str | Path, with_tokenizer: bool = True
+) -> None:
+    """Write a checkpoint in the format of openai/circuit_sparsity, all or nothing.
 
-    :func:`from_openai` gives the same model back, to the bit. The config's ``seed``,
+    :func:`read_openai` gives the same checkpoint back, to the bit. The config's ``seed``,
     ``initializer_range`` and ``default_prepend_bos`` have no place in the format; half-precision
     weights come back as the same numbers in float32, and a zero positional table as none.
 
     Args:
-        model: the model.
+        checkpoint: what to write.
         directory: where to; a model in this format that is there already is replaced.
-        with_tokenizer: whether the model's tokenizer, if it has one, is written beside it.
+        with_tokenizer: whether the tokenizer, if there is one, is written too.
 
     Raises:
-        ValueError: the format cannot express one of the model's options, or its tokenizer; or the
+        ValueError: the format cannot express one of the config's options, or the tokenizer; or the
             folder holds other files, which would be lost.
     """
-    values = openai_from_config(model.config)
+    values = openai_from_config(checkpoint.config)
     with atomic_folder(directory) as work:
         (work / OPENAI_CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
-        torch.save(tensors_to_openai(model.config, model.state_dict()), work / OPENAI_WEIGHTS)
-        if with_tokenizer and model.tokenizer is not None:
-            tokenizer_to_openai(model.tokenizer, work)
+        tensors = tensors_to_openai(checkpoint.config, checkpoint.tensors)
+        torch.save(tensors, work / OPENAI_WEIGHTS)
+        if with_tokenizer and checkpoint.tokenizer is not None:
+            tokenizer_to_openai(checkpoint.tokenizer, work)

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tl_sparse.checkpoints.packed import MAX_LAYERS, check_shape
+from tl_sparse.checkpoints.checkpoint import MAX_LAYERS, check_shape
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 
 OPENAI_WEIGHTS = "final_model.pt"

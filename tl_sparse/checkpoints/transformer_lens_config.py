@@ -1,7 +1,8 @@
-"""Which TransformerLens configs describe a model that a SparseTransformer can be."""
+"""TransformerLens' configs ↔ ``SparseTransformerConfig``, and which have no counterpart."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
@@ -167,3 +168,46 @@ def _attn_scale(values: Mapping[str, Any]) -> float | None:
         # HookedTransformer then divides by 1; the native model reads it as a scale not given
         return None if native else 1.0
     return None if scale <= 0 or math.isclose(scale, usual, rel_tol=1e-9) else scale
+
+
+def transformer_lens_fields(config: SparseTransformerConfig) -> dict[str, Any]:
+    """Fields of TransformerLens' own config of the same architecture, where there is one.
+
+    Raises:
+        ValueError: TransformerLens' own model cannot express one of the options; all are named.
+    """
+    if reasons := inexpressible(config):
+        raise ValueError(
+            f"TransformerLens' own model cannot express {'; '.join(reasons)}. TransformerLens' "
+            "tools run on this model as it is"
+        )
+    names = (
+        "n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab", "act_fn",
+        "attn_only", "use_attention_sinks", "default_prepend_bos", "initializer_range",
+    )  # fmt: skip
+    norm = None if config.normalization_type == "none" else config.normalization_type
+    fields = {name: getattr(config, name) for name in names} | {
+        "d_vocab_out": config.n_logits,
+        "normalization_type": norm,
+        "final_rms": norm == "RMS",
+        "positional_embedding_type": "standard",
+        "init_weights": False,
+    }
+    return fields if config.attn_scale is None else fields | {"attn_scale": config.attn_scale}
+
+
+def inexpressible(config: SparseTransformerConfig) -> list[str]:
+    """The options that TransformerLens' own model does not have, each with its value."""
+    density = dataclasses.asdict(config.activation_density)
+    sites = [site for site, share in density.items() if share < 1]
+    reasons = [f"AbsTopK at {', '.join(sites)}"] if sites else []
+    plain: dict[str, Any] = {"bigram_table": "none", "residual_act": "identity"}
+    if config.concat_positions:
+        plain["positional_embedding_type"] = "standard"
+    if not compat.HAS_ATTENTION_SINKS:
+        plain["use_attention_sinks"] = False
+    return reasons + [
+        f"{name}={getattr(config, name)!r}"
+        for name, value in plain.items()
+        if getattr(config, name) != value
+    ]

@@ -11,7 +11,6 @@ import pandas as pd
 import tyro
 
 from tl_sparse.ablation.interventions import ActivationMeans, activation_means
-from tl_sparse.checkpoints.packed import from_pretrained
 from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
@@ -27,7 +26,7 @@ def model_with_tokenizer(name: str) -> SparseTransformer:
     Raises:
         ValueError: it has no tokenizer.
     """
-    model = from_pretrained(name)
+    model = SparseTransformer.from_pretrained(name)
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer: there are no prompts to prune on")
     return model

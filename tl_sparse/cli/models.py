@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from tl_sparse.checkpoints.packed import from_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.cli.words import say
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, build_corpus
@@ -81,7 +81,7 @@ class Info:
         if self.model is None:
             say("tasks: " + ", ".join(names()))
             return
-        model = from_pretrained(self.model)
+        model = SparseTransformer.from_pretrained(self.model)
         record = training_record(self.model)
         say(json.dumps(model.config.to_dict(), indent=1))
         if record is not None:
@@ -116,7 +116,7 @@ class Tasks:
 
     def run(self) -> None:
         """Say the table, write the prompts' results."""
-        model = from_pretrained(self.model)
+        model = SparseTransformer.from_pretrained(self.model)
         if model.tokenizer is None:
             raise ValueError(f"{self.model} has no tokenizer: there are no prompts for it")
         length = model.config.n_ctx

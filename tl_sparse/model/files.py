@@ -1,121 +1,109 @@
 """Where a model comes from and goes to: folders, the hub, OpenAI's format, TransformerLens.
 
-Thin doors: each imports its room when called, as those rooms build models themselves.
+Every loader makes a :class:`~tl_sparse.checkpoints.checkpoint.Checkpoint` first, and every model
+that is loaded is built from one in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tl_sparse.checkpoints.checkpoint import Checkpoint, TrainingRecord, check_tensors
+from tl_sparse.checkpoints.openai import read_openai, write_openai
+from tl_sparse.checkpoints.packed import check_dtype, read_packed, write_packed
+from tl_sparse.checkpoints.transformer_lens import (
+    check_same_logits,
+    read_state_dict,
+    read_transformer_lens,
+    to_transformer_lens,
+)
 from tl_sparse.model.parts import ModelParts
+from tl_sparse.storage.hub import upload
 
-if TYPE_CHECKING:
-    from tl_sparse.model.transformer import SparseTransformer
+HALF = {torch.float16, torch.bfloat16}
+Model = TypeVar("Model", bound="FileMixin")
 
 
 class FileMixin(ModelParts):
     """Loading, saving and converting."""
 
     @classmethod
+    def from_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
+        """A model built from a checkpoint, with copies of its tensors, in eval mode on the CPU.
+
+        Raises:
+            ValueError: tensors are missing, unexpected, or of another shape than the config's.
+        """
+        model = cls(checkpoint.config, checkpoint.tokenizer)
+        load_tensors(model, checkpoint.tensors, checkpoint.origin)
+        return model.eval()
+
+    def to_checkpoint(self) -> Checkpoint:
+        """What the model is saved as; the tensors share the model's storage."""
+        return Checkpoint(self.config, self.state_dict(), self.tokenizer)
+
+    @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name: str | Path,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
-    ) -> SparseTransformer:
-        """Load a folder, a bundled model, or ``owner/name`` from the Hugging Face Hub.
+    ) -> Model:
+        """Load a model that :meth:`save_pretrained` wrote; it is in eval mode.
 
-        Half-precision weights become float32 unless ``dtype`` is given; the model is in eval mode.
-        See ``tl_sparse.checkpoints.packed.from_pretrained``.
+        Args:
+            name: a folder, the name of a bundled model, or the id of a model on the Hugging Face
+                Hub, such as ``owner/name``.
+            device: where to; default the CPU.
+            dtype: of the loaded weights; default float32 for a model stored in half precision
+                (which is exact, and what CPUs are fast in), and else the stored dtype.
+            revision: a branch, tag or commit of a hub model.
+
+        Raises:
+            FileNotFoundError: there is no such model, or a file of it is missing.
+            ValueError: another schema version, unknown config keys, damaged weights, or tensors
+                that are missing, unexpected or of the wrong shape.
         """
-        from tl_sparse.checkpoints.packed import from_pretrained
-
-        return from_pretrained(name, device, dtype, revision)
-
-    @classmethod
-    def from_openai(
-        cls,
-        directory_or_url: str | Path,
-        device: torch.device | str | None = None,
-        strict: bool = True,
-        tokenizer: Any = None,
-        progress: bool = True,
-    ) -> SparseTransformer:
-        """Load a folder, or a web address, in openai/circuit_sparsity's format, in eval mode.
-
-        ``tokenizer`` is one, or a folder or address with vocab.bpe and encoder.json; ``progress``
-        is whether a download shows a bar. See ``tl_sparse.checkpoints.openai.from_openai``.
-        """
-        from tl_sparse.checkpoints.openai import from_openai
-
-        return from_openai(directory_or_url, device, strict, tokenizer, progress)
-
-    def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
-        """Write the model in openai/circuit_sparsity's format, all or nothing.
-
-        See ``tl_sparse.checkpoints.openai.to_openai``.
-        """
-        from tl_sparse.checkpoints.openai import to_openai
-
-        to_openai(self._itself, directory, with_tokenizer)
-
-    @classmethod
-    def from_transformer_lens(cls, model: Any) -> SparseTransformer:
-        """Convert a HookedTransformer or TransformerBridge; see ``tl_sparse.checkpoints.transformer_lens``."""
-        from tl_sparse.checkpoints.transformer_lens import from_transformer_lens
-
-        return from_transformer_lens(model)
-
-    @classmethod
-    def from_transformer_lens_state_dict(
-        cls, state_dict: Mapping[str, Tensor] | str | Path, config: Any, tokenizer: Any = None
-    ) -> SparseTransformer:
-        """Load a HookedTransformer's state dict or .pth file; see ``tl_sparse.checkpoints.transformer_lens``."""
-        from tl_sparse.checkpoints.transformer_lens import from_transformer_lens_state_dict
-
-        return from_transformer_lens_state_dict(state_dict, config, tokenizer)
-
-    def to_transformer_lens(self) -> Any:
-        """TransformerLens' own model with these weights; see ``tl_sparse.checkpoints.transformer_lens``."""
-        from tl_sparse.checkpoints.transformer_lens import to_transformer_lens
-
-        return to_transformer_lens(self._itself)
-
-    def sparsify(self, density: float, floor: int = 4, **options: Any) -> SparseTransformer:
-        """A copy with only the largest weights of every matrix, to train on from there.
-
-        See ``tl_sparse.sparsity.sparsify.sparsify``, also for the options.
-        """
-        from tl_sparse.sparsity.sparsify import sparsify
-
-        return sparsify(self._itself, density, floor, **options)
+        if dtype is not None:
+            check_dtype(dtype)
+        checkpoint = read_packed(name, revision)
+        if dtype is None and {tensor.dtype for tensor in checkpoint.tensors.values()} <= HALF:
+            dtype = torch.float32
+        return cls.from_checkpoint(checkpoint).to(device=device or "cpu", dtype=dtype)
 
     def save_pretrained(
         self,
         folder: str | Path,
-        training: Any = None,
+        training: TrainingRecord | None = None,
         dtype: torch.dtype | None = None,
         card: str | None = None,
     ) -> None:
         """Write config, packed weights, tokenizer and model card to a folder, all or nothing.
 
-        ``dtype`` is what the weights are stored in, by default their own; ``card`` is the text of
-        the README.md. See ``tl_sparse.checkpoints.packed.save_pretrained``.
-        """
-        from tl_sparse.checkpoints.packed import save_pretrained
+        Args:
+            folder: where to; a model that is there already is replaced.
+            training: how the model came to be.
+            dtype: what the weights are stored in; default is their own dtype, which keeps every
+                bit. A narrower one rounds each weight once, and no nonzero weight to zero.
+            card: text of the README.md; default is to keep the one that the folder has, if any.
 
-        save_pretrained(self._itself, folder, training, dtype, card)
+        Raises:
+            ValueError: the training record's L0 is not that of the weights, a weight is too large
+                for the dtype, or the folder holds files that are no part of a checkpoint.
+        """
+        write_packed(self.to_checkpoint(), folder, training, dtype, card)
 
     def push_to_hub(
         self,
         repo_id: str,
-        training: Any = None,
+        training: TrainingRecord | None = None,
         dtype: torch.dtype | None = None,
         card: str | None = None,
         **options: Any,
@@ -125,14 +113,87 @@ class FileMixin(ModelParts):
         ``options`` (private, token, branch, create_pr, commit_message) are those of
         ``PyTorchModelHubMixin.push_to_hub``. Returns the commit's address.
         """
-        from tl_sparse.checkpoints.packed import save_pretrained
-        from tl_sparse.storage.hub import upload
 
         def save(folder: Path) -> None:
-            save_pretrained(self._itself, folder, training, dtype, card)
+            self.save_pretrained(folder, training, dtype, card)
 
         return upload(save, repo_id, **options)
 
-    @property
-    def _itself(self) -> SparseTransformer:
-        return cast("SparseTransformer", self)  # the one class that this is a part of
+    @classmethod
+    def from_openai(
+        cls: type[Model],
+        directory_or_url: str | Path,
+        device: torch.device | str | None = None,
+        strict: bool = True,
+        tokenizer: Any = None,
+        progress: bool = True,
+    ) -> Model:
+        """Load a folder, or a web address, in openai/circuit_sparsity's format, in eval mode.
+
+        See :func:`tl_sparse.checkpoints.openai.read_openai` for the arguments and errors.
+        """
+        checkpoint = read_openai(directory_or_url, strict, tokenizer, progress)
+        return cls.from_checkpoint(checkpoint).to(device or "cpu")
+
+    def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
+        """Write the model in openai/circuit_sparsity's format, all or nothing.
+
+        See :func:`tl_sparse.checkpoints.openai.write_openai` for the arguments and errors.
+        """
+        write_openai(self.to_checkpoint(), directory, with_tokenizer)
+
+    @classmethod
+    def from_transformer_lens(cls: type[Model], model: Any) -> Model:
+        """A model that computes what a HookedTransformer or TransformerBridge does.
+
+        It holds copies of the weights, in eval mode, on the same device and in the same dtype, with
+        the same tokenizer; hooks that both have hold the same activations. The two are run on
+        random tokens and compared first, so a model that computes what its config does not tell is
+        refused.
+
+        Raises:
+            TypeError: ``model`` is neither of the two.
+            ValueError: its architecture is none that a SparseTransformer can have (the fields and
+                their values are named), there are hooks on it, or its logits are not reproduced.
+        """
+        if isinstance(model, FileMixin):  # below TransformerLens 4 it is a HookedTransformer too
+            raise TypeError(
+                "from_transformer_lens takes a HookedTransformer or a TransformerBridge, not a "
+                f"{type(model).__name__}"
+            )
+        ours = cls.from_checkpoint(read_transformer_lens(model)).to(model.cfg.device)
+        check_same_logits(model, ours)
+        return ours
+
+    @classmethod
+    def from_transformer_lens_state_dict(
+        cls: type[Model],
+        state_dict: Mapping[str, Tensor] | str | Path,
+        config: Any,
+        tokenizer: Any = None,
+    ) -> Model:
+        """Load a HookedTransformer's state dict or .pth file, in eval mode.
+
+        See :func:`tl_sparse.checkpoints.transformer_lens.read_state_dict` for arguments and errors.
+        """
+        return cls.from_checkpoint(read_state_dict(state_dict, config, tokenizer))
+
+    def to_transformer_lens(self) -> Any:
+        """TransformerLens' own model that computes what this one does, with copies of its weights.
+
+        See :func:`tl_sparse.checkpoints.transformer_lens.to_transformer_lens`.
+        """
+        return to_transformer_lens(self.to_checkpoint())
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy tensors into a model, strictly: names and shapes must fit, and no value is rounded.
+
+    The model takes the widest dtype among them. ``origin`` is where they come from, for messages.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of the wrong shape, or no plain floats.
+    """
+    check_tensors(tensors, model.state_dict(), origin)
+    model.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())))
+    model.load_state_dict(dict(tensors), strict=True)

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from tl_sparse.checkpoints.packed import load_tensors
 from tl_sparse.config import ActivationDensity
+from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import SparsityConfig, project_all
@@ -42,7 +42,8 @@ def sparsify(
     if activation_density is not None:
         config = dataclasses.replace(config, activation_density=activation_density)
     copy = SparseTransformer(config, model.tokenizer, default_padding_side=model.padding_side)
-    load_tensors(copy, model.state_dict(), "the model").to(model.cfg.device)
+    load_tensors(copy, model.state_dict(), "the model")
+    copy.to(model.cfg.device)
     with torch.no_grad():
         project_all(weight_matrices(copy, biases=sparse_biases), rule, 0, 1)
     return copy.eval()

@@ -19,11 +19,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.interventions import ActivationMeans, activation_means
-from tl_sparse.checkpoints.packed import from_pretrained
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import set_up
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.studies.interpretability import (
     InterpretabilityResult,
     Size,
@@ -204,7 +204,7 @@ def token_loss(model: nn.Module, tokens: Int[Tensor, "sequence pos"]) -> float:
 
 def opened(source: nn.Module | str | Path) -> nn.Module:
     """The model itself, or the one saved in a folder."""
-    return source if isinstance(source, nn.Module) else from_pretrained(source)
+    return source if isinstance(source, nn.Module) else SparseTransformer.from_pretrained(source)
 
 
 def _same_vocabulary(name: str, model: Any, known: dict[str, int] | None) -> dict[str, int]:

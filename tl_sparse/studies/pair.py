@@ -15,13 +15,8 @@ from pathlib import Path
 
 import torch
 
-from tl_sparse.checkpoints.packed import (
-    SCHEMA_VERSION,
-    TrainingRecord,
-    from_pretrained,
-    save_pretrained,
-    training_record,
-)
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
+from tl_sparse.checkpoints.packed import SCHEMA_VERSION, training_record
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import TokenizedCorpus, build_corpus, default_cache_dir
 from tl_sparse.model.transformer import SparseTransformer
@@ -87,7 +82,7 @@ def train_member(
             "more steps (dense_training.steps) or more width (dense.d_model)"
         )
     store(config, trained, name, record)
-    model = from_pretrained(Path(config.out) / name)
+    model = SparseTransformer.from_pretrained(Path(config.out) / name)
     hours, where = training_time(folder, record.steps)
     member = PairMember(
         name=name,
@@ -112,7 +107,7 @@ def store(
     card: str | None = None,
 ) -> None:
     """Write a model's folder, its weights rounded to the config's dtype."""
-    save_pretrained(model, Path(config.out) / name, record, dtype=DTYPES[config.dtype], card=card)
+    model.save_pretrained(Path(config.out) / name, record, dtype=DTYPES[config.dtype], card=card)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float
     record = training_record(folder / MODEL)
     assert record is not None
     assert record.validation_loss is not None
-    return from_pretrained(folder / MODEL), record, record.validation_loss
+    return SparseTransformer.from_pretrained(folder / MODEL), record, record.validation_loss
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tl_sparse.checkpoints.packed import TrainingRecord
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer

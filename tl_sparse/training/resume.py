@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from tl_sparse.checkpoints.packed import TrainingRecord, load_tensors, save_pretrained
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
+from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.json_files import read_json
@@ -42,7 +43,7 @@ def save_checkpoint(
     target = folder / f"{PREFIX}{step:08d}"
     if not target.is_dir():  # else the same run has written this very state
         with atomic_folder(target) as work:
-            save_pretrained(model, work / MODEL, record)
+            model.save_pretrained(work / MODEL, record)
             torch.save(optimizer.state_dict(), work / OPTIMIZER)
             state = {"step": step, "tl_sparse_version": version("tl-sparse"), "run": run}
             (work / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")

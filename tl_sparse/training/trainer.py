@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_sparse.checkpoints.packed import TrainingRecord, save_pretrained
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
@@ -109,7 +109,7 @@ class Trainer:
         self.model.eval()
         record = self.record()
         if self.folder is not None and self.accelerator.is_main_process:
-            save_pretrained(self.model, self.folder / training_state.MODEL, record)
+            self.model.save_pretrained(self.folder / training_state.MODEL, record)
         self.accelerator.wait_for_everyone()
         if self.wandb is not None:
             self.wandb.finish()

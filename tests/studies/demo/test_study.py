@@ -9,8 +9,9 @@ import torch
 from tl_sparse import cli
 from tl_sparse.ablation.interventions import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.checkpoints.packed import from_pretrained, save_pretrained, training_record
+from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import PruningConfig, count_edges, random_edges
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import l0
 from tl_sparse.sparsity.weight_masks import WeightMasks
@@ -150,10 +151,10 @@ def small(corpus, small_config_of, monkeypatch):
 def teach(cache, planted_in):
     """Give the models in the cache weights that do the task for_while."""
     for folder in cache.glob("demo-*"):
-        model = from_pretrained(folder / "model")
+        model = SparseTransformer.from_pretrained(folder / "model")
         record = training_record(folder / "model")
         planted_in(model, 5)
-        save_pretrained(model, folder / "model", replace(record, l0=l0(weight_matrices(model))))
+        model.save_pretrained(folder / "model", replace(record, l0=l0(weight_matrices(model))))
 
 
 def test_the_job_from_text_to_circuits(small, corpus, planted_in, tmp_path):
@@ -221,6 +222,6 @@ def test_the_command_writes_the_report_and_says_where(small, planted_in, tmp_pat
 
 def test_tasks_that_the_last_token_decides_are_left_to_the_bigram_table():
     """Their circuits are empty. The paper's other tasks must look further back."""
-    tokenizer = from_pretrained("python-sparse").tokenizer
+    tokenizer = SparseTransformer.from_pretrained("python-sparse").tokenizer
     found = {n for n in names() if last_token_decides(get(n, tokenizer, 64), DemoConfig())}
     assert found == {"else_elif"}

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tl_sparse.ablation.interventions import activation_means
-from tl_sparse.checkpoints.packed import save_pretrained
 from tl_sparse.circuits import PruningConfig, prune
 from tl_sparse.studies.frontier import frontier, grouped, token_loss
 from tl_sparse.tasks import get
@@ -32,7 +31,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(solver, tokens):
 
 
 def test_models_and_folders_are_pruned_on_what_they_do(solver, tokens, tmp_path):
-    save_pretrained(solver(extra=9), tmp_path / "saved")
+    solver(extra=9).save_pretrained(tmp_path / "saved")
     models = {"here": solver(), "saved": tmp_path / "saved"}
     found = frontier(models, tokens, config=QUICK, pairs=8, progress=False)
     assert found.interpretability.tasks == ("for_while",)

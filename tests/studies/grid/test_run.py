@@ -10,6 +10,7 @@ import pytest
 
 from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.studies.grid import (
     StudyConfig,
@@ -62,16 +63,19 @@ def planting(monkeypatch, planted):
     real = work.train_in
 
     def train_in(folder, architecture, run, corpus, *, progress):
-        from tl_sparse.checkpoints.packed import from_pretrained, save_pretrained, training_record
+        from tl_sparse.checkpoints.packed import training_record
 
         trained.append(folder.name)
         seconds = real(folder, architecture, run, corpus, progress=progress)
-        model, record = from_pretrained(folder / "model"), training_record(folder / "model")
+        model, record = (
+            SparseTransformer.from_pretrained(folder / "model"),
+            training_record(folder / "model"),
+        )
         planted(model, extra=5 if run.sparsity is None else 0)
         object.__setattr__(record, "l0", model.n_nonzero())
         loss = 3.0 if run.stop_at_loss is None else run.stop_at_loss
         object.__setattr__(record, "validation_loss", loss)
-        save_pretrained(model, folder / "model", record)
+        model.save_pretrained(folder / "model", record)
         return seconds
 
     monkeypatch.setattr(work, "train_in", train_in)
