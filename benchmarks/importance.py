@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import tl_sparse as tls
-from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.importance import ablated_logit_diffs
 

@@ -37,11 +37,12 @@ import pandas as pd
 import torch
 
 import tl_sparse as tls
+from tl_sparse.ablation import gated_ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.circuits.mask_training import clipped, train_masks
-from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW, gated_ablation_hooks
+from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
 from tl_sparse.circuits.pruning_run import GRID, set_up
 from tl_sparse.ground_truth.quoted_text import CLOSING, quote_task, quoted_tokenizer, running_text
 

@@ -9,10 +9,10 @@ from tl_sparse import faithfulness as faithfulness
 from tl_sparse import ground_truth as ground_truth
 from tl_sparse import studies as studies
 from tl_sparse import tasks as tasks
-from tl_sparse.ablation.interventions import ActivationMeans as ActivationMeans
-from tl_sparse.ablation.interventions import ablation_hooks as ablation_hooks
-from tl_sparse.ablation.interventions import activation_means as activation_means
-from tl_sparse.ablation.interventions import resample_sources as resample_sources
+from tl_sparse.ablation import ActivationMeans as ActivationMeans
+from tl_sparse.ablation import ablation_hooks as ablation_hooks
+from tl_sparse.ablation import activation_means as activation_means
+from tl_sparse.ablation import resample_sources as resample_sources
 from tl_sparse.circuits import Circuit as Circuit
 from tl_sparse.circuits import PruningConfig as PruningConfig
 from tl_sparse.circuits import PruningFailed as PruningFailed

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation import gated_ablation_hooks
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
-from tl_sparse.circuits.node_masks import gated_ablation_hooks
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 from tl_sparse.tasks import TaskBatch
 

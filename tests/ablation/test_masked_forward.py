@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import ablation_hooks, frozen_norm_hooks, resample_sources
+from tl_sparse.ablation import ablation_hooks, frozen_norm_hooks, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import (
     gated_logit_diffs,

@@ -14,7 +14,7 @@ def circuit_of(random_tokens: Any) -> Callable[..., Any]:
     """``circuit_of(model, task, nodes)``: the circuit of those nodes, all others at their means."""
 
     def build(model: Any, task: Any, nodes: Any) -> Any:
-        from tl_sparse.ablation.interventions import activation_means
+        from tl_sparse.ablation import activation_means
         from tl_sparse.circuits import PruningConfig
         from tl_sparse.circuits.pruning_run import build_circuit, set_up
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tl_sparse import SparseTransformer, tasks
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.analyses import dilution, distracted, distractor
 from tl_sparse.analyses.attacks import harmless_prompt, plain_prompt, rewritten
 from tl_sparse.circuits import PruningConfig

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses import necessity
 from tl_sparse.analyses.necessity import (

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.analyses import constant_node_check, linear_replacement, token_losses
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed
@@ -66,7 +66,7 @@ def test_attribution_is_the_gradient_times_the_difference_to_the_mean(posed):
 
 def test_attribution_predicts_a_small_step(posed):
     """Moving one activation a little towards its mean changes the loss as the score says."""
-    from tl_sparse.circuits.node_masks import gated_ablation_hooks
+    from tl_sparse.ablation import gated_ablation_hooks
 
     model, chain, task, means = posed
     scores = rank_nodes(model, task, "attribution", means=means, config=SEARCH, n_pairs=8)

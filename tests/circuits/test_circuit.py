@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tl_sparse.ablation.interventions import activation_means, norm_hooks, resample_sources
+from tl_sparse.ablation import activation_means, norm_hooks, resample_sources
 from tl_sparse.circuits import Calibration, Circuit, circuit_edges
 from tl_sparse.sites import BLOCK_SITES, SITE_NAMES, NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
 from tl_sparse.circuits.edge_search import fewest, remove_greedily, straight_through

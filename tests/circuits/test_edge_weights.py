@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import circuit_edges
 from tl_sparse.circuits.edge_weights import ablated_reads, gated_logit_diffs, locate, tensors_of

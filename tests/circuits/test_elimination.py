@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, elimination, prune
 from tl_sparse.circuits import pruning_run as problems
 from tl_sparse.circuits.elimination import SHARES, eliminated

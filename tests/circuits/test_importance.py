@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import ablation_hooks, activation_means, resample_sources
+from tl_sparse.ablation import ablation_hooks, activation_means, resample_sources
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.prompt_packing import pack
 from tl_sparse.circuits.importance import NodeScores, ablated_logit_diffs, ablation_importance

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse import data
+from tl_sparse.ablation import activation_means, frozen_norm_hooks, norm_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import activation_means, frozen_norm_hooks, norm_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.circuits import PruningConfig, circuit_edges, prune
@@ -85,7 +85,7 @@ def test_1_means_and_frozen_scales_are_those_of_the_model_with_abstopk(sparse, r
     model, without = sparse(), switched_off(sparse())
     _, cache = model.run_with_cache(random_tokens)
     _, other = without.run_with_cache(random_tokens)
-    frozen_scales = {name: hook.value for name, hook in frozen_norm_hooks(model, random_tokens)}
+    frozen_scales = {name: hook.source for name, hook in frozen_norm_hooks(model, random_tokens)}
     assert set(frozen_scales) == set(norm_hooks(model))
     for name, scale in frozen_scales.items():
         assert torch.equal(scale, cache[name])
@@ -107,7 +107,7 @@ def test_9_a_frozen_scale_has_the_models_own_epsilon(planted, random_tokens, eps
         model.embed.W_E.mul_(1e-3)  # a stream so small that epsilon counts
     _, cache = model.run_with_cache(random_tokens)
     (scale,) = (
-        hook.value
+        hook.source
         for name, hook in frozen_norm_hooks(model, random_tokens)
         if name == "blocks.0.ln1.hook_scale"
     )

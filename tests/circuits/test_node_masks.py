@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means, gated_ablation_hooks
 from tl_sparse.circuits import NodeMasks
 from tl_sparse.circuits.mask_training import clipped
-from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, gated_ablation_hooks, units
+from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, units
 from tl_sparse.config import ActivationDensity
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 

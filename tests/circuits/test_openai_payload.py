@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoints.openai_reference_model import BASE, D, H, V, random_state
 from tl_sparse import Circuit, activation_means
-from tl_sparse.ablation.interventions import ActivationMeans
+from tl_sparse.ablation import ActivationMeans
 from tl_sparse.circuits.openai_payload import circuit_from_openai, read_payload
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import SITE_NAMES

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import ablation_hooks, activation_means
+from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, circuit_edges, prune, pruning
 from tl_sparse.circuits.calibration import calibrated

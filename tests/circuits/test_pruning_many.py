@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import activation_means, resample_sources
+from tl_sparse.ablation import activation_means, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many, pruning
 from tl_sparse.circuits.mask_training import TrainingPool, train_masks

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tl_sparse.ablation import ablation_hooks, activation_means, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ablation_hooks, activation_means, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig, circuit_edges
 from tl_sparse.circuits.pruning_run import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import (
+from tl_sparse.ablation import (
     ablation_hooks,
     activation_means,
     norm_hooks,

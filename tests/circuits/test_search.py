@@ -14,7 +14,7 @@ import pytest
 import torch
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig, PruningFailed, prune, search_study
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.circuits.search import search, values_of

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.faithfulness.checks.test_schemes import noisy
+from tl_sparse.ablation import activation_means, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import activation_means, resample_sources
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.circuits.node_masks import NodeMasks

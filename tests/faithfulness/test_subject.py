@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.faithfulness import EvaluationConfig, head_circuit, hook_circuit, subject

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse import ground_truth
-from tl_sparse.ablation.interventions import ablation_hooks, frozen_norm_hooks
+from tl_sparse.ablation import ablation_hooks, frozen_norm_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ground_truth.false_circuits import without
 

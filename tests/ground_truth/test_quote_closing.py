@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tl_sparse import ground_truth
-from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import circuit_edges

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse import ground_truth
-from tl_sparse.ablation.interventions import resample_sources
+from tl_sparse.ablation import resample_sources
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, circuit_edges
 from tl_sparse.ground_truth import traps

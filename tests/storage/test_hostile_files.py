@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import Circuit

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import FwdHook, frozen_norm_hooks
+from tl_sparse.ablation.frozen_layernorms import frozen_norm_hooks
+from tl_sparse.ablation.interventions import FwdHook, Intervention
 from tl_sparse.ablation.prompt_packing import PackedPairs, pack
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import TaskBatch, logit_diffs, select_last
@@ -117,7 +118,7 @@ def packed_logit_diffs(
     return (correct - incorrect).flatten()
 
 
-def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[FwdHook, ...]:
+def frozen_norms_of(model: nn.Module, batch: TaskBatch) -> tuple[tuple[str, Intervention], ...]:
     """Hooks that hold the norms' scales at the full model's on a batch, for task_logit_diffs."""
     return tuple(
         frozen_norm_hooks(

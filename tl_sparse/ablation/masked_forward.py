@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import FwdHook, Replacement, ResampleSources
+from tl_sparse.ablation.interventions import (
+    FwdHook,
+    Replacement,
+    check_fired,
+    gated_ablation_hooks,
+)
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs
-from tl_sparse.circuits.node_masks import gated_ablation_hooks
+from tl_sparse.ablation.resampling import ResampleSources
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
@@ -33,7 +38,7 @@ def masked_logit_diffs(
 ) -> Float[Tensor, "mask prompt"]:
     """logit(correct) - logit(incorrect) of every prompt under each of many node masks.
 
-    Nodes not kept are set to ``values``, or with :class:`~tl_sparse.ablation.interventions.ResampleSources` to what they
+    Nodes not kept are set to ``values``, or with :class:`ResampleSources` to what they
     are on the donor sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
     node is then gate * x + (1 - gate) * value. ``hooks`` run before.
 
@@ -131,9 +136,3 @@ def joined(batches: Sequence[TaskBatch]) -> TaskBatch:
         prompts=tuple(prompt for b in batches for prompt in b.prompts),
         answers=tuple(answer for b in batches for answer in b.answers),
     )
-
-
-def check_fired(mixes: Sequence[tuple[str, object]]) -> None:
-    """ValueError for hooks that never ran: what they should do was not done."""
-    if silent := [name for name, mix in mixes if not getattr(mix, "fired", True)]:
-        raise ValueError(f"hooks {', '.join(silent)} never fired on this model")

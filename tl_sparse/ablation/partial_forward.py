@@ -15,7 +15,8 @@ from typing import Any, Literal
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_sparse.ablation.interventions import Freeze, FwdHook, norm_hooks
+from tl_sparse.ablation.frozen_layernorms import norm_hooks
+from tl_sparse.ablation.interventions import FwdHook, Intervention
 from tl_sparse.ablation.prompt_packing import PackedPairs
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
@@ -174,7 +175,7 @@ class PartialForward:
 
     def _norms(self, prefix: str, at_last: bool = False) -> list[FwdHook]:
         return [
-            (name, Freeze(self.packed.at_last(scale) if at_last else scale))
+            (name, Intervention(source=self.packed.at_last(scale) if at_last else scale))
             for name, scale in self.scales.items()
             if name.startswith(prefix)
         ]

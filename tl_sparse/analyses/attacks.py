@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.runs import (
     CHUNK_PAIRS,

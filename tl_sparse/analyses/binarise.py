@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_logit_diffs
 from tl_sparse.circuits import Circuit

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation import broadcast
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import node_view
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.analyses.runs import accuracy, check_belongs
@@ -295,7 +295,7 @@ def displacement(
     found: dict[str, Tensor] = {}
 
     def measure(x: Tensor, hook: Any = None, *, name: str, last: Tensor) -> None:
-        apart = (x - node_view(values[index.slices[name]].to(x.device, x.dtype), x)).abs()
+        apart = (x - broadcast(values[index.slices[name]].to(x)[None], x)[0]).abs()
         real = torch.arange(x.shape[1], device=x.device) <= last.to(x.device)[:, None]
         found[name] = apart.flatten(2)[real].double().mean(0).float().cpu()
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.analyses.runs import Node, by_sequence, channels, device_of, places, token_losses
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint

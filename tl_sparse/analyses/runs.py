@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import FwdHook
+from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex

@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation import ActivationMeans, FwdHook, check_fired, gated_ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, FwdHook
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
-from tl_sparse.ablation.masked_forward import check_fired
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.importance import NodeScores, ablation_importance, restoration_importance
-from tl_sparse.circuits.node_masks import gated_ablation_hooks
 from tl_sparse.circuits.pruning import refined
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, bisect_size, build_circuit, set_up

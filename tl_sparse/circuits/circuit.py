@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import (
+from tl_sparse.ablation import (
     ActivationMeans,
     FwdHook,
     ResampleSources,

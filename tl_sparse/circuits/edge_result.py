@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import FwdHook, ablation_hooks
+from tl_sparse.ablation import FwdHook, ablation_hooks
 from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edge_search import EdgePruningConfig

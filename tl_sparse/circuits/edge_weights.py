@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tl_sparse.ablation.interventions import FwdHook, node_view
+from tl_sparse.ablation import FwdHook, Intervention
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex, site
@@ -276,7 +275,7 @@ def norm_of(
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _module, _inputs, out: seen.append(out.detach()))
     try:
-        run(model, batch, [(hook, partial(set_to, values))])
+        run(model, batch, [(hook, Intervention(value=values[None]))])
     finally:
         handle.remove()
     return seen[0].flatten(0, -2)[0]
@@ -304,11 +303,6 @@ def row_sums(
     run(model, batch, [*hooks, ones, (f"blocks.{layer}.attn.hook_z", keep)])
     sums = seen[0][real].double().mean(0).to(seen[0].dtype)
     return torch.where((sums - 1).abs() < ROUNDING, 1.0, sums)
-
-
-def set_to(values: Tensor, x: Tensor, hook: Any = None) -> Tensor:
-    """Hook function: a site's channels at their values."""
-    return node_view(values.to(x), x).expand_as(x).clone()
 
 
 def run(model: Any, batch: TaskBatch, hooks: Sequence[FwdHook]) -> None:

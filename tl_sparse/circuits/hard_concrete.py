@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import MARGIN, SNAPSHOTS, TrainingPool, clipped
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,15 +18,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import (
-    Freeze,
+from tl_sparse.ablation import (
     FwdHook,
+    Intervention,
     Replacement,
     ResampleSources,
     ablation_hooks,
     resample_sources,
 )
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, trimmed
 from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.ablation.partial_forward import PartialForward
@@ -167,8 +166,9 @@ def _one_removed(
             todo = torch.nonzero(here).flatten()
             copies = max(1, max_slots // run.slots(layer, site))
             for some in todo.split(copies) if len(todo) else ():
-                node = nodes[some]
-                change = SetChannels(node - piece.start, values[node], piece.stop - piece.start)
+                mask = torch.ones(len(some), piece.stop - piece.start, dtype=torch.bool)
+                mask[torch.arange(len(some)), nodes[some].cpu() - piece.start] = False
+                change = Intervention(mask.to(values.device), values[piece][None])
                 logit_diffs[some] = run.changed(layer, site, (name, change), len(some))
     return logit_diffs
 
@@ -196,23 +196,6 @@ def _one_forward_each(
         found.append(logit_diffs(masks))
     none = torch.empty(0, len(batch), device=keep.device)
     return logit_diffs(keep[None])[0], torch.cat(found) if found else none
-
-
-class SetChannels:
-    """Hook function: in each of several copies of a batch, one channel at its value."""
-
-    def __init__(
-        self, channels: Int[Tensor, " copy"], values: Float[Tensor, " copy"], width: int
-    ) -> None:
-        self.channels, self.values, self.width = channels, values, width
-
-    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        """A copy of the activation [copy * row, slot, ...] with the channels set."""
-        changed = x.clone(memory_format=torch.contiguous_format)
-        copies = len(self.channels)
-        side = changed.view(copies, -1, self.width)
-        side[torch.arange(copies, device=x.device), :, self.channels] = self.values.to(x)[:, None]
-        return changed
 
 
 def restoration_importance(
@@ -248,7 +231,7 @@ def restoration_importance(
         whole = resample_sources(model, batch.tokens, index.sites).activations
         hooks: list[FwdHook] = [*frozen_norms_of(model, batch)] if freeze_norm else []
         # every node is put at what it is in the full model first, then all but one are removed
-        hooks += [(name, Freeze(activation)) for name, activation in whole.items()]
+        hooks += [(name, Intervention(source=activation)) for name, activation in whole.items()]
         loss = masked_losses(model, batch, index, none, values, hooks=hooks)[0]
         for piece in heard:
             for nodes in torch.arange(piece.start, piece.stop).to(values.device).split(256):

@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_sparse.ablation.interventions import Freeze, FwdHook, Replacement, ResampleSources
+from tl_sparse.ablation import FwdHook, Replacement, ResampleSources, check_fired
 from tl_sparse.ablation.logit_diff import (
     PackedBatch,
     frozen_norms_of,
     packed_logit_diffs,
     row_logit_diffs,
 )
-from tl_sparse.ablation.masked_forward import check_fired, joined
+from tl_sparse.ablation.masked_forward import joined
 from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
 from tl_sparse.circuits.pruning_run import PruningRun
 from tl_sparse.model.transformer import SparseTransformer
@@ -197,9 +197,5 @@ class TrainingPool:
             correct_token=self.batch.correct_token[rows],
             incorrect_token=self.batch.incorrect_token[rows],
         )
-        norms: list[FwdHook] = [
-            (name, Freeze(hook.value[rows, :width]))
-            for name, hook in self.frozen
-            if isinstance(hook, Freeze)
-        ]
+        norms: list[FwdHook] = [(name, hook.on(rows, width)) for name, hook in self.frozen]
         return batch, norms

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import ResampleSources
+from tl_sparse.ablation import Intervention, ResampleSources, gated_ablation_hooks
 from tl_sparse.sites import NodeIndex
 
 
@@ -96,7 +96,7 @@ class NodeMasks(nn.Module):
 
     def hooks(
         self, gates: Float[Tensor, "mask node"], prompts: Int[Tensor, " prompt"] | None = None
-    ) -> list[tuple[str, GatedAblation]]:
+    ) -> list[tuple[str, Intervention]]:
         """Hooks that mix each activation with its replacement: gate * x + (1 - gate) * value.
 
         The batch is mask-major: all prompts under the first mask, then all under the second ...
@@ -149,60 +149,6 @@ def unit_ranks(
     rank = torch.full((int(unit.max()) + 1,), len(ranked), device=unit.device)
     rank[ranked] = torch.arange(len(ranked), device=unit.device)
     return rank[unit]
-
-
-def gated_ablation_hooks(
-    index: NodeIndex,
-    gates: Float[Tensor, "mask node"],
-    values: Float[Tensor, "mask_or_1 node"] | ResampleSources,
-) -> list[tuple[str, GatedAblation]]:
-    """A :class:`GatedAblation` for every site."""
-    if isinstance(values, ResampleSources):
-        return [
-            (hook, GatedAblation(gates[:, piece], values, hook))
-            for hook, piece in index.slices.items()
-        ]
-    return [
-        (hook, GatedAblation(gates[:, piece], values[:, piece], hook))
-        for hook, piece in index.slices.items()
-    ]
-
-
-class GatedAblation:
-    """Hook function: gate * x + (1 - gate) * value; it remembers whether it ever ran."""
-
-    def __init__(
-        self,
-        gate: Float[Tensor, "mask channel"],
-        value: Float[Tensor, "mask_or_1 channel"] | ResampleSources,
-        name: str,
-    ) -> None:
-        self.gate, self.value, self.name, self.fired = gate, value, name, False
-
-    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        """The mixed activation [mask * prompt, pos, ...]."""
-        self.fired = True
-        masks = len(self.gate)
-        side = x.unflatten(0, (masks, len(x) // masks))
-        if isinstance(self.value, ResampleSources):
-            value = self.value.of_hook(self.name, side.shape[1], x.shape[1])[None].to(x.device)
-        else:
-            value = spread(self.value, x)
-        # lerp is exact at gates 0 and 1: open gates pass x bit for bit
-        gate = spread(self.gate, x).to(x.dtype)
-        return torch.lerp(value.to(x.dtype).expand_as(side), side, gate).flatten(0, 1)
-
-
-def spread(values: Float[Tensor, "mask channel"], like: Tensor) -> Tensor:
-    """Vectors over a site's channels, a row a mask, to broadcast with [mask, prompt, pos, ...].
-
-    q, k and v come as [..., head, d_head]; every other site has its channels in the last dimension.
-    """
-    width = values.shape[1]
-    tail = like.shape[2:]
-    if tail.numel() != width:  # a site's activation once per head: channels are the last dimension
-        tail = torch.Size([1] * (like.ndim - 3) + [width])
-    return values.view(len(values), 1, 1, *tail)
 
 
 class RowAdamW:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import ActivationMeans
+from tl_sparse.ablation import ActivationMeans
 from tl_sparse.checkpoints.openai_files import local_folder
 from tl_sparse.circuits import Calibration, Circuit, circuit_edges
 from tl_sparse.sites import BLOCK_SITES, NodeIndex

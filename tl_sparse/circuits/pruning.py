@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.elimination import eliminated, without_first
 from tl_sparse.circuits.mask_training import train_masks

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import (
+from tl_sparse.ablation import (
     ActivationMeans,
     FwdHook,
     Replacement,
@@ -25,6 +24,7 @@ from tl_sparse.ablation.interventions import (
     ablation_hooks,
     activation_means,
 )
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits.calibration import calibrate, calibrated

@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning import prune_many

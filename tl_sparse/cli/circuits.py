@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import tyro
 
-from tl_sparse.ablation.interventions import ActivationMeans, activation_means
+from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.ablation.interventions import Replacement
+from tl_sparse.ablation import Replacement
 from tl_sparse.analyses.necessity import control_units
 from tl_sparse.faithfulness.subject import Subject
 from tl_sparse.tasks import TaskBatch

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, ResampleSources
 from tl_sparse.ablation.masked_forward import gated_logit_diffs
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import TrainingPool, train_masks

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import (
+from tl_sparse.ablation import (
     ActivationMeans,
     FwdHook,
     Replacement,
     activation_means,
     resample_sources,
 )
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig

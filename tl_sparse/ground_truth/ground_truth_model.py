@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparse.ablation.interventions import ActivationMeans
+from tl_sparse.ablation import ActivationMeans
 from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.model.transformer import SparseTransformer

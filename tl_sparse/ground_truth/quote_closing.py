@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.ground_truth.ground_truth_model import GroundTruthModel

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.ground_truth.ground_truth_model import GroundTruthModel

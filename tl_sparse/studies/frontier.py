@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import ActivationMeans, activation_means
+from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation import ablation_hooks
 from tl_sparse.faithfulness.checks.effects import (
     opposite,
     pearson,

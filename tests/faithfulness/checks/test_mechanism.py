@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.faithfulness.checks.test_patterns import attending
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
 from tl_sparse.faithfulness.checks.mechanism import interchange, mechanism, swapped_logit_diffs
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
-from tl_sparse.ablation.interventions import ActivationMeans
+from tl_sparse.ablation import ActivationMeans
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.faithfulness import head_circuit
 from tl_sparse.faithfulness.checks.completeness import random_subsets

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.faithfulness.slow import loss, mean
-from tl_sparse.ablation.interventions import ablation_hooks, norm_hooks
+from tl_sparse.ablation import ablation_hooks, norm_hooks
 from tl_sparse.faithfulness import head_circuit
 from tl_sparse.faithfulness.checks.norms import norm_drift, norms
 from tl_sparse.faithfulness.controls import on

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tl_sparse import SparseTransformer, tasks
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.faithfulness import EvaluationConfig, subject

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
 from tl_sparse.circuits.node_masks import units
 from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject

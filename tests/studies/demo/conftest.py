@@ -74,7 +74,7 @@ def solvers(corpus: Any) -> Callable[..., tuple[Any, Any]]:
     """``solvers(extra)``: the sparse and the dense model as the study knows them."""
 
     def build(losses: tuple[float, float] = (2.5, 2.52), extra: int = 5) -> tuple[Any, Any]:
-        from tl_sparse.ablation.interventions import activation_means
+        from tl_sparse.ablation import activation_means
         from tl_sparse.model.transformer import SparseTransformer
         from tl_sparse.sparsity.matrices import weight_matrices
         from tl_sparse.sparsity.projection import l0

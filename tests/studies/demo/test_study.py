@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tl_sparse import cli
-from tl_sparse.ablation.interventions import ablation_hooks
+from tl_sparse.ablation import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import PruningConfig, count_edges, random_edges

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig, prune
 from tl_sparse.studies.frontier import frontier, grouped, token_loss
 from tl_sparse.tasks import get

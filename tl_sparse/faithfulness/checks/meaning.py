@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_sparse.ablation import FwdHook, ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import FwdHook, ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.binarise import (
     BinariseConfig,

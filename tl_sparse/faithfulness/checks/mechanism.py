@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation import ablation_hooks, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ablation_hooks, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.faithfulness.checks.effects import (

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation import FwdHook, check_fired, gated_ablation_hooks, norm_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import FwdHook, norm_hooks
 from tl_sparse.ablation.logit_diff import frozen_norms_of, trimmed
-from tl_sparse.ablation.masked_forward import check_fired, tiled
-from tl_sparse.circuits.node_masks import gated_ablation_hooks
+from tl_sparse.ablation.masked_forward import tiled
 from tl_sparse.faithfulness.checks.sufficiency import NULL, f_statistic, prompt_shares
 from tl_sparse.faithfulness.controls import few, random_units
 from tl_sparse.faithfulness.measure import PartResult, measured_mean

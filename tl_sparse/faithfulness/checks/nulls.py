@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import activation_means
+from tl_sparse.ablation import activation_means
 from tl_sparse.faithfulness.checks.searches import Found, n_units, row, search, search_config
 from tl_sparse.faithfulness.measure import Measure, PartResult
 from tl_sparse.faithfulness.subject import Subject

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_sparse.ablation import check_fired, gated_ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
-from tl_sparse.ablation.masked_forward import check_fired, tiled
+from tl_sparse.ablation.masked_forward import tiled
 from tl_sparse.analyses.necessity import displacement
-from tl_sparse.circuits.node_masks import gated_ablation_hooks
 from tl_sparse.faithfulness.controls import on, tuning
 from tl_sparse.faithfulness.subject import Subject
 from tl_sparse.model.transformer import SparseTransformer

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_sparse.ablation import FwdHook, ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import FwdHook, ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.faithfulness.subject import Subject
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.interventions import FwdHook, Replacement
+from tl_sparse.ablation import FwdHook, Replacement
 from tl_sparse.ablation.masked_forward import gated_logit_diffs
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch

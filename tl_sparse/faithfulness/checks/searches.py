@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from tl_sparse.ablation import ActivationMeans, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import ActivationMeans, resample_sources
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune_many
 from tl_sparse.faithfulness.subject import HookCircuit, Subject, pruning_config_of

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.interventions import (
+from tl_sparse.ablation import (
     Replacement,
     ResampleSources,
     activation_means,
     positional_means,
     resample_sources,
 )
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.calibration import Calibration, calibrate, calibrated
 from tl_sparse.faithfulness.checks.optimal import optimal_values

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_sparse.ablation.interventions import ActivationMeans, activation_means
+from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import (
     Circuit,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tl_sparse.ablation.interventions import ActivationMeans, activation_means
+from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.analyses.necessity import necessity
 from tl_sparse.circuits import Circuit, random_edges
 from tl_sparse.circuits.baselines import circuit_from_ranking, rank_nodes

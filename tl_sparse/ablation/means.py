@@ -1,0 +1,76 @@
+"""Means of node activations over a distribution: the values of mean ablation.
+
+Source: Gao et al. 2025, appendix A.5: a removed node is set to its mean over the pretraining
+distribution, pooled over batch and positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation.recording import digest, each_activation, index_of
+from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationMeans:
+    """The mean of every node over a distribution of tokens, and where it was measured."""
+
+    index: NodeIndex
+    """The nodes, in whose order ``values`` are."""
+    values: Float[Tensor, " node"]
+    """Mean activation of each node, pooled over sequences and positions."""
+    n_tokens: int
+    """Token positions pooled."""
+    tokens_hash: str
+    """SHA-256 of the tokens."""
+    model_fingerprint: str
+    """Fingerprint of the model that computed them."""
+
+
+@torch.no_grad()
+def activation_means(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    sites: tuple[str, ...] | None = None,
+    batch_size: int = 64,
+    last: Int[Tensor, " sequence"] | None = None,
+    index: NodeIndex | None = None,
+) -> ActivationMeans:
+    """Means of every node over ``tokens``, by hooks on the model's own forward pass.
+
+    Works on a SparseTransformer and on any TransformerLens model whose sites have hooks; ``sites``
+    defaults to the eight of every layer that the model has, ``index`` names other nodes instead.
+    With ``last``, the place of every sequence's last token, what follows it (padding on the right)
+    is not counted.
+
+    Raises:
+        ValueError: unknown site, no tokens, or a hook that never fired.
+    """
+    index = index_of(model, sites, index)
+    device = next(model.parameters()).device
+    if last is None:
+        last = torch.full((len(tokens),), tokens.shape[1] - 1)
+    counted = torch.arange(tokens.shape[1], device=device) <= last.to(device)[:, None]
+    totals: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def add(name: str, x: Tensor, first: int) -> None:
+        # float64 sums: the means of a long stream stay exact to float32
+        real = counted[first : first + len(x)]
+        width = index.slices[name].stop - index.slices[name].start
+        channels = x.reshape(*real.shape, -1, width)[real].flatten(0, 1).double()
+        totals[name] = totals.get(name, 0.0) + channels.sum(0)
+        # counted, as a HookedTransformer's norm fires once each for queries, keys and values
+        rows[name] = rows.get(name, 0) + len(channels)
+
+    each_activation(model, tokens, index, add, batch_size)
+    values = index.flat({name: total / rows[name] for name, total in totals.items()})
+    return ActivationMeans(
+        index, values.float(), int(counted.sum()), digest(tokens), fingerprint(model)
+    )

@@ -1,0 +1,95 @@
+"""Resample sources: activations on other sequences, from which removed nodes take their values.
+
+Source: Gao et al. 2025, appendix E (resampling); Wang et al. 2022 (means by position).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.ablation.recording import digest, each_activation, index_of
+from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.fingerprint import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class ResampleSources:
+    """Activations on other sequences, from which removed nodes are resampled (appendix E).
+
+    Removed nodes of prompt i take, at each position, what they are at that position of sequence i.
+    """
+
+    index: NodeIndex
+    """The nodes."""
+    activations: dict[str, Float[Tensor, "sequence pos ..."]]
+    """Hook name → its activations."""
+    tokens_hash: str
+    """SHA-256 of the sequences."""
+    model_fingerprint: str
+    """Fingerprint of the model that computed them."""
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return len(next(iter(self.activations.values())))
+
+    def take(self, sequences: Int[Tensor, " prompt"]) -> ResampleSources:
+        """The sources of a batch: sequence ``sequences[i]`` for prompt i."""
+        taken = {name: x[sequences.to(x.device)] for name, x in self.activations.items()}
+        return replace(self, activations=taken)
+
+
+@torch.no_grad()
+def resample_sources(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    sites: tuple[str, ...] | None = None,
+    index: NodeIndex | None = None,
+) -> ResampleSources:
+    """The activations of every node on each of ``tokens``, to resample removed nodes from.
+
+    ``index`` names other nodes than those of ``sites``. Memory: sequences x positions x nodes
+    floats. The sequences should be as long as the longest prompt.
+
+    Raises:
+        ValueError: unknown site, no tokens, or a hook that never fired.
+    """
+    index = index_of(model, sites, index)
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, x: Tensor, first: int) -> None:
+        found[name] = x.clone()
+
+    each_activation(model, tokens, index, record, max(1, len(tokens)))
+    return ResampleSources(index, found, digest(tokens), fingerprint(model))
+
+
+@torch.no_grad()
+def positional_means(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    index: NodeIndex | None = None,
+    batch_size: int = 64,
+) -> ResampleSources:
+    """The mean of every node over ``tokens`` at each position, as a single sequence.
+
+    ``index`` defaults to the eight sites of every layer. For a batch of prompts, ``take`` it once a
+    prompt: ``means.take(torch.zeros(len(batch), dtype=torch.int64))``.
+
+    Raises:
+        ValueError: no tokens, or a hook that never fired.
+    """
+    index = index_of(model, None, index)
+    totals: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def add(name: str, x: Tensor, first: int) -> None:
+        totals[name] = totals.get(name, 0.0) + x.double().sum(0, keepdim=True)
+        rows[name] = rows.get(name, 0) + len(x)
+
+    each_activation(model, tokens, index, add, batch_size)
+    means = {name: (total / rows[name]).float() for name, total in totals.items()}
+    return ResampleSources(index, means, digest(tokens), fingerprint(model))
