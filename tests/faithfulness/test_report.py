@@ -7,7 +7,6 @@ import torch
 
 from tl_sparse.faithfulness import EvaluationConfig, FaithfulnessReport, Measure, PartResult
 from tl_sparse.faithfulness.figures import overview_figure
-from tl_sparse.faithfulness.page import report_page
 from tl_sparse.faithfulness.verdict import Thresholds
 
 
@@ -83,7 +82,7 @@ def test_parts_that_were_not_run_are_missed(report):
 
 
 def test_the_page_escapes_what_it_shows_and_asks_no_network(report, tmp_path):
-    page = report_page(report)
+    page = report.write_page(tmp_path / "r.html").read_text(encoding="utf-8")
     assert "quotes <script>" not in page
     assert "<i>" not in page.split("<body>")[1]
     assert "quotes &lt;script&gt;" in page
@@ -92,11 +91,12 @@ def test_the_page_escapes_what_it_shows_and_asks_no_network(report, tmp_path):
     outside = page.split("<body>")[1]
     assert "src=" not in outside
     assert 'href="http' not in outside
-    assert report.write_page(tmp_path / "r.html").read_text() == page
+    assert "default-src 'none'" in page
+    assert report.write_page(tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
 def test_numbers_beyond_the_axis_are_drawn_at_its_edge_and_say_their_value(report):
-    figure = overview_figure(report)
+    figure = overview_figure(report.task, report.to_dataframe())
     own = next(t for t in figure.data if t.name == "circuit")
     assert min(own.x) == -0.5
     assert any("−3" in text for text in own.hovertext)

@@ -1,12 +1,14 @@
 """A hand-made circuit and a generator of random ones: plain tables, no model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+
+from tl_sparse.views import CircuitTable
 
 D_HEAD = 8
 MATRICES = {
@@ -19,32 +21,17 @@ MATRICES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class FakeCircuit:
-    nodes: pd.DataFrame
-    edges: pd.DataFrame
-    task: str = "single_double_quote"
-    model_name: str = "toy"
-    seed: int = 3
-    loss: float = 0.1432
-    loss_calibrated: float = 0.121
-    target_loss: float = 0.15
-    accuracy: float = 0.972
-
-    @property
-    def n_nodes(self) -> int:
-        return len(self.nodes)
-
-    @property
-    def n_edges(self) -> int:
-        return len(self.edges)
+FACTS: dict[str, Any] = {
+    "task": "single_double_quote", "model_name": "toy", "seed": 3, "loss": 0.1432,
+    "loss_calibrated": 0.121, "target_loss": 0.15, "accuracy": 0.972,
+}  # fmt: skip
 
 
 def make_circuit(
     nodes: list[tuple[int, str, int]],
     edges: list[tuple[int, str, int, str, int, float]],
     **facts: Any,
-) -> FakeCircuit:
+) -> CircuitTable:
     table = pd.DataFrame(nodes, columns=["layer", "site", "channel"])
     in_head = table["site"].isin(["attn_q", "attn_k", "attn_v"])
     table["head"] = (table["channel"] // D_HEAD).astype("Int64").where(in_head)
@@ -54,10 +41,10 @@ def make_circuit(
     rows = [(*edge[:5], MATRICES[edge[1], edge[3]], edge[5]) for edge in edges]
     columns = ["layer", "source_site", "source", "target_site", "target", "matrix", "weight"]
     links = pd.DataFrame(rows, columns=columns)
-    return FakeCircuit(table, links.astype({"weight": float}), **facts)
+    return CircuitTable(nodes=table, edges=links.astype({"weight": float}), **(FACTS | facts))
 
 
-def random_circuit(n_nodes: int, n_edges: int, n_layers: int = 2, seed: int = 0) -> FakeCircuit:
+def random_circuit(n_nodes: int, n_edges: int, n_layers: int = 2, seed: int = 0) -> CircuitTable:
     rng = np.random.default_rng(seed)
     sites = sorted({site for pair in MATRICES for site in pair})
     per_row = n_nodes // (n_layers * len(sites))
@@ -80,17 +67,17 @@ def random_circuit(n_nodes: int, n_edges: int, n_layers: int = 2, seed: int = 0)
 
 
 @pytest.fixture
-def circuit_of() -> Callable[..., FakeCircuit]:
+def circuit_of() -> Callable[..., CircuitTable]:
     return make_circuit
 
 
 @pytest.fixture
-def random_circuit_of() -> Callable[..., FakeCircuit]:
+def random_circuit_of() -> Callable[..., CircuitTable]:
     return random_circuit
 
 
 @pytest.fixture
-def quote_circuit() -> FakeCircuit:
+def quote_circuit() -> CircuitTable:
     """The shape of the paper's quote circuit (Gao et al. 2025, figure 39)."""
     return make_circuit(
         [
@@ -114,5 +101,5 @@ def quote_circuit() -> FakeCircuit:
 
 
 @pytest.fixture
-def empty_circuit(quote_circuit: FakeCircuit) -> FakeCircuit:
-    return FakeCircuit(quote_circuit.nodes[:0], quote_circuit.edges[:0])
+def empty_circuit(quote_circuit: CircuitTable) -> CircuitTable:
+    return replace(quote_circuit, nodes=quote_circuit.nodes[:0], edges=quote_circuit.edges[:0])

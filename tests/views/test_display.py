@@ -1,6 +1,8 @@
 import dataclasses
 
-from tl_sparse.views import CircuitLike, circuit_html
+import pandas as pd
+
+from tl_sparse.views import circuit_html, frame_html
 
 
 def test_header_line_stands_before_the_picture(quote_circuit):
@@ -14,6 +16,8 @@ def test_task_name_is_escaped(quote_circuit):
     assert "&lt;script&gt;" in html
 
 
-def test_plain_object_with_the_attributes_is_circuit_like(quote_circuit):
-    assert isinstance(quote_circuit, CircuitLike)
-    assert not isinstance(object(), CircuitLike)
+def test_a_results_table_is_escaped_under_its_title():
+    html = frame_html("<b>title", "a line", pd.DataFrame({"<i>": ["<u>"], "n": [1234]}))
+    assert html.index("&lt;b&gt;title") < html.index("a line") < html.index("1,234")
+    assert "&lt;u&gt;" in html
+    assert not any(tag in html for tag in ("<b>title", "<i>", "<u>"))

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -6,7 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tl_sparse.views import PageCircuit, PageExample, PageReport, report_page
+from tl_sparse.views import (
+    Bullets,
+    Chart,
+    Page,
+    PageCircuit,
+    PageExample,
+    Panel,
+    Section,
+    Table,
+    Text,
+    chart,
+    page_html,
+)
 
 HOSTILE = (
     "<|endoftext|>",
@@ -18,7 +31,7 @@ HOSTILE = (
 )
 
 
-class Page(HTMLParser):
+class Parsed(HTMLParser):
     """Collects elements with their attributes, and the texts of elements by class."""
 
     def __init__(self, html):
@@ -57,16 +70,21 @@ def example(tokens=("print", '("'), activations=None, **values):
     return PageExample(tokens=tokens, activations=activations, **facts)
 
 
-def report(*circuits, **parts):
+QUOTE = pd.DataFrame({"loss": [0.15]}, index=pd.Index(["quote"], name="task"))
+
+
+def report(*circuits, table=QUOTE, notes=("One seed only.",), **parts):
     facts = {
         "title": "Circuits of toy",
         "summary": "One.\n\nTwo.",
         "facts": (("validation loss", "3.41"),),
-        "table": pd.DataFrame({"loss": [0.15]}, index=pd.Index(["quote"], name="task")),
-        "notes": ("One seed only.",),
+        "sections": (
+            Section("Results", () if table.empty else (Table(table),)),
+            Section("Read with care", (Bullets(notes),) if notes else ()),
+        ),
         **parts,
     }
-    return PageReport(circuits=circuits, **facts)
+    return Page(circuits=circuits, **facts)
 
 
 def payload(page):
@@ -74,7 +92,7 @@ def payload(page):
 
 
 def test_page_has_all_its_parts(quote_circuit):
-    page = Page(report_page(report(PageCircuit(quote_circuit, "sparse", (example(),)))))
+    page = Parsed(page_html(report(PageCircuit(quote_circuit, "sparse", (example(),)))))
     assert page.of_tag("h1") == ["Circuits of toy"]
     assert page.of_class("summary") == ["One.", "Two."]
     assert "validation loss" in page.of_tag("dt")
@@ -85,11 +103,12 @@ def test_page_has_all_its_parts(quote_circuit):
 
 
 def test_page_asks_no_network(quote_circuit):
-    html = report_page(report(PageCircuit(quote_circuit, "sparse")))
-    page = Page(html)
+    html = page_html(report(PageCircuit(quote_circuit, "sparse")))
+    page = Parsed(html)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv"))
     assert policy == (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "img-src data: blob:"
     )
     assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}
     assert not {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "base"}
@@ -99,7 +118,7 @@ def test_page_asks_no_network(quote_circuit):
 
 
 def test_page_follows_the_colour_scheme(quote_circuit):
-    assert "prefers-color-scheme: dark" in report_page(report(PageCircuit(quote_circuit, "x")))
+    assert "prefers-color-scheme: dark" in page_html(report(PageCircuit(quote_circuit, "x")))
 
 
 def test_hostile_texts_stay_texts(quote_circuit):
@@ -108,10 +127,10 @@ def test_hostile_texts_stay_texts(quote_circuit):
         quote_circuit, evil, (example(HOSTILE, correct_token=evil, incorrect_token="<b>"),)
     )
     table = pd.DataFrame({evil: [evil]}, index=[evil])
-    html = report_page(
+    html = page_html(
         report(shown, title=evil, summary=evil, facts=((evil, evil),), table=table, notes=(evil,))
     )
-    page = Page(html)
+    page = Parsed(html)
     assert [tag for tag, _ in page.elements].count("script") == 2
     assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
     assert not {tag for tag, _ in page.elements} & {"img", "b"}
@@ -123,13 +142,13 @@ def test_hostile_texts_stay_texts(quote_circuit):
 
 def test_page_can_be_written_whatever_the_tokens(quote_circuit):
     shown = PageCircuit(quote_circuit, "x", (example(("\ud800", "\x00")),))
-    assert report_page(report(shown)).encode("utf-8")
+    assert page_html(report(shown)).encode("utf-8")
 
 
 def test_activations_reach_the_script_by_node(quote_circuit):
     first = example(activations={"0.mlp_neuron.863": [0.5, -1.23456]})
     second = example(("a",), {"10.attn_q.657": np.array([2.0])})
-    page = Page(report_page(report(PageCircuit(quote_circuit, "x", (first, second)))))
+    page = Parsed(page_html(report(PageCircuit(quote_circuit, "x", (first, second)))))
     (circuit,) = payload(page)["circuits"]
     place = {node["id"]: str(i) for i, node in enumerate(circuit["nodes"])}
     assert circuit["activations"] == {
@@ -140,7 +159,7 @@ def test_activations_reach_the_script_by_node(quote_circuit):
 
 def test_script_knows_all_edges_even_those_not_drawn(random_circuit_of):
     circuit = random_circuit_of(320, 3000)
-    page = Page(report_page(report(PageCircuit(circuit, "dense"))))
+    page = Parsed(page_html(report(PageCircuit(circuit, "dense"))))
     (data,) = payload(page)["circuits"]
     assert len(data["edges"]) == circuit.n_edges > 800
     drawn = [a for _, a in page.elements if "tls-edge" in (a.get("class") or "").split()]
@@ -151,7 +170,7 @@ def test_script_knows_all_edges_even_those_not_drawn(random_circuit_of):
 
 
 def test_edges_in_the_script_join_the_right_nodes(quote_circuit):
-    page = Page(report_page(report(PageCircuit(quote_circuit, "x"))))
+    page = Parsed(page_html(report(PageCircuit(quote_circuit, "x"))))
     (data,) = payload(page)["circuits"]
     named = {(data["nodes"][a]["id"], data["nodes"][b]["id"], m, w) for a, b, m, w in data["edges"]}
     assert ("10.attn_in.985", "10.attn_k.657", "W_K", 1.56) in named
@@ -159,14 +178,14 @@ def test_edges_in_the_script_join_the_right_nodes(quote_circuit):
 
 def test_circuits_of_a_task_stand_together_and_are_compared(quote_circuit, circuit_of):
     other = circuit_of([(0, "mlp_in", 1)], [], task="bracket")
-    html = report_page(
+    html = page_html(
         report(
             PageCircuit(quote_circuit, "sparse"),
             PageCircuit(other, "alone"),
             PageCircuit(quote_circuit, "dense"),
         )
     )
-    page = Page(html)
+    page = Parsed(html)
     assert page.of_tag("h3") == ["sparse", "dense", "alone"]
     assert [a["data-circuit"] for _, a in page.elements if "data-circuit" in a] == ["0", "2", "1"]
     assert [len(c["nodes"]) for c in payload(page)["circuits"]] == [12, 1, 12]
@@ -184,37 +203,68 @@ def test_table_formats_counts_shares_and_gaps():
             "note": ["a", None],
         }
     )
-    cells = Page(report_page(report(table=table))).of_tag("td")
+    cells = Parsed(page_html(report(table=table))).of_tag("td")
     assert cells == [
         "1,234", "51,234", "−0.0123", "3", "yes", "a", "9", "–", "0.150", "–", "no", "–",
     ]  # fmt: skip
 
 
 def test_page_without_circuits_or_table_is_a_page():
-    page = Page(report_page(report(table=pd.DataFrame(), notes=(), facts=(), summary="")))
+    page = Parsed(page_html(report(table=pd.DataFrame(), notes=(), facts=(), summary="")))
     assert payload(page)["circuits"] == []
+    assert len(page.scripts) == 1
+    assert not page.of_tag("h2")
+
+
+def test_long_tables_open_on_a_click_and_say_that_they_are_cut():
+    table = Table(pd.DataFrame({"x": range(1200)}), fold="<curve>", max_rows=3)
+    page = Parsed(page_html(Page("t", sections=(Section("s", (table,)),))))
+    assert page.of_tag("td") == ["0", "1", "2"]
+    assert page.of_tag("small") == ["1,200 rows, the first 3 are shown"]
+    assert page.of_tag("summary") == ["<curve> "]
+
+
+def test_outcomes_are_marked():
+    table = pd.DataFrame({"outcome": ["passed", "not measured"], "other": ["passed", ""]})
+    page = Parsed(page_html(Page("t", sections=(Section("s", (Table(table), Text("a"))),))))
+    assert page.of_class("passed") == ["✓ passed"]
+    assert page.of_tag("td") == ["✓ passed", "passed", "not measured"]
+
+
+def test_charts_are_in_the_page_with_what_draws_them():
+    points = pd.DataFrame({"series": "</script><b>", "x": [1.0, 2.0], "y": [0.0, math.nan]})
+    figure = chart("</script><i>", [Panel(points, "x", "y")])
+    html = page_html(Page("t", sections=(Section("s", (Chart(figure), Chart(figure))),)))
+    page = Parsed(html)
+    assert [a["data-chart"] for _, a in page.elements if "data-chart" in a] == ["0", "1"]
+    library, data, drawing = page.scripts
+    assert "Plotly.react" in drawing
+    assert len(library) > 1_000_000
+    assert json.loads(data)["charts"][0]["data"][0]["name"] == "&lt;/script&gt;&lt;b&gt;"
+    assert not {tag for tag, _ in page.elements} & {"b", "i"}
+    assert "src=" not in html.split("<body>")[1]
 
 
 def test_activation_of_an_unknown_node_is_refused(quote_circuit):
     shown = PageCircuit(quote_circuit, "x", (example(activations={"0.mlp_neuron.1": [0.0, 0.0]}),))
     with pytest.raises(ValueError, match=r"'0.mlp_neuron.1', which is not a node.*0.mlp_in.205"):
-        report_page(report(shown))
+        page_html(report(shown))
 
 
 def test_activations_of_the_wrong_length_are_refused(quote_circuit):
     shown = PageCircuit(quote_circuit, "x", (example(activations={"0.mlp_in.205": [0.0]}),))
     with pytest.raises(ValueError, match=r"example 0 has 2 tokens but activations of shape \(1,\)"):
-        report_page(report(shown))
+        page_html(report(shown))
 
 
 def test_activations_that_are_not_finite_are_refused(quote_circuit):
     values = {"0.mlp_in.205": [0.0, float("nan")]}
     with pytest.raises(ValueError, match=r"0.mlp_in.205 in example 0 are not finite"):
-        report_page(report(PageCircuit(quote_circuit, "x", (example(activations=values),))))
+        page_html(report(PageCircuit(quote_circuit, "x", (example(activations=values),))))
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
 def test_probability_outside_the_unit_interval_is_refused(quote_circuit, p):
     shown = PageCircuit(quote_circuit, "x", (example(p_circuit=p),))
     with pytest.raises(ValueError, match=r"p_circuit of example 0 must lie in \[0, 1\]"):
-        report_page(report(shown))
+        page_html(report(shown))

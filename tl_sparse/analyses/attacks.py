@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.analyses.figures import dilution_figure, distractor_figure
 from tl_sparse.analyses.runs import (
     CHUNK_PAIRS,
     Node,
@@ -30,6 +31,7 @@ from tl_sparse.analyses.runs import (
 from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Split, TaskBatch, get
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -70,15 +72,12 @@ class Dilution:
         ).reset_index()  # fmt: skip
 
     def to_plotly(self) -> go.Figure:
-        """Probability of the right answer against the number of elements, as in Figure 8, and below
-        it the node's activation if one was recorded."""
-        from tl_sparse.analyses.figures import dilution_figure
-
-        return dilution_figure(self)
+        """Probability of the correct token against the number of elements, as in Figure 8, and
+        beside it the node's activation if one was recorded."""
+        node = None if self.node is None else "layer {} {}[{}]".format(*self.node)
+        return dilution_figure(self.task, self.to_dataframe(), node)
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = f"sizes that do not fit: {', '.join(map(str, self.refused)) or 'none'}"
         return frame_html(f"Dilution: {self.task}", line, self.to_dataframe())
 
@@ -175,13 +174,9 @@ class Distractor:
 
     def to_plotly(self) -> go.Figure:
         """Probability of the right answer under each condition, by member and run."""
-        from tl_sparse.analyses.figures import distractor_figure
-
-        return distractor_figure(self)
+        return distractor_figure(self.task, self.examples)
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = f"flips {self.success_rate():.1%} of the full model's right answers"
         return frame_html(f"Distractor: {self.task}", line, self.to_dataframe())
 

@@ -21,10 +21,12 @@ from tqdm.auto import tqdm
 from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.analyses.figures import binarise_figure
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -136,13 +138,9 @@ class BinarisedCircuit:
 
     def to_plotly(self) -> go.Figure:
         """Losses before, with the first values, and with the trained ones (compare Figure 34)."""
-        from tl_sparse.analyses.figures import binarise_figure
-
-        return binarise_figure([self])
+        return binarise_figure(self.to_dataframe())
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = (
             f"{len(self.low)} nodes, loss {self.loss_before:.3f} → {self.loss:.3f}, "
             f"accuracy {self.accuracy_before:.2f} → {self.accuracy:.2f}"

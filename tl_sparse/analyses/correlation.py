@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.eval_mode import eval_mode
+from tl_sparse.analyses.figures import correlation_figure
 from tl_sparse.analyses.runs import token_losses
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -52,13 +54,11 @@ class TokenLossCorrelation:
 
     def to_plotly(self, max_points: int = 5000) -> go.Figure:
         """Loss against loss, a point a token; evenly spaced ones of more than ``max_points``."""
-        from tl_sparse.analyses.figures import correlation_figure
-
-        return correlation_figure(self, max_points)
+        words = f"Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}"
+        names = (self.name_a, self.name_b)
+        return correlation_figure(self.to_dataframe(), names, words, max_points)
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = (
             f"Pearson {self.pearson:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f}), "
             f"Spearman {self.spearman:.3f}, {self.losses_a.numel():,} tokens"

@@ -1,23 +1,21 @@
-"""The analyses as Plotly figures."""
+"""The analyses' figures, from their tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from html import escape
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from tl_sparse.analyses.attacks import Dilution, Distractor
-from tl_sparse.analyses.binarise import BinarisedCircuit
-from tl_sparse.analyses.correlation import TokenLossCorrelation
-from tl_sparse.analyses.kurtosis import ResidualKurtosis
-from tl_sparse.analyses.necessity import Necessity
-from tl_sparse.views.style import LANE, NEGATIVE, POSITIVE, printable
+from tl_sparse.views.chart import Look, Panel, chart
+from tl_sparse.views.style import LANE, NEGATIVE, POSITIVE
 
-_KINDS = {
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+CHANCE = (math.log(2), "chance")
+RUNS = {"model": POSITIVE, "circuit": NEGATIVE}
+SETS = {
     "none": ("nothing", LANE),
     "circuit": ("circuit's nodes", NEGATIVE),
     "outside": ("random nodes outside", POSITIVE),
@@ -25,153 +23,114 @@ _KINDS = {
     "matched": ("matched nodes outside", "#1f9d78"),
     "degree": ("nodes outside of the same degrees", "#b07aa1"),
 }
+"""Kinds of ablated sets: words and colour."""
 
 
-def necessity_figure(results: Sequence[Necessity]) -> go.Figure:
-    """Mean loss after ablation against the number of nodes, of any number of circuits (Figure 32).
+def necessity_figure(sets: pd.DataFrame, n_nodes: int) -> go.Figure:
+    """Mean loss after ablation against the number of nodes (Figure 32), a point a set.
 
-    Draws of random nodes are single points.
+    ``sets`` has the columns kind, n_nodes and loss; ``n_nodes`` is the circuit's number of nodes,
+    at which the loss with nothing ablated is drawn.
     """
-    frames = [result.to_dataframe().assign(task=result.task) for result in results]
-    table = pd.concat(frames, ignore_index=True)
-    traces = []
-    for kind, (label, colour) in _KINDS.items():
-        rows = table[table["kind"] == kind]
-        shown = [_nodes_of(results, row.task) if kind == "none" else row.n_nodes
-                 for row in rows.itertuples()]  # fmt: skip
-        traces.append(
-            go.Scatter(
-                x=shown, y=rows["loss"], mode="markers", name=label,
-                marker={"color": colour, "size": 11 if kind == "circuit" else 6},
-                hovertext=[escape(printable(task)) for task in rows["task"]],
-            )
-        )  # fmt: skip
-    figure = go.Figure(traces)
-    _chance(figure)
-    return _laid_out(figure, "Loss after ablation", "ablated nodes", "mean loss (nats)")
+    points = pd.DataFrame(
+        {
+            "series": sets["kind"].map({kind: words for kind, (words, _) in SETS.items()}),
+            "x": sets["n_nodes"].where(sets["kind"] != "none", n_nodes),
+            "y": sets["loss"],
+        }
+    )
+    looks = {
+        words: Look(colour=colour, symbol="circle", size=11 if kind == "circuit" else 6)
+        for kind, (words, colour) in SETS.items()
+    }
+    panel = Panel(points, "ablated nodes", "mean loss (nats)", y_level=CHANCE)
+    return chart("Loss after ablation", [panel], looks=looks)
 
 
-def _nodes_of(results: Sequence[Necessity], task: str) -> int:
-    return next(result.n_nodes for result in results if result.task == task)
+def binarise_figure(losses: pd.DataFrame) -> go.Figure:
+    """Mean held-out loss before, with the first values, and with the trained ones, by task.
 
-
-def binarise_figure(results: Sequence[BinarisedCircuit]) -> go.Figure:
-    """Held-out losses of circuits before, with the first values, and with the trained ones.
-
-    Compare Figure 34, which has the mean after training for a grid of models.
+    ``losses`` has the columns task, loss_before, loss_first and loss. Compare Figure 34, which has
+    the mean after training for a grid of models.
     """
-    names = [escape(printable(result.task)) for result in results]
-    stages = (
-        ("circuit", LANE, [result.loss_before for result in results]),
-        ("two values, untrained", "#7ea6e0", [float(r.losses_first.mean()) for r in results]),
-        ("two values, trained", POSITIVE, [result.loss for result in results]),
+    stages = {"loss_before": ("circuit", LANE), "loss_first": ("two values, untrained", "#7ea6e0"),
+              "loss": ("two values, trained", POSITIVE)}  # fmt: skip
+    mean = losses.groupby("task", sort=False)[list(stages)].mean().reset_index()
+    points = pd.concat(
+        pd.DataFrame({"series": words, "x": mean["task"], "y": mean[column]})
+        for column, (words, _) in stages.items()
     )
-    figure = go.Figure(
-        [go.Bar(x=names, y=losses, name=name, marker_color=c) for name, c, losses in stages]
+    looks = {words: Look("bars", colour) for words, colour in stages.values()}
+    panel = Panel(points, "", "mean loss (nats)", y_level=CHANCE)
+    return chart("Binarised circuits", [panel], looks=looks)
+
+
+def kurtosis_figure(table: pd.DataFrame) -> go.Figure:
+    """Logarithm of the mean kurtosis at every place of the residual stream, on both axes.
+
+    ``table`` has the columns hook, axis and log_mean. A Gaussian's is ln 3.
+    """
+    points = pd.DataFrame(
+        {"series": "over " + table["axis"], "x": table["hook"], "y": table["log_mean"]}
     )
-    _chance(figure)
-    return _laid_out(figure, "Binarised circuits", "", "mean loss (nats)")
+    looks = {"over tokens": Look("joined", POSITIVE), "over channels": Look("joined", NEGATIVE)}
+    panel = Panel(points, "", "log of the mean kurtosis", y_level=(math.log(3), "Gaussian"))
+    return chart("Residual kurtosis", [panel], looks=looks)
 
 
-def kurtosis_figure(result: ResidualKurtosis) -> go.Figure:
-    """Logarithm of the mean kurtosis at every place of the stream, on both axes; a Gaussian's is
-    ln 3."""
-    frame = result.to_dataframe()
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=rows["hook"], y=rows["log_mean"], mode="lines+markers", line_color=colour,
-                name=f"over {axis}",
-            )
-            for axis, colour in (("tokens", POSITIVE), ("channels", NEGATIVE))
-            for rows in [frame[frame["axis"] == axis]]
-        ]
-    )  # fmt: skip
-    figure.add_hline(y=math.log(3), line_dash="dot", line_color=LANE, annotation_text="Gaussian")
-    return _laid_out(figure, "Residual kurtosis", "", "log of the mean kurtosis")
+def correlation_figure(
+    losses: pd.DataFrame, names: tuple[str, str], correlations: str, max_points: int
+) -> go.Figure:
+    """Loss (nats) against loss, a point a token (Figure 33); at most ``max_points``, evenly spaced.
 
+    ``losses`` has the columns loss_a and loss_b, ``names`` are the models', ``correlations`` words
+    for the title.
 
-def correlation_figure(result: TokenLossCorrelation, max_points: int = 5000) -> go.Figure:
-    """Loss against loss, a point a token (Figure 33); at most ``max_points``, evenly spaced.
-
-    Raises ValueError if ``max_points`` is less than 1.
+    Raises:
+        ValueError: ``max_points`` is less than 1.
     """
     if max_points < 1:
         raise ValueError(f"max_points={max_points} must be at least 1")
-    frame = result.to_dataframe()
-    shown = frame.iloc[:: -(-len(frame) // max_points)]
-    top = float(max(shown["loss_a"].max(), shown["loss_b"].max()))
-    figure = go.Figure(
-        [
-            go.Scattergl(
-                x=shown["loss_a"], y=shown["loss_b"], mode="markers", name="token",
-                marker={"size": 4, "color": POSITIVE, "opacity": 0.35},
-            ),
-            go.Scattergl(x=[0, top], y=[0, top], mode="lines", name="equal", line_color=LANE),
-        ]
-    )  # fmt: skip
-    note = "" if len(shown) == len(frame) else f", {len(shown):,} of {len(frame):,} tokens drawn"
-    title = f"Token losses: Pearson {result.pearson:.3f}, Spearman {result.spearman:.3f}{note}"
-    axes = (escape(printable(f"{name} (nats)")) for name in (result.name_a, result.name_b))
-    return _laid_out(figure, title, *axes)
+    shown = losses.iloc[:: -(-len(losses) // max_points)]
+    top = float(shown[["loss_a", "loss_b"]].max().max())
+    tokens = pd.DataFrame({"series": "token", "x": shown["loss_a"], "y": shown["loss_b"]})
+    equal = pd.DataFrame({"series": "equal", "x": [0.0, top], "y": [0.0, top]})
+    looks = {"token": Look("points", POSITIVE, size=4, opacity=0.35), "equal": Look("lines", LANE)}
+    panel = Panel(pd.concat([tokens, equal]), *(f"{name} (nats)" for name in names))
+    cut = "" if len(shown) == len(losses) else f"{len(shown):,} of {len(losses):,} tokens are drawn"
+    return chart(f"Token losses: {correlations}", [panel], looks=looks, note=cut)
 
 
-def dilution_figure(result: Dilution) -> go.Figure:
-    """Two-way probability of the right answer against the number of elements (Figure 8), and below
-    it the recorded node's activation."""
-    frame = result.to_dataframe()
-    rows = 1 if result.node is None else 2
-    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    for member, dash in (("A", "solid"), ("B", "dot")):
-        for run, colour in (("model", POSITIVE), ("circuit", NEGATIVE)):
-            curve = frame[(frame["member"] == member) & (frame["run"] == run)]
-            if curve.empty:
-                continue
-            for row, column in enumerate(("p_correct", "activation")[:rows], start=1):
-                figure.add_scatter(
-                    x=curve["n"], y=curve[column], mode="lines+markers", row=row, col=1,
-                    line={"color": colour, "dash": dash}, name=f"{run}, member {member}",
-                    showlegend=row == 1,
-                )  # fmt: skip
-    figure.update_yaxes(title_text="p(right answer)", range=[0, 1.02], row=1, col=1)
-    if result.node is not None:
-        layer, site, channel = result.node
-        figure.update_yaxes(title_text=f"layer {layer} {site}[{channel}]", row=2, col=1)
-    title = f"Dilution: {escape(printable(result.task))}"
-    figure.update_layout(title=title, template="plotly_white", height=240 + 200 * rows)
-    figure.update_xaxes(title_text="elements", row=rows, col=1)
-    return figure
+def dilution_figure(task: str, curves: pd.DataFrame, node: str | None) -> go.Figure:
+    """Two-way probability of the correct token against the number of elements (Figure 8), and
+    beside it the activation of the recorded ``node``.
+
+    ``curves`` has the columns n, run, member, p_correct and activation.
+    """
+    series = curves["run"] + ", member " + curves["member"]
+    points = pd.DataFrame({"series": series, "x": curves["n"], "y": curves["p_correct"]})
+    panels = [Panel(points, "elements", "p(correct token)", y_range=(0.0, 1.0))]
+    if node is not None:
+        panels.append(Panel(points.assign(y=curves["activation"]), "elements", node))
+    looks = {
+        f"{run}, member {member}": Look("joined", colour, "circle", dash=dash)
+        for run, colour in RUNS.items()
+        for member, dash in (("A", "solid"), ("B", "dot"))
+    }
+    return chart(f"Dilution: {task}", panels, looks=looks)
 
 
-def distractor_figure(result: Distractor) -> go.Figure:
-    """Probability of the right answer under each condition, a box per run and member."""
-    figure = go.Figure(
-        [
-            go.Box(
-                x=rows["condition"], y=rows["p_correct"], name=f"{run}, member {member}",
-                marker_color=colour, boxmean=True, opacity=1.0 if member == "A" else 0.6,
-            )
-            for run, colour in (("model", POSITIVE), ("circuit", NEGATIVE))
-            for member in ("A", "B")
-            for rows in [
-                result.examples[
-                    (result.examples["run"] == run) & (result.examples["member"] == member)
-                ]
-            ]
-            if len(rows)
-        ]
-    )  # fmt: skip
-    figure.update_layout(boxmode="group")
-    title = f"Distractor: {escape(printable(result.task))}"
-    return _laid_out(figure, title, "", "p(right answer)")
+def distractor_figure(task: str, prompts: pd.DataFrame) -> go.Figure:
+    """Probability of the correct token under each condition, a box per run and member.
 
-
-def _chance(figure: go.Figure) -> None:
-    figure.add_hline(y=math.log(2), line_dash="dot", line_color=LANE, annotation_text="chance")
-
-
-def _laid_out(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
-    figure.update_layout(
-        title=title, template="plotly_white", xaxis_title=x, yaxis_title=y, height=420
-    )
-    return figure
+    ``prompts`` has the columns run, member, condition and p_correct.
+    """
+    series = prompts["run"] + ", member " + prompts["member"]
+    points = pd.DataFrame({"series": series, "x": prompts["condition"], "y": prompts["p_correct"]})
+    looks = {
+        f"{run}, member {member}": Look("boxes", colour, opacity=opacity)
+        for run, colour in RUNS.items()
+        for member, opacity in (("A", 1.0), ("B", 0.6))
+    }
+    panel = Panel(points, "", "p(correct token)", y_range=(0.0, 1.0))
+    return chart(f"Distractor: {task}", [panel], looks=looks)

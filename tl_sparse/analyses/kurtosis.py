@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.eval_mode import eval_mode
+from tl_sparse.analyses.figures import kurtosis_figure
 from tl_sparse.analyses.runs import device_of
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -65,13 +67,9 @@ class ResidualKurtosis:
 
     def to_plotly(self) -> go.Figure:
         """Logarithm of the mean kurtosis at every place of the stream, for both axes."""
-        from tl_sparse.analyses.figures import kurtosis_figure
-
-        return kurtosis_figure(self)
+        return kurtosis_figure(self.to_dataframe())
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = (
             f"log mean kurtosis {self.log_mean_over_tokens:.2f} over tokens, "
             f"{self.log_mean_over_channels:.2f} over channels, in the final residual"

@@ -21,12 +21,14 @@ from tl_sparse.ablation import broadcast
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
+from tl_sparse.analyses.figures import necessity_figure
 from tl_sparse.analyses.runs import accuracy, check_belongs
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edges import input_major
 from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.sparsity.matrices import BLOCK_MATRICES
 from tl_sparse.tasks import Split, Task, TaskBatch
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -104,13 +106,9 @@ class Necessity:
 
     def to_plotly(self) -> go.Figure:
         """Mean loss of every set against its number of nodes, as in Figure 32."""
-        from tl_sparse.analyses.figures import necessity_figure
-
-        return necessity_figure([self])
+        return necessity_figure(self.to_dataframe(), self.n_nodes)
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         frame = self.to_dataframe().groupby("kind", sort=False)
         frame = frame.agg(
             draws=("loss", "size"), n_nodes=("n_nodes", "mean"), shared=("shared", "mean"),

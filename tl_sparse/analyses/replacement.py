@@ -21,6 +21,7 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.runs import Node, by_sequence, channels, device_of, places, token_losses
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.views.display import frame_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,6 @@ class ConstantNodes:
         return frame
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = f"full model {float(self.losses.mean()):.4f} nats/token"
         return frame_html("Nodes fixed at a constant", line, self.to_dataframe())
 
@@ -124,8 +123,6 @@ class LinearReplacement:
         return pd.DataFrame(rows, columns=["replacement", "loss", "increase", "error"])
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         line = (
             f"{len(self.targets)} node(s) as a linear function of {len(self.sources)}, "
             f"R² {self.targets['r2'].min():.3f} or more; full model "

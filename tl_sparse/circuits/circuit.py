@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
@@ -34,8 +33,11 @@ from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.tensor_files import read_tensors
+from tl_sparse.views import CircuitTable, circuit_figure, circuit_html
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from tl_sparse.circuits.compiled import CompiledCircuit
     from tl_sparse.tasks import TaskBatch
 
@@ -238,16 +240,19 @@ class Circuit:
             )
         return graph
 
+    def table(self) -> CircuitTable:
+        """What a picture of the circuit needs to know: for :mod:`tl_sparse.views`."""
+        return CircuitTable(
+            self.task, self.nodes, self.edges, self.model_name, self.seed, self.loss,
+            self.loss_calibrated, self.target_loss, self.accuracy,
+        )  # fmt: skip
+
     def to_plotly(self, max_edges: int = 2000) -> go.Figure:
         """The circuit drawn: residual channels, nodes by layer and site, edges by sign and |w|."""
-        from tl_sparse.views import circuit_figure
-
-        return circuit_figure(self, max_edges=max_edges)
+        return circuit_figure(self.table(), max_edges=max_edges)
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views import circuit_html
-
-        return circuit_html(self)
+        return circuit_html(self.table())
 
     def __repr__(self) -> str:
         return (

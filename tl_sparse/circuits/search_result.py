@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_study import SearchConfig
+from tl_sparse.views.chart import Look, Panel, chart
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 COLUMNS = {
     "trial": "int64", "feasible": "bool", "n_nodes": "int64", "n_edges": "int64",
@@ -50,48 +54,39 @@ class SearchResult:
         found = self.trials[self.trials["feasible"]]
         at_target = found[found["selection_loss"] <= self.base.target_loss]
         failed = self.trials[~self.trials["feasible"]]
-        text = [
+        highest = int(found["n_nodes"].max()) if len(found) else 1
+        fewest = f"fewest so far at loss {self.base.target_loss:g}"
+        hover = [
             f"trial {row.trial}: {row.n_nodes} nodes, {row.n_edges} edges, held-out loss "
             f"{row.loss:.3f}"
             for row in found.itertuples(index=False)
         ]
-        figure = go.Figure()
-        figure.add_scatter(
-            x=found["trial"], y=found["n_nodes"], mode="markers", name="circuit", text=text,
-            hoverinfo="text",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=at_target["trial"], y=at_target["n_nodes"].cummin(), mode="lines",
-            line={"shape": "hv"}, name=f"fewest so far at loss {self.base.target_loss:g}",
-        )  # fmt: skip
-        if len(failed):
-            highest = int(found["n_nodes"].max()) if len(found) else 1
-            figure.add_scatter(
-                x=failed["trial"], y=[highest] * len(failed), mode="markers",
-                marker={"symbol": "x"}, name="no circuit",
-            )  # fmt: skip
-        figure.update_layout(
-            title=f"Search on {self.task}", xaxis_title="trial", yaxis_title="nodes"
+        series = (
+            (found, "circuit", found["n_nodes"], hover),
+            (at_target, fewest, at_target["n_nodes"].cummin(), ""),
+            (failed, "no circuit", highest, ""),
         )
-        return figure
+        points = pd.concat(
+            pd.DataFrame({"x": rows["trial"], "y": y}).assign(series=name, hover=words)
+            for rows, name, y, words in series
+        )
+        looks = {fewest: Look("steps"), "no circuit": Look(symbol="x")}
+        return chart(f"Search on {self.task}", [Panel(points, "trial", "nodes")], looks=looks)
 
     def pareto_figure(self) -> go.Figure:
         """Nodes against loss on the selection pairs; what no other trial beats is joined."""
         found = self.trials[self.trials["feasible"]]
-        figure = go.Figure()
-        figure.add_scatter(
-            x=found["selection_loss"], y=found["n_nodes"], mode="markers", name="circuit",
-            text=[f"trial {trial}" for trial in found["trial"]],
+        points = pd.concat(
+            pd.DataFrame(
+                {
+                    "series": name, "x": rows["selection_loss"], "y": rows["n_nodes"],
+                    "hover": [f"trial {trial}" for trial in rows["trial"]],
+                }
+            )
+            for name, rows in (("circuit", found), ("not beaten", self.pareto))
         )  # fmt: skip
-        figure.add_scatter(
-            x=self.pareto["selection_loss"], y=self.pareto["n_nodes"], mode="lines+markers",
-            line={"shape": "hv"}, name="not beaten",
-        )  # fmt: skip
-        figure.update_layout(
-            title=f"Search on {self.task}", xaxis_title="loss on the selection pairs (nats)",
-            yaxis_title="nodes",
-        )  # fmt: skip
-        return figure
+        panel = Panel(points, "loss on the selection pairs (nats)", "nodes")
+        return chart(f"Search on {self.task}", [panel], looks={"not beaten": Look("steps")})
 
     def __repr__(self) -> str:
         found = f"best {self.best.n_nodes} nodes" if self.best is not None else "no circuit"

@@ -15,11 +15,15 @@ import torch
 
 from tl_sparse import compat
 from tl_sparse.faithfulness.config import PARTS, EvaluationConfig
+from tl_sparse.faithfulness.figures import overview_figure
 from tl_sparse.faithfulness.measure import Measure, PartResult
+from tl_sparse.faithfulness.page import report_page
 from tl_sparse.faithfulness.verdict import Check, Thresholds, checks, verdict
 from tl_sparse.storage.atomic_write import write_whole
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
+from tl_sparse.views.display import frame_html
+from tl_sparse.views.page import page_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -142,17 +146,29 @@ class FaithfulnessReport:
             torch.stack(list(rows.values())), pd.DataFrame({"variant": list(rows)}), name, baseline
         )
 
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Name and value of what was tested, and how."""
+        known = (
+            ("components", f"{self.n_units:,} of {self.n_universe:,}"),
+            ("edges", "" if self.n_edges is None else f"{self.n_edges:,}"),
+            ("target loss", "" if self.target_loss is None else f"{self.target_loss:g} nats"),
+            ("held-out prompts", f"{len(self.prompts):,}"),
+            ("model", f"{self.model_name} {self.model_fingerprint[:12]}"),
+            ("seed", str(self.config.seed)),
+            ("seconds", f"{self.seconds:.0f}"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
+        )
+        return tuple((name, value) for name, value in known if value)
+
     def to_plotly(self) -> go.Figure:
         """Every number with an interval, and its null beside it."""
-        from tl_sparse.faithfulness.figures import overview_figure
-
-        return overview_figure(self)
+        return overview_figure(self.task, self.to_dataframe())
 
     def write_page(self, path: str | Path) -> Path:
         """Write the report as one self-contained page; returns its path."""
-        from tl_sparse.faithfulness.page import report_page
-
-        write_whole(Path(path), report_page(self))
+        page = report_page(self.task, self.verdict, self.facts, self.checks, self.parts)
+        write_whole(Path(path), page_html(page))
         return Path(path)
 
     def __repr__(self) -> str:
@@ -163,8 +179,6 @@ class FaithfulnessReport:
         )
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         return frame_html(f"Faithfulness: {self.task}", self.verdict.splitlines()[0],
                           self.checks_frame())  # fmt: skip
 

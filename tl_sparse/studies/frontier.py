@@ -32,6 +32,8 @@ from tl_sparse.studies.interpretability import (
     interpretability,
 )
 from tl_sparse.tasks import Task, get, names, table
+from tl_sparse.views.display import frame_html
+from tl_sparse.views.frontier import frontier_figure
 
 BATCH = 64  # sequences of one forward pass
 
@@ -60,8 +62,6 @@ class Frontier:
 
     def to_plotly(self, size: Size = "edges") -> go.Figure:
         """Loss against the metric, a point per group, with error bars over its models."""
-        from tl_sparse.views.frontier import frontier_figure
-
         return frontier_figure(self.by_group(), size, self.interpretability.note)
 
     def __repr__(self) -> str:
@@ -69,8 +69,6 @@ class Frontier:
         return f"{shown}\n{self.interpretability.note}"
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         return frame_html("Loss and size of circuits", self.interpretability.note, self.rows)
 
 

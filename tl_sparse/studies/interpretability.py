@@ -14,6 +14,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
+from tl_sparse.views.display import frame_html
+
 WhichTasks = Literal["common", "own"] | Sequence[str]
 Size = Literal["edges", "nodes"]
 
@@ -139,8 +141,6 @@ class InterpretabilityResult:
         return f"{table.to_string(index=False, float_format='{:.1f}'.format)}\n{self.note}"
 
     def _repr_html_(self) -> str:
-        from tl_sparse.views.display import frame_html
-
         return frame_html("Size of circuits", self.note, self.summary.drop(columns="why_not"))
 
     def _only(self, size: Size) -> float:

@@ -1,22 +1,32 @@
-"""Pictures of circuits: Plotly figures, static SVG for notebooks, one self-contained page."""
+"""All drawing, from plain tables: circuits as Plotly figure, SVG and page; charts; report pages."""
 
-from tl_sparse.views.display import circuit_html
-from tl_sparse.views.figure import circuit_figure
+from tl_sparse.views.chart import Look, Panel, chart
+from tl_sparse.views.circuit_figure import circuit_figure
+from tl_sparse.views.circuit_svg import circuit_svg
+from tl_sparse.views.circuit_table import CircuitTable
+from tl_sparse.views.display import circuit_html, frame_html
 from tl_sparse.views.layout import Layout, circuit_layout
-from tl_sparse.views.page import report_page
-from tl_sparse.views.page_data import PageCircuit, PageExample, PageReport
-from tl_sparse.views.protocol import CircuitLike
-from tl_sparse.views.svg import circuit_svg
+from tl_sparse.views.page import Bullets, Chart, Page, Section, Table, Text, page_html
+from tl_sparse.views.page_circuits import PageCircuit, PageExample
 
 __all__ = [
-    "CircuitLike",
+    "Bullets",
+    "Chart",
+    "CircuitTable",
     "Layout",
+    "Look",
+    "Page",
     "PageCircuit",
     "PageExample",
-    "PageReport",
+    "Panel",
+    "Section",
+    "Table",
+    "Text",
+    "chart",
     "circuit_figure",
     "circuit_html",
     "circuit_layout",
     "circuit_svg",
-    "report_page",
+    "frame_html",
+    "page_html",
 ]

@@ -1,26 +1,43 @@
-"""What a notebook shows when a circuit is the last line of a cell."""
+"""What a notebook shows when a circuit or a result is the last line of a cell."""
 
-from html import escape
+import xml.etree.ElementTree as ET
 
 import pandas as pd
 
-from tl_sparse.views.protocol import CircuitLike
-from tl_sparse.views.style import circuit_line, printable
-from tl_sparse.views.svg import circuit_svg
+from tl_sparse.views.circuit_svg import circuit_element
+from tl_sparse.views.circuit_table import CircuitTable
+from tl_sparse.views.layout import circuit_layout
+from tl_sparse.views.markup import element
+from tl_sparse.views.table import add_table
+from tl_sparse.views.text import printable
+
+_MAX_EDGES = 800
 
 
-def circuit_html(circuit: CircuitLike) -> str:
+def circuit_html(circuit: CircuitTable) -> str:
     """HTML for `_repr_html_`: the task and the circuit's numbers in one line, then the SVG.
 
-    Raises ValueError on tables that `circuit_layout` refuses.
+    Raises:
+        ValueError: tables that `circuit_layout` refuses.
     """
-    task, line = escape(printable(circuit.task)), escape(circuit_line(circuit))
-    head = f'<div style="margin:0 0 .4em"><b>{task}</b> · {line}</div>'
-    return f'<div class="tls-display">{head}{circuit_svg(circuit)}</div>'
+    root = _titled(circuit.task, circuit.line)
+    root.append(circuit_element(circuit_layout(circuit.nodes, circuit.edges), _MAX_EDGES))
+    return _fragment(root)
 
 
 def frame_html(title: str, line: str, frame: pd.DataFrame) -> str:
     """HTML for `_repr_html_` of a result: its title and one line of facts, then a table."""
-    head = f"<b>{escape(printable(title))}</b> · {escape(printable(line))}"
-    table = frame.to_html(index=False, float_format="{:.4g}".format, na_rep="")
-    return f'<div class="tls-display"><div style="margin:0 0 .4em">{head}</div>{table}</div>'
+    root = _titled(title, line)
+    add_table(root, frame)
+    return _fragment(root)
+
+
+def _titled(title: str, line: str) -> ET.Element:
+    root = ET.Element("div", {"class": "tls-display"})
+    head = element(root, "div", style="margin:0 0 .4em")
+    element(head, "b", printable(title)).tail = f" · {printable(line)}"
+    return root
+
+
+def _fragment(root: ET.Element) -> str:
+    return ET.tostring(root, encoding="unicode", method="html")

@@ -1,47 +1,133 @@
-"""One self-contained HTML page: results, and circuits to click through. It asks no network."""
+"""One self-contained HTML page for any report: texts, tables, charts, circuits to click through.
 
+It asks no network: styles, scripts and Plotly are in the file.
+"""
+
+from __future__ import annotations
+
+import json
 import xml.etree.ElementTree as ET
+from dataclasses import dataclass
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from tl_sparse.views.layout import circuit_layout
 from tl_sparse.views.markup import element, script_json, to_html
-from tl_sparse.views.page_data import PageCircuit, PageExample, PageReport, circuit_payload
-from tl_sparse.views.style import circuit_line, number, printable, visible
-from tl_sparse.views.svg import circuit_element
+from tl_sparse.views.page_circuits import HINT, PageCircuit, add_circuits
+from tl_sparse.views.table import add_table
+from tl_sparse.views.text import printable
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_MAX_EDGES = 800
-_HINT = "Hover over a node to see its edges; click it to keep them."
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+)
 
 
-def report_page(report: PageReport) -> str:
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs."""
+
+    text: str
+    """Plain text; a blank line starts a new paragraph."""
+    quiet: bool = False
+    """Smaller and paler, for what need not be read first."""
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list."""
+
+    items: tuple[str, ...]
+    """Plain texts, one a bullet."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table."""
+
+    frame: pd.DataFrame
+    """Its index is shown unless it is a plain range."""
+    fold: str = ""
+    """A name with which the table opens on a click; empty for one that is always open."""
+    max_rows: int | None = None
+    """Rows that are shown; a cut table says so."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chart:
+    """A figure."""
+
+    figure: go.Figure
+    """Made by :func:`~tl_sparse.views.chart.chart`, or any other Plotly figure."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    """The heading."""
+    blocks: tuple[Text | Bullets | Table | Chart, ...]
+    """From top to bottom."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that goes onto one page."""
+
+    title: str
+    """Heading of the page."""
+    summary: str = ""
+    """What was found, in plain text; a blank line starts a new paragraph."""
+    facts: tuple[tuple[str, str], ...] = ()
+    """Name and value of facts: losses, sizes, seed, versions."""
+    sections: tuple[Section, ...] = ()
+    """From top to bottom; one without blocks is left out."""
+    circuits: tuple[PageCircuit, ...] = ()
+    """Circuits, below the sections; those of one task are shown together."""
+
+
+def page_html(page: Page) -> str:
     """The page as one HTML string: no scripts, fonts or images from elsewhere, light and dark.
 
-    Clicking a node (or walking there with the arrow keys and pressing Enter) shows its edges by
-    weight and colours the examples' tokens by its activation; a slider hides weak edges. A
+    Clicking a node of a circuit (or walking there with the arrow keys and pressing Enter) shows its
+    edges by weight and colours the examples' tokens by its activation; a slider hides weak edges. A
     fragment `#node=ID` or `#node=CIRCUIT:ID` (circuits counted from 0) preselects a node.
 
-    Raises ValueError on circuits that `circuit_layout` refuses, on activations of unknown nodes,
-    of the wrong length or not finite, and on probabilities outside [0, 1].
+    Raises:
+        ValueError: circuits that `circuit_layout` refuses; activations of unknown nodes, of the
+            wrong length or not finite; probabilities outside [0, 1].
     """
     root = ET.Element("html", {"lang": "en"})
     head = element(root, "head")
     element(head, "meta", charset="utf-8")
     ET.SubElement(head, "meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY})
     element(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-    element(head, "title", printable(report.title))
+    element(head, "title", printable(page.title))
     element(head, "style", _asset("page.css"))
     body = element(root, "body")
     main = element(body, "main")
-    _header(main, report)
-    _results(main, report.table)
-    _notes(main, report.notes)
-    payloads = _circuits(main, report.circuits)
-    data = script_json({"hint": _HINT, "circuits": payloads})
+    _header(main, page)
+    charts: list[object] = []
+    for section in page.sections:
+        if section.blocks:
+            inside = element(main, "section")
+            element(inside, "h2", printable(section.title))
+            for block in section.blocks:
+                _block(inside, block, charts)
+    circuits = add_circuits(main, page.circuits)
+    data = script_json({"hint": HINT, "circuits": circuits, "charts": charts})
     element(body, "script", data, type="application/json", id="tls-data")
-    element(body, "script", _asset("page.js"))
+    if charts:
+        from plotly.offline import get_plotlyjs
+
+        element(head, "script", get_plotlyjs())
+        element(body, "script", _asset("charts.js"))
+    if circuits:
+        element(body, "script", _asset("circuits.js"))
     return to_html(root)
 
 
@@ -49,159 +135,46 @@ def _asset(name: str) -> str:
     return files("tl_sparse.views").joinpath(name).read_text(encoding="utf-8")
 
 
-def _header(main: ET.Element, report: PageReport) -> None:
+def _header(main: ET.Element, page: Page) -> None:
     header = element(main, "header")
-    element(header, "h1", printable(report.title))
-    for paragraph in report.summary.split("\n\n"):
-        if paragraph.strip():
-            text = " ".join(paragraph.split())
-            element(header, "p", printable(text), class_="summary")
-    if report.facts:
+    element(header, "h1", printable(page.title))
+    _paragraphs(header, page.summary, "summary")
+    if page.facts:
         facts = element(header, "dl", class_="facts")
-        for name, value in report.facts:
+        for name, value in page.facts:
             pair = element(facts, "div")
             element(pair, "dt", printable(name))
             element(pair, "dd", printable(value))
 
 
-def _results(main: ET.Element, table: pd.DataFrame) -> None:
-    if table.empty:
-        return
-    section = element(main, "section")
-    element(section, "h2", "Results")
-    _table(section, table)
+def _paragraphs(parent: ET.Element, text: str, class_: str) -> None:
+    for paragraph in text.split("\n\n"):
+        if paragraph.strip():
+            element(parent, "p", printable(" ".join(paragraph.split())), class_=class_)
 
 
-def _table(parent: ET.Element, table: pd.DataFrame) -> None:
-    if not isinstance(table.index, pd.RangeIndex):
-        table = table.reset_index(names=_index_names(table.index))
-    head_row, body = _table_frame(parent)
-    columns = [table.iloc[:, i] for i in range(table.shape[1])]
-    numeric = [pd.api.types.is_numeric_dtype(c) and c.dtype != bool for c in columns]
-    for name, is_number in zip(table.columns, numeric, strict=True):
-        words = " · ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-        element(head_row, "th", printable(words), scope="col", class_="n" if is_number else None)
-    for cells in zip(*map(_column_texts, columns), strict=True):
-        row = element(body, "tr")
-        for text, is_number in zip(cells, numeric, strict=True):
-            element(row, "td", text, class_="n" if is_number else None)
+def _block(parent: ET.Element, block: Text | Bullets | Table | Chart, charts: list[object]) -> None:
+    if isinstance(block, Text):
+        _paragraphs(parent, block.text, "quiet" if block.quiet else "text")
+    elif isinstance(block, Bullets):
+        bullets = element(parent, "ul", class_="notes")
+        for item in block.items:
+            element(bullets, "li", printable(" ".join(item.split())))
+    elif isinstance(block, Chart):
+        element(parent, "figure", class_="chart", data_chart=len(charts))
+        charts.append(json.loads(block.figure.to_json()))
+    else:
+        _table(parent, block)
 
 
-def _table_frame(parent: ET.Element) -> tuple[ET.Element, ET.Element]:
-    """The header row and the body of a new table that scrolls sideways when it must."""
-    frame = element(element(parent, "div", class_="scroll"), "table")
-    return element(element(frame, "thead"), "tr"), element(frame, "tbody")
-
-
-def _index_names(index: pd.Index) -> list[str]:
-    return ["" if name is None else str(name) for name in index.names]
-
-
-def _column_texts(column: pd.Series) -> list[str]:
-    """Whole numbers with thousands separators, others to three digits, "–" where missing."""
-    if column.dtype == bool:
-        return ["yes" if value else "no" for value in column]
-    if not pd.api.types.is_numeric_dtype(column):
-        return [
-            "–" if missing else printable(str(v))
-            for v, missing in zip(column, column.isna(), strict=True)
-        ]
-    values = column.astype("Float64").to_numpy(float, na_value=float("nan"))
-    known = values[~pd.isna(values)]
-    whole = bool(len(known)) and bool((known == known.round()).all())
-    if whole and (pd.api.types.is_integer_dtype(column) or abs(known).max() >= 10):
-        return ["–" if pd.isna(v) else f"{v:,.0f}".replace("-", "−") for v in values]
-    return [number(v, keep_zeros=True) for v in values]
-
-
-def _notes(main: ET.Element, notes: tuple[str, ...]) -> None:
-    if not notes:
-        return
-    section = element(main, "section", class_="notes")
-    element(section, "h2", "Read with care")
-    bullets = element(section, "ul")
-    for note in notes:
-        element(bullets, "li", printable(" ".join(note.split())))
-
-
-def _circuits(main: ET.Element, circuits: tuple[PageCircuit, ...]) -> list[dict[str, object]]:
-    """Write the circuits task by task; returns their data in the order they were given."""
-    by_task: dict[str, list[int]] = {}
-    for i, page_circuit in enumerate(circuits):
-        by_task.setdefault(page_circuit.circuit.task, []).append(i)
-    if len(by_task) > 1:
-        links = element(element(main, "nav", aria_label="tasks"), "ul")
-        for task, members in by_task.items():
-            link = element(element(links, "li"), "a", printable(task), href=f"#task-{members[0]}")
-            link.tail = f" {len(members)}" if len(members) > 1 else None
-    payloads: dict[int, dict[str, object]] = {}
-    for task, members in by_task.items():
-        section = element(main, "section", class_="task", id=f"task-{members[0]}")
-        element(section, "h2", printable(task))
-        if len(members) > 1:
-            _comparison(section, {i: circuits[i] for i in members})
-        for i in members:
-            payloads[i] = _circuit(section, i, circuits[i])
-    return [payloads[i] for i in range(len(circuits))]
-
-
-def _comparison(section: ET.Element, members: dict[int, PageCircuit]) -> None:
-    """The circuits of a task as one table, edges also as bars."""
-    head, body = _table_frame(section)
-    for name in ("circuit", "loss", "accuracy", "nodes", "edges"):
-        element(head, "th", name, scope="col", class_=None if name == "circuit" else "n")
-    element(head, "th", class_="bars")
-    most = max(max(c.circuit.n_edges for c in members.values()), 1)
-    for i, page_circuit in members.items():
-        circuit, row = page_circuit.circuit, element(body, "tr")
-        element(element(row, "td"), "a", printable(page_circuit.title), href=f"#circuit-{i}")
-        element(row, "td", number(circuit.loss, keep_zeros=True), class_="n")
-        element(row, "td", f"{100 * circuit.accuracy:.1f} %", class_="n")
-        element(row, "td", f"{circuit.n_nodes:,}", class_="n")
-        element(row, "td", f"{circuit.n_edges:,}", class_="n")
-        bar = element(row, "td", class_="bars")
-        element(bar, "i", class_="bar", style=f"width:{100 * circuit.n_edges / most:.2f}%")
-
-
-def _circuit(section: ET.Element, i: int, page_circuit: PageCircuit) -> dict[str, object]:
-    circuit = page_circuit.circuit
-    layout = circuit_layout(circuit.nodes, circuit.edges)
-    payload = circuit_payload(page_circuit, layout)
-    article = element(section, "article", id=f"circuit-{i}", class_="circuit", data_circuit=i)
-    element(article, "h3", printable(page_circuit.title))
-    element(article, "p", circuit_line(circuit), class_="line")
-    controls = element(article, "div", class_="controls")
-    label = element(controls, "label", "hide weak edges ")
-    element(label, "input", type="range", min=0, max=0, value=0, step=1, class_="threshold")
-    element(controls, "output", class_="shown")
-    paths = element(controls, "label")
-    element(paths, "input", type="checkbox", class_="paths").tail = " whole paths"
-    element(controls, "button", "clear", type="button", class_="clear", disabled="")
-    stage = element(article, "div", class_="stage")
-    element(stage, "div", class_="drawing").append(circuit_element(layout, _MAX_EDGES))
-    side = element(stage, "aside")
-    element(side, "div", _HINT, class_="panel", aria_live="polite")
-    if page_circuit.examples:
-        examples = element(side, "div", class_="examples")
-        element(examples, "h4", "Examples")
-        element(examples, "div", class_="scale", hidden="")
-        for example in page_circuit.examples:
-            _example(examples, example)
-    return payload
-
-
-def _example(parent: ET.Element, example: PageExample) -> None:
-    box = element(parent, "div", class_="example")
-    tokens = element(box, "p", class_="tokens")
-    for token in example.tokens:
-        element(tokens, "span", visible(token), class_="token")
-        element(tokens, "br" if "\n" in token else "wbr")
-    odds = element(box, "p", class_="odds")
-    element(odds, "code", visible(example.correct_token))
-    odds[-1].tail = " over "
-    element(odds, "code", visible(example.incorrect_token))
-    for name, p in (("model", example.p_model), ("circuit", example.p_circuit)):
-        share = element(odds, "span", f"{name} ", class_="share")
-        bar = element(share, "span", class_="track")
-        element(bar, "i", style=f"width:{100 * p:.1f}%")
-        bar.tail = f" {100 * p:.0f} %"
+def _table(parent: ET.Element, table: Table) -> None:
+    rows = len(table.frame)
+    cut = table.max_rows is not None and rows > table.max_rows
+    words = f"{rows:,} row{'' if rows == 1 else 's'}"
+    words += f", the first {table.max_rows} are shown" if cut else ""
+    if table.fold:
+        parent = element(parent, "details")
+        element(element(parent, "summary", f"{printable(table.fold)} "), "small", words)
+    elif cut:
+        element(parent, "p", words, class_="quiet")
+    add_table(parent, table.frame.head(table.max_rows) if cut else table.frame)

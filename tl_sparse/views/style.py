@@ -1,14 +1,12 @@
 """Colours, labels and hover texts shared by the Plotly figure, the SVG and the page."""
 
-import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from tl_sparse.views.protocol import CircuitLike
+from tl_sparse.views.text import number
 
 POSITIVE = "#2f6fd0"
 NEGATIVE = "#d43d3d"
@@ -44,77 +42,34 @@ SITE_STYLES: dict[str, SiteStyle] = {
 """Blue and red are left to the signs of edges and activations."""
 
 
-def visible(text: str) -> str:
-    """A token with its white space and its unprintable characters made visible.
-
-    Space becomes "·", newline "↵", tab "⇥"; the rest as in `printable`.
-    """
-    return printable(text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥"))
-
-
-def printable(text: str) -> str:
-    """Text in which every character without a glyph (control, bidirectional override, lone
-    surrogate) is written as its code, e.g. "\\u202e"."""
-    return "".join(c if c.isprintable() else _code(c) for c in text)
-
-
-def _code(character: str) -> str:
-    number = ord(character)
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
-def number(value: float, keep_zeros: bool = False) -> str:
-    """Three digits with a true minus sign; "–" for NaN; `keep_zeros` writes 0.150 for 0.15."""
-    if np.isnan(value):
-        return "–"
-    if abs(value) >= 999.5:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:#.3g}" if keep_zeros and value else f"{value:.3g}"
-    # 4.2e-05 reads well; the zero of the exponent does not.
-    return re.sub(r"e(.)0*(\d)", r"e\1\2", text).rstrip(".").replace("-", "−")
+def site_style(site: str) -> SiteStyle:
+    """How nodes of a site look; sites outside the table go by their own names."""
+    return SITE_STYLES.get(site, SiteStyle(site, "", "#1f9d78", "circle"))
 
 
 def node_labels(nodes: pd.DataFrame) -> list[str]:
     """Short label of every node: the channel, for q/k/v the letter and the channel in its head."""
-    shorts = nodes["site"].map({site: style.short for site, style in SITE_STYLES.items()})
+    shorts = nodes["site"].map(lambda site: site_style(site).short)
     channel = nodes["head_channel"].fillna(nodes["channel"]).astype(int).astype(str)
     return (shorts + channel).tolist()
 
 
 def node_names(nodes: pd.DataFrame) -> list[str]:
     """Full name of every node, e.g. "layer 10 · key 1 of head 82" or "layer 0 · neuron 863"."""
-    words = nodes["site"].map({site: style.label for site, style in SITE_STYLES.items()})
+    words = nodes["site"].map(lambda site: site_style(site).label)
     layer = "layer " + nodes["layer"].astype(str) + " · " + words + " "
     of_head = nodes["head_channel"].astype(str) + " of head " + nodes["head"].astype(str)
     return (layer + of_head.where(nodes["head"].notna(), nodes["channel"].astype(str))).tolist()
 
 
 def node_facts(nodes: pd.DataFrame) -> list[str]:
-    """Mean and threshold of every node as one line."""
-    values = zip(nodes["mean"].astype(float), nodes["tau"].astype(float), strict=True)
-    return [f"mean {number(mean)} · τ {number(tau)}" for mean, tau in values]
-
-
-def circuit_line(circuit: CircuitLike) -> str:
-    """The facts of a circuit in one line of plain text (unescaped).
-
-    A circuit that came without held-out prompts has no results to show.
-    """
-    results = [
-        f"loss {number(circuit.loss)} (target {number(circuit.target_loss)})",
-        f"calibrated {number(circuit.loss_calibrated)}",
-        f"accuracy {100 * circuit.accuracy:.1f} %",
+    """Mean and mask parameter of every node as one line, as far as they are known."""
+    known = [(name, nodes[name].astype(float)) for name in ("mean", "tau") if name in nodes]
+    words = {"mean": "mean", "tau": "τ"}
+    return [
+        " · ".join(f"{words[name]} {number(values.iloc[i])}" for name, values in known)
+        for i in range(len(nodes))
     ]
-    return " · ".join(
-        [
-            *(["no held-out prompts"] if math.isnan(circuit.accuracy) else results),
-            f"{circuit.n_nodes:,} nodes",
-            f"{circuit.n_edges:,} edges",
-            printable(circuit.model_name),
-            f"seed {circuit.seed}",
-        ]
-    )
 
 
 def strength(weights: Float[np.ndarray, " edge"]) -> Float[np.ndarray, " edge"]:

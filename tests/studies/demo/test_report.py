@@ -218,6 +218,10 @@ def test_tokens_are_escaped(result_of, monkeypatch):
     assert "b" not in links.tags
 
 
+def notes_of(content):
+    return content.sections[1].blocks[0].items
+
+
 def test_the_page_says_what_was_measured(result_of):
     result = result_of()
     content = page(result)
@@ -227,18 +231,18 @@ def test_the_page_says_what_was_measured(result_of):
     assert kept == 7
     total = 4 * 16 * 16 + 2 * 16 * 12
     assert f"{1 - kept / total:.1%} are exactly zero" in content.summary
-    assert content.table is result.rows
+    assert content.sections[0].blocks[0].frame is result.rows
     facts = dict(content.facts)
     assert facts["validation loss, sparse"] == "2.500 nats per token"
     assert facts["nonzero weights, dense"] == f"{sum(result.models[1].l0.values()):,}"
     assert [c.title for c in content.circuits] == ["sparse", "dense"]
-    assert not any("not matched" in note or "No circuit" in note for note in content.notes)
-    assert any("fewer edges by construction" in note for note in content.notes)
+    assert not any("not matched" in note or "No circuit" in note for note in notes_of(content))
+    assert any("fewer edges by construction" in note for note in notes_of(content))
 
 
 @pytest.mark.parametrize("losses", [(2.5, 2.6), (2.6, 2.5)])
 def test_the_page_says_when_losses_are_not_matched(result_of, losses):
-    note = page(result_of(losses=losses)).notes[0]
+    note = notes_of(page(result_of(losses=losses)))[0]
     assert note == "The validation losses differ by 0.100 nats: the models are not matched."
 
 
@@ -246,7 +250,7 @@ def test_the_page_says_which_circuits_are_missing_and_why(result_of):
     failures = {("for_while", "dense"): "the mask collapsed: none of its 24 stages reaches it"}
     result = result_of(nodes={"sparse": None}, failures=failures)
     content = page(result)
-    assert content.notes[-1] == (
+    assert notes_of(content)[-1] == (
         "No circuit for for_while, dense: the mask collapsed: none of its 24 stages reaches it."
     )
     assert "nothing to compare" in content.summary

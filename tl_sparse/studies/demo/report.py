@@ -19,7 +19,7 @@ from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.storage.atomic_write import write_whole
 from tl_sparse.studies.demo.study import DemoResult, TrainedModel
 from tl_sparse.tasks import get
-from tl_sparse.views import PageCircuit, PageExample, PageReport, report_page
+from tl_sparse.views import Bullets, Page, PageCircuit, PageExample, Section, Table, page_html
 
 EXAMPLE_PAIRS = 2
 NAMES = ("sparse", "dense")
@@ -33,7 +33,7 @@ def write_report(result: DemoResult) -> Path:
         circuit.save(out / "circuits" / f"{task}-{model}")
     write_whole(out / "report.csv", result.rows.to_csv(index=False))
     write_whole(out / "report.json", json.dumps(summary(result), indent=1, allow_nan=False))
-    write_whole(out / "report.html", report_page(page(result)))
+    write_whole(out / "report.html", page_html(page(result)))
     return out / "report.html"
 
 
@@ -100,7 +100,7 @@ def summary(result: DemoResult) -> dict[str, Any]:
     }
 
 
-def page(result: DemoResult) -> PageReport:
+def page(result: DemoResult) -> Page:
     """The report page's content."""
     sparse, dense = result.models
     ratios = comparison(result.rows)
@@ -147,14 +147,16 @@ def page(result: DemoResult) -> PageReport:
         )
     notes += [f"No circuit for {t}, {m}: {why}." for (t, m), why in result.failures.items()]
     by_name = {m.name: m for m in result.models}
-    return PageReport(
+    return Page(
         title="Circuits of a sparse and a dense transformer",
         summary=text,
         facts=facts,
-        table=result.rows,
-        notes=tuple(notes),
+        sections=(
+            Section("Results", () if result.rows.empty else (Table(result.rows),)),
+            Section("Read with care", (Bullets(tuple(notes)),)),
+        ),
         circuits=tuple(
-            PageCircuit(circuit, model, examples(by_name[model], circuit))
+            PageCircuit(circuit.table(), model, examples(by_name[model], circuit))
             for (_, model), circuit in result.circuits.items()
         ),
     )

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from tl_sparse.studies.frontier import grouped
 from tl_sparse.studies.grid.plan import Method, ModelUnit, Sort
 from tl_sparse.studies.grid.results import StudyResult, metric_name
 from tl_sparse.studies.interpretability import InterpretabilityResult, geometric_mean
-from tl_sparse.views.frontier import Panel, frontier_points, panels_figure
-from tl_sparse.views.style import number
+from tl_sparse.views.chart import Look, Panel, chart
+from tl_sparse.views.frontier import SIZES, frontier_panel, frontier_points
+from tl_sparse.views.text import number
 
-SIZES = ("edges", "nodes")
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 BARS = "Bars: one standard deviation over seeds (of the logarithm, for sizes)."
 
 
@@ -86,14 +89,11 @@ def frontier_of(result: StudyResult) -> StudyFigure | None:
     groups = grouped(frame)
     first = frame.drop_duplicates("group")[["group", "series", "label"]]
     groups = groups.merge(first, on="group").dropna(subset=["edges"])
-    panels = [
-        Panel(size, "validation loss (nats per token)", f"{size} (geometric mean)",
-              frontier_points(groups, size))
-        for size in SIZES
-    ]  # fmt: skip
-    figure = panels_figure(
-        "Loss against circuit size over widths and L0", panels, f"{metric.note} {BARS}"
-    )
+    panels = [frontier_panel(frontier_points(groups, size), size, size) for size in SIZES]
+    figure = chart(
+        "Loss against circuit size over widths and L0", panels,
+        look=Look("joined", size=9), note=f"{metric.note} {BARS}",
+    )  # fmt: skip
     return StudyFigure("figure3", figure, groups)
 
 
@@ -123,17 +123,17 @@ def necessity_of(result: StudyResult) -> StudyFigure | None:
             rows.append({
                 "series": kind, "setting": setting, "models": len(of_model),
                 "x": geometric_mean(nodes), **_ends("x", nodes), "y": losses.mean(),
-                "y_low": losses.mean() - spread, "y_high": losses.mean() + spread, "label": "",
+                "y_low": losses.mean() - spread, "y_high": losses.mean() + spread,
                 "hover": f"{setting}, {kind}: loss {number(losses.mean())}",
             })  # fmt: skip
     points = pd.DataFrame(rows)
     panel = Panel(
-        "", "nodes of the circuit (geometric mean)", "task loss after ablation (nats)", points,
-        log_x=True, log_y=False, joined=False, level=(math.log(2), "chance (ln 2)"),
+        points, "nodes of the circuit (geometric mean)", "task loss after ablation (nats)",
+        log_x=True, y_level=(math.log(2), "chance (ln 2)"),
     )  # fmt: skip
     note = f"Mean over tasks: {', '.join(metric.tasks)}. {BARS}"
-    figure = panels_figure("Ablating only the circuit's nodes", [panel], note)
-    return StudyFigure("figure32", figure, points.drop(columns=["label", "hover"]))
+    figure = chart("Ablating only the circuit's nodes", [panel], look=Look(size=9), note=note)
+    return StudyFigure("figure32", figure, points.drop(columns="hover"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,13 +199,20 @@ def _curve_figure(name: str, title: str, table: pd.DataFrame, over: str) -> Stud
             }
         )  # fmt: skip
         panels.append(
-            Panel(size, "target loss (nats)", f"{size} (geometric mean)", points, log_x=True)
+            Panel(
+                points,
+                "target loss (nats)",
+                f"{size} (geometric mean)",
+                size,
+                log_x=True,
+                log_y=True,
+            )
         )
     tasks = dict.fromkeys(task for row in table["over"] for task in row.split(", "))
     counts = sorted(set(table["models"]))
     told = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     note = f"Tasks: {', '.join(tasks)}. {over} A point is {told} seed(s). {BARS}"
-    return StudyFigure(name, panels_figure(title, panels, note), table)
+    return StudyFigure(name, chart(title, panels, look=Look("joined", size=9), note=note), table)
 
 
 def _ends(name: str, sizes: Iterable[float | int] | pd.Series) -> dict[str, float]:

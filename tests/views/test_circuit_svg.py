@@ -3,8 +3,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from tl_sparse.views.circuit_svg import circuit_svg
 from tl_sparse.views.style import NEGATIVE, POSITIVE
-from tl_sparse.views.svg import circuit_svg
 
 NS = "{http://www.w3.org/2000/svg}"
 

@@ -1,31 +1,32 @@
 """A circuit as an interactive Plotly figure."""
 
-from html import escape
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_sparse.sites import SITE_NAMES
+from tl_sparse.views.circuit_table import CircuitTable
 from tl_sparse.views.layout import Layout, circuit_layout, strongest_edges
-from tl_sparse.views.protocol import CircuitLike
 from tl_sparse.views.style import (
     LANE,
     NEGATIVE,
     POSITIVE,
-    SITE_STYLES,
-    circuit_line,
     edge_opacity,
     edge_width,
     node_facts,
     node_labels,
     node_names,
-    number,
-    printable,
     shown_note,
+    site_style,
     strength,
 )
+from tl_sparse.views.text import number, plotly_text
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _BUCKETS = 5
 _CURVE_POINTS = 15  # odd, so that the hover marker lies on the curve
@@ -34,7 +35,7 @@ _LEAST_SPACINGS = 10.0  # a small circuit is not stretched over the whole width
 _ROW_PIXELS = 96
 
 
-def circuit_figure(circuit: CircuitLike, max_edges: int = 2000) -> go.Figure:
+def circuit_figure(circuit: CircuitTable, max_edges: int = 2000) -> go.Figure:
     """Draw a circuit, computation flowing upward; zoom, pan and hover as in any Plotly figure.
 
     Nodes are coloured by site; edges are blue when positive, red when negative, wider when
@@ -43,6 +44,8 @@ def circuit_figure(circuit: CircuitLike, max_edges: int = 2000) -> go.Figure:
 
     Raises ValueError on tables that `circuit_layout` refuses and on a negative `max_edges`.
     """
+    import plotly.graph_objects as go
+
     layout = circuit_layout(circuit.nodes, circuit.edges)
     shown = strongest_edges(layout.edges, max_edges)
     figure = go.Figure([_lanes(layout), *_edges(shown), _edge_hovers(shown), *_nodes(layout)])
@@ -55,13 +58,13 @@ def circuit_figure(circuit: CircuitLike, max_edges: int = 2000) -> go.Figure:
             x=head.x1, y=head.y1 + 0.16, text=f"head {head.head}", showarrow=False,
             xanchor="right", yanchor="bottom", font={"size": 10, "color": LANE},
         )  # fmt: skip
-    lines = [circuit_line(circuit), shown_note(len(shown), len(layout.edges))]
+    lines = [circuit.line, shown_note(len(shown), len(layout.edges))]
     if layout.nodes.empty:
         lines.append("no node was kept")
     margin = max(0.5, (_LEAST_SPACINGS - layout.width) / 2)
-    subtitle = "".join(f"<br><sub>{escape(line)}</sub>" for line in lines if line)
+    subtitle = "".join(f"<br><sub>{plotly_text(line)}</sub>" for line in lines if line)
     figure.update_layout(
-        title={"text": f"<b>{escape(printable(circuit.task))}</b>{subtitle}", "yanchor": "top"},
+        title={"text": f"<b>{plotly_text(circuit.task)}</b>{subtitle}", "yanchor": "top"},
         template="plotly_white",
         height=int(240 + _ROW_PIXELS * max(layout.height, 1.0)),
         hovermode="closest",
@@ -79,15 +82,15 @@ def circuit_figure(circuit: CircuitLike, max_edges: int = 2000) -> go.Figure:
     return figure
 
 
-def _lanes(layout: Layout) -> go.Scatter:
+def _lanes(layout: Layout) -> dict[str, Any]:
     lanes = layout.lanes[layout.lanes["y1"] > layout.lanes["y0"]]
     x, y = (np.full((len(lanes), 3), np.nan) for _ in range(2))
     x[:, :2] = lanes["x"].to_numpy(float)[:, None]
     y[:, 0], y[:, 1] = lanes["y0"].to_numpy(float), lanes["y1"].to_numpy(float)
-    return go.Scatter(
-        x=x.ravel(), y=y.ravel(), mode="lines", line={"color": LANE, "width": 1}, opacity=0.5,
-        name="residual channel", hoverinfo="skip",
-    )  # fmt: skip
+    return {
+        "type": "scatter", "x": x.ravel(), "y": y.ravel(), "mode": "lines", "opacity": 0.5,
+        "line": {"color": LANE, "width": 1}, "name": "residual channel", "hoverinfo": "skip",
+    }  # fmt: skip
 
 
 def _curves(
@@ -103,7 +106,7 @@ def _curves(
     return np.hstack([x0 + (x1 - x0) * ease, gap]), np.hstack([y0 + (y1 - y0) * rise, gap])
 
 
-def _edges(shown: pd.DataFrame) -> list[go.Scatter]:
+def _edges(shown: pd.DataFrame) -> list[dict[str, Any]]:
     weights = shown["weight"].to_numpy(float)
     relative = strength(weights)
     bucket = np.minimum((relative * _BUCKETS).astype(int), _BUCKETS - 1)
@@ -117,50 +120,53 @@ def _edges(shown: pd.DataFrame) -> list[go.Scatter]:
             members = np.flatnonzero((bucket == i) & sign)
             if len(members):
                 traces.append(
-                    go.Scatter(
-                        x=x[members].ravel(), y=y[members].ravel(), mode="lines",
-                        line={"color": colour, "width": width}, opacity=opacity,
-                        hoverinfo="skip", showlegend=False, meta="edges",
-                    )
+                    {
+                        "type": "scatter", "x": x[members].ravel(), "y": y[members].ravel(),
+                        "mode": "lines", "line": {"color": colour, "width": width},
+                        "opacity": opacity, "hoverinfo": "skip", "showlegend": False,
+                        "meta": "edges",
+                    }
                 )  # fmt: skip
     return traces
 
 
-def _edge_hovers(shown: pd.DataFrame) -> go.Scatter:
+def _edge_hovers(shown: pd.DataFrame) -> dict[str, Any]:
     """One invisible marker in the middle of every edge, to hold its hover text."""
     ends = zip(
         shown["matrix"], shown["source_id"], shown["target_id"], shown["weight"], strict=True
     )
-    return go.Scatter(
-        x=(shown["x0"] + shown["x1"]) / 2, y=(shown["y0"] + shown["y1"]) / 2, mode="markers",
-        marker={"size": 9, "color": LANE, "opacity": 0}, showlegend=False, hoverinfo="text",
-        hovertext=[
-            f"{escape(str(matrix))} {number(weight)}<br>{source} → {target}"
+    return {
+        "type": "scatter", "x": (shown["x0"] + shown["x1"]) / 2, "mode": "markers",
+        "y": (shown["y0"] + shown["y1"]) / 2, "showlegend": False, "hoverinfo": "text",
+        "marker": {"size": 9, "color": LANE, "opacity": 0},
+        "hovertext": [
+            plotly_text(f"{matrix} {number(weight)}\n{source} → {target}")
             for matrix, source, target, weight in ends
         ],
-    )  # fmt: skip
+    }  # fmt: skip
 
 
-def _nodes(layout: Layout) -> list[go.Scatter]:
+def _nodes(layout: Layout) -> list[dict[str, Any]]:
     size = float(np.clip(420 / layout.width, 6, 15))
     mode = "markers+text" if layout.width <= _LABELLED_WIDTH else "markers"
     traces = []
-    for site in SITE_NAMES:
-        nodes = layout.nodes[layout.nodes["site"] == site]
-        if nodes.empty:
-            continue
-        style = SITE_STYLES[site]
+    for name, nodes in layout.nodes.groupby("site", sort=False):
+        style = site_style(str(name))
         texts = zip(node_names(nodes), node_facts(nodes), nodes["hook"], strict=True)
         traces.append(
-            go.Scatter(
-                x=nodes["x"], y=nodes["y"], mode=mode, name=style.label, text=node_labels(nodes),
-                textposition="middle right", textfont={"size": 10},
-                marker={
+            {
+                "type": "scatter", "x": nodes["x"], "y": nodes["y"], "mode": mode,
+                "name": plotly_text(style.label), "customdata": nodes["id"], "hoverinfo": "text",
+                "text": [plotly_text(label) for label in node_labels(nodes)],
+                "textposition": "middle right", "textfont": {"size": 10},
+                "marker": {
                     "color": style.colour, "symbol": style.symbol, "size": size,
                     "line": {"color": "white", "width": 1.5},
                 },
-                hovertext=[f"<b>{n}</b><br>{f}<br>{escape(str(h))}" for n, f, h in texts],
-                hoverinfo="text", customdata=nodes["id"],
-            )
+                "hovertext": [
+                    f"<b>{plotly_text(name)}</b><br>" + plotly_text(f"{facts}\n{hook}")
+                    for name, facts, hook in texts
+                ],
+            }
         )  # fmt: skip
     return traces

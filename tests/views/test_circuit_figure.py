@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tl_sparse.views.figure import circuit_figure
+from tl_sparse.views.circuit_figure import circuit_figure
 from tl_sparse.views.style import NEGATIVE, POSITIVE
 
 

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from tl_sparse.views.circuit_table import CircuitTable
 from tl_sparse.views.layout import Layout, circuit_layout, strongest_edges
 from tl_sparse.views.markup import element, to_svg
-from tl_sparse.views.protocol import CircuitLike
 from tl_sparse.views.style import (
     LANE,
     NEGATIVE,
     POSITIVE,
-    SITE_STYLES,
     edge_opacity,
     edge_width,
     node_facts,
     node_labels,
     node_names,
-    number,
     shown_note,
+    site_style,
     strength,
 )
+from tl_sparse.views.text import number
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 104.0, 36.0, 30.0, 74.0
 _LEAST_WIDTH = 660.0  # room for the legend
@@ -64,7 +64,7 @@ class _Scale:
         return self.unit >= _LABELLED_SPACING
 
 
-def circuit_svg(circuit: CircuitLike, max_edges: int = 800) -> str:
+def circuit_svg(circuit: CircuitTable, max_edges: int = 800) -> str:
     """Draw a circuit as an SVG element, computation flowing upward.
 
     Grey vertical lanes are residual channels, boxes are attention heads, edges are blue when
@@ -265,7 +265,7 @@ def _draw_nodes(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
 
 
 def _mark(parent: ET.Element, site: str, r: float, x: float = 0.0, y: float = 0.0) -> None:
-    style = SITE_STYLES[site]
+    style = site_style(site)
     look = {"fill": style.colour, "style": f"{_HALO};stroke-width:{1.5 if r > 4 else 0.8}px"}
     if style.symbol == "square":
         side = 1.8 * r

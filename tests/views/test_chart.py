@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from tl_sparse.views.frontier import Panel, panels_figure
+from tl_sparse.views.chart import Look, Panel, chart
 
 
 def points(**changes):
@@ -17,8 +17,8 @@ def points(**changes):
 
 
 def test_points_bars_and_series_are_drawn():
-    panels = [Panel("one", "x", "y", points()), Panel("two", "x", "y", points(), log_y=False)]
-    figure = panels_figure("Title", panels, "a note")
+    panels = [Panel(points(), "x", "y", "one", log_y=True), Panel(points(), "x", "y", "two")]
+    figure = chart("Title", panels, look=Look("joined"), note="a note")
     by_panel = {(trace.name, trace.xaxis): trace for trace in figure.data}
     # what is not positive has no place on a logarithmic axis
     assert set(by_panel) == {("s", "x"), ("s", "x2"), ("t", "x2")}
@@ -37,7 +37,7 @@ def test_points_bars_and_series_are_drawn():
 
 
 def test_a_level_is_drawn_with_its_words():
-    figure = panels_figure("T", [Panel("", "x", "y", points(), level=(0.7, "chance"))])
+    figure = chart("T", [Panel(points(), "x", "y", y_level=(0.7, "chance"))])
     (line,) = figure.layout.shapes
     assert line.y0 == line.y1 == 0.7
     assert "chance" in [note.text for note in figure.layout.annotations]

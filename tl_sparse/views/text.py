@@ -1,0 +1,45 @@
+"""Texts and numbers for readers: one escape for each medium, one way to write a number."""
+
+import re
+from html import escape
+from math import isnan
+
+
+def printable(text: str) -> str:
+    """Text in which every character without a glyph (control, bidirectional override, lone
+    surrogate) is written as its code, e.g. "\\u202e"."""
+    return "".join(c if c.isprintable() else _code(c) for c in text)
+
+
+def visible(text: str) -> str:
+    """A token with its white space and its unprintable characters made visible.
+
+    Space becomes "·", newline "↵", tab "⇥"; the rest as in `printable`.
+    """
+    return printable(text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥"))
+
+
+def plotly_text(text: object) -> str:
+    """Text for any label, title or hover text of a Plotly figure, which reads a little HTML.
+
+    A newline starts a new line; everything else is shown as it is.
+    """
+    # Plotly shows an escaped quotation mark as its code
+    return "<br>".join(escape(printable(line), quote=False) for line in str(text).split("\n"))
+
+
+def number(value: float, keep_zeros: bool = False) -> str:
+    """Three digits with a true minus sign; "–" for NaN; `keep_zeros` writes 0.150 for 0.15."""
+    if isnan(value):
+        return "–"
+    if abs(value) >= 999.5:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:#.3g}" if keep_zeros and value else f"{value:.3g}"
+    # 4.2e-05 reads well; the zero of the exponent does not.
+    return re.sub(r"e(.)0*(\d)", r"e\1\2", text).rstrip(".").replace("-", "−")
+
+
+def _code(character: str) -> str:
+    place = ord(character)
+    return f"\\u{place:04x}" if place < 0x10000 else f"\\U{place:08x}"
