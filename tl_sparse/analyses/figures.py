@@ -96,7 +96,7 @@ def correlation_figure(
     tokens = pd.DataFrame({"series": "token", "x": shown["loss_a"], "y": shown["loss_b"]})
     equal = pd.DataFrame({"series": "equal", "x": [0.0, top], "y": [0.0, top]})
     looks = {"token": Look("points", POSITIVE, size=4, opacity=0.35), "equal": Look("lines", LANE)}
-    panel = Panel(pd.concat([tokens, equal]), *(f"{name} (nats)" for name in names))
+    panel = Panel(pd.concat([tokens, equal]), f"{names[0]} (nats)", f"{names[1]} (nats)")
     cut = "" if len(shown) == len(losses) else f"{len(shown):,} of {len(losses):,} tokens are drawn"
     return chart(f"Token losses: {correlations}", [panel], looks=looks, note=cut)
 

@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -34,6 +33,9 @@ from tl_sparse.studies.interpretability import (
 from tl_sparse.tasks import Task, get, names, table
 from tl_sparse.views.display import frame_html
 from tl_sparse.views.frontier import frontier_figure
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 BATCH = 64  # sequences of one forward pass
 

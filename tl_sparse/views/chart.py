@@ -186,7 +186,7 @@ def _trace(points: pd.DataFrame, name: str, look: Look, in_legend: bool) -> dict
         parts = [part for _, part in points.groupby("line", sort=False)]
         gap = points.iloc[:1].assign(y=math.nan)
         points = pd.concat([piece for part in parts for piece in (part, gap)][:-1])
-    trace = shared | {
+    trace: dict[str, Any] = shared | {
         "type": "scatter", "x": points["x"], "y": points["y"], "mode": MODES[look.kind],
         "line": {
             "color": look.colour, "width": 1.5, "dash": look.dash,
