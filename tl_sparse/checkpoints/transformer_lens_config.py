@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from tl_sparse import compat
 from tl_sparse.config import Activation, Normalization, SparseTransformerConfig
+from tl_sparse.storage.fingerprint import RUNTIME_FIELDS
 
 # Every field of TransformerLens' configs is read by config_from_transformer_lens, or needs one
 # value, or changes nothing in what a model of the supported kind computes. A field that is none of
@@ -45,18 +46,9 @@ NEEDED: dict[str, tuple[Any, str]] = {
 NORMS: dict[Any, Normalization] = {
     "LN": "LN", "LNPre": "LN", "RMS": "RMS", "RMSPre": "RMS", None: "none",
 }  # fmt: skip
-IGNORED = {
-    # where and in what the model runs, how it was made, what may be hooked
-    "device", "dtype", "n_devices", "n_params", "model_name", "architecture", "init_mode",
-    "original_architecture", "init_weights", "initializer_range", "seed", "from_checkpoint",
-    "checkpoint_index", "checkpoint_label_type", "checkpoint_value", "trust_remote_code",
-    "attn_implementation", "use_attn_result", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens",
-    "use_split_qkv_input", "ungroup_grouped_query_attention",
+IGNORED = RUNTIME_FIELDS | {
     # told by the weights themselves
     "tie_word_embeddings", "layer_norm_folding", "split_attention_weights", "uses_rms_norm",
-    # the tokenizer's
-    "tokenizer_name", "tokenizer_prepends_bos", "tokenizer_appends_eos", "default_padding_side",
-    "bos_token_id", "eos_token_id", "pad_token_id",
     # settings of what is refused by another field
     "window_size", "attn_types", "experts_per_token", "norm_topk_prob", "rotary_dim", "rotary_base",
     "rotary_base_local", "rotary_scaling_factor", "rotary_adjacent_pairs", "qk_norm_after_rope",

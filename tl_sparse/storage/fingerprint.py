@@ -1,18 +1,73 @@
-"""Fingerprints: what a model is, as one hash."""
+"""Fingerprints: what function a model computes, as one hash."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+RUNTIME_FIELDS = frozenset({
+    # where and in what the model runs, how it was made
+    "device", "dtype", "n_devices", "n_params", "model_name", "architecture", "init_mode",
+    "original_architecture", "init_weights", "initializer_range", "seed", "from_checkpoint",
+    "checkpoint_index", "checkpoint_label_type", "checkpoint_value", "trust_remote_code",
+    "attn_implementation",
+    # what may be hooked
+    "use_attn_result", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens", "use_split_qkv_input",
+    "ungroup_grouped_query_attention",
+    # the tokenizer's
+    "tokenizer_name", "tokenizer_prepends_bos", "tokenizer_appends_eos", "default_padding_side",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+})  # fmt: skip
+"""Config fields, ours and TransformerLens', that change nothing in what a model computes."""
+
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over a model's tensors, by name: equal for equal weights, whatever the device."""
-    digest = hashlib.sha256()
+    """SHA-256 over a model's config and its tensors: equal for equal functions of the tokens.
+
+    Hashed are the frozen ``config`` of a SparseTransformer, and of other models the fields of
+    ``cfg`` that say what is computed, besides every tensor of the state dict with its name and
+    dtype. Device, tokenizer, seeds and TransformerLens' hook switches do not count.
+    """
+    digest = hashlib.sha256(json.dumps(function_fields(model), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(str(tensor.dtype).encode())
         plain = tensor.detach().cpu().contiguous().flatten()  # a scalar has no bytes to view
         digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def function_fields(model: torch.nn.Module) -> dict[str, Any]:
+    """The fields of a model's config that define its function, as JSON values.
+
+    What is off (None or False) is left out, so that a field that a later version adds, and that is
+    off, changes no fingerprint.
+    """
+    # not getattr: a TransformerBridge would answer with its wrapped model's config
+    config = vars(model).get("config")
+    if not dataclasses.is_dataclass(config):
+        config = getattr(model, "cfg", None)
+    values = dict(config) if isinstance(config, Mapping) else vars(config) if config else {}
+    ignored = RUNTIME_FIELDS | {"default_prepend_bos"}  # of strings, not of tokens
+    fields = {name: json_value(value) for name, value in values.items() if name not in ignored}
+    return {
+        name: value for name, value in fields.items() if value is not None and value is not False
+    }
+
+
+def json_value(value: Any) -> Any:
+    """A config's value as JSON has it; None for objects that are no plain values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): json_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(part) for part in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str) else None
