@@ -85,7 +85,6 @@ def test_models_of_transformerlens_have_one_too(theirs, small_model, make_tokeni
     before = fingerprint(theirs)
     assert fingerprint(small_model("standard").to_transformer_lens()) == before
     assert fingerprint(theirs.to("cpu")) == before
-    theirs.cfg.use_attn_result = True
     theirs.tokenizer = make_tokenizer()
     theirs.cfg.model_name, theirs.cfg.device, theirs.cfg.seed = "another", "cuda:1", 3
     assert fingerprint(theirs) == before
