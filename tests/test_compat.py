@@ -1,11 +1,9 @@
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from tl_sparse import compat
-from tl_sparse.compat import HookPoint, RuntimeConfig, editable, has_hooks
+from tl_sparse.compat import HookPoint, has_hooks, hooked
 
 
 def test_version_is_that_of_the_installed_package():
@@ -41,33 +39,14 @@ def test_pytorch_hooks_and_replaced_points_count_too():
     assert has_hooks(nn.Identity())
 
 
-def test_editable_copies_only_for_a_hook_under_gradients():
+def test_hooks_get_a_copy_only_under_gradients():
     point, x = HookPoint(), torch.randn(3, requires_grad=True)
-    assert editable(x, point) is x
+    assert hooked(point, x) is x
     point.add_hook(lambda x, hook: None)
-    assert editable(x, point) is not x
-    assert torch.equal(editable(x, point), x)
+    assert hooked(point, x) is not x
+    assert torch.equal(hooked(point, x), x)
     with torch.no_grad():
-        assert editable(x, point) is x
-
-
-def test_runtime_config_is_transformer_lens_config_with_our_values():
-    cfg = RuntimeConfig(n_layers=3, anything="else")
-    assert isinstance(cfg, compat.ConfigBase)
-    assert (cfg.n_layers, cfg.anything) == (3, "else")
-    assert RuntimeConfig.from_dict(cfg.to_dict()) == cfg
-    assert RuntimeConfig.unwrap(cfg) is cfg
-    assert RuntimeConfig.unwrap(cfg.to_dict()) == cfg
-    assert copy.deepcopy(cfg) == cfg
-    assert cfg != RuntimeConfig(n_layers=4, anything="else")
-    assert "n_layers=3" in repr(cfg)
-
-
-def test_runtime_configs_share_no_mutable_default():
-    first, second = RuntimeConfig(), RuntimeConfig()
-    for name, value in vars(first).items():
-        if isinstance(value, list | dict | set):
-            assert value is not vars(second)[name], name
+        assert hooked(point, x) is x
 
 
 def test_runtime_dtype_is_that_of_the_weights():

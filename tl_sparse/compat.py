@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 import transformer_lens
 from torch import nn
@@ -20,7 +19,7 @@ from transformer_lens import ActivationCache, FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 if TYPE_CHECKING:
-    from tl_sparse.model.legacy_aliases import LegacyAliases
+    import pandas as pd
 
 # Typed Any: which class it is depends on the installation. 4.x answers names that it dropped with a
 # directed ImportError.
@@ -93,13 +92,12 @@ __all__ = [
     "KeyValueCache",
     "ModelBase",
     "ReadingHook",
-    "RuntimeConfig",
-    "editable",
     "has_hooks",
-    "install_legacy_aliases",
+    "hooked",
     "is_transformer_lens_model",
     "logit_lens_tool",
     "only_read",
+    "patching_result",
     "runtime_dtype",
     "tl_utils",
     "transformer_lens_model",
@@ -146,55 +144,13 @@ def only_read(point: Any) -> bool:
     return len(readers) == len(point._forward_hooks)
 
 
-def editable(x: torch.Tensor, point: nn.Module) -> torch.Tensor:
-    """``x`` in a form that a hook at ``point`` may edit in place, with the bits of ``x``.
+def hooked(point: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the hooks at ``point`` make of ``x``, which they may edit in place.
 
     Autograd forbids in-place edits of what an operation saved for its backward pass and of the
-    chunks of a tensor, so a hooked point gets a copy while gradients are on.
+    chunks of a tensor, so the hooks get a copy while gradients are on.
     """
-    return x.clone() if torch.is_grad_enabled() and has_hooks(point) else x
-
-
-class RuntimeConfig(ConfigBase):
-    """``model.cfg``: the mutable object in which TransformerLens code looks fields up.
-
-    It is an instance of TransformerLens' own config class (so that its ``isinstance`` checks hold)
-    whose attributes are a model's :class:`~tl_sparse.SparseTransformerConfig` plus TransformerLens'
-    run-time switches (``use_attn_result``, ``device``, ``dtype`` ...). It is not validated here and
-    never saved: the frozen config is.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        # TransformerLens' own __init__ would validate against architectures it knows; its field
-        # defaults are all that is wanted from it.
-        for field in dataclasses.fields(ConfigBase):
-            if field.default is not dataclasses.MISSING:
-                setattr(self, field.name, field.default)
-            elif field.default_factory is not dataclasses.MISSING:
-                setattr(self, field.name, field.default_factory())
-        for name, value in values.items():
-            setattr(self, name, value)
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any]) -> RuntimeConfig:
-        """A config with these values; :meth:`to_dict` is its inverse."""
-        return cls(**config_dict)
-
-    @classmethod
-    def unwrap(cls, config: RuntimeConfig | Mapping[str, Any]) -> RuntimeConfig:
-        """The config itself, or one with the values of a mapping."""
-        return config if isinstance(config, RuntimeConfig) else cls.from_dict(config)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, TransformerLens' defaults included."""
-        return dict(vars(self))
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
-        return f"RuntimeConfig({fields})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RuntimeConfig) and vars(self) == vars(other)
+    return point(x.clone() if torch.is_grad_enabled() and has_hooks(point) else x)
 
 
 def runtime_dtype(module: nn.Module) -> torch.dtype:
@@ -309,36 +265,3 @@ def patching_result(
         values=values, axis_names=[], index_df=rows, metric_names=[metric], reduced=False,
         baseline=baseline,
     )  # fmt: skip
-
-
-def install_legacy_aliases() -> LegacyAliases:
-    """Let code written for HookedTransformer import on TransformerLens 4, on sparse models.
-
-    TransformerLens 4 removed ``HookedTransformer``, its config, components and the modules that
-    they were in, and tools that import them fail. After this call ``transformer_lens.
-    HookedTransformer`` is :class:`~tl_sparse.SparseTransformer` under every path that it had, so
-    that ``isinstance(model, HookedTransformer)`` holds; ``HookedTransformerConfig`` is a class that
-    counts ``model.cfg`` as its instance; and ``transformer_lens.utils``, ``.components``,
-    ``.hook_points`` and ``.past_key_value_caching`` hold what stands for their contents. See
-    ``tl_sparse.model.legacy_aliases`` for all names.
-
-    This changes TransformerLens for the whole process. tl_sparse never calls it: call it yourself,
-    before the tool is imported. A second call changes nothing. On TransformerLens below 4 there is
-    nothing to do, and nothing is done.
-
-    ::
-
-        compat.install_legacy_aliases()            # for good, or until .remove() of what it returns
-        with compat.install_legacy_aliases():      # for a while
-            import tool
-
-    Returns:
-        A :class:`~tl_sparse.model.legacy_aliases.LegacyAliases`, whose ``remove()`` undoes this call.
-
-    Raises:
-        RuntimeError: other code has put something else under one of the names.
-    """
-    # it aliases the model, which imports this module
-    from tl_sparse.model.legacy_aliases import LegacyAliases, install
-
-    return LegacyAliases([], []) if HAS_HOOKED_TRANSFORMER else install()

@@ -8,6 +8,7 @@ import transformer_lens
 
 from tests.conformance.models import build
 from tl_sparse import compat
+from tl_sparse.model.legacy_aliases import install_legacy_aliases
 
 below_4 = pytest.mark.skipif(
     compat.HAS_HOOKED_TRANSFORMER, reason="TransformerLens has the names itself below 4"
@@ -33,7 +34,7 @@ IMPORTS = [
 
 @pytest.fixture
 def aliases():
-    with compat.install_legacy_aliases() as installed:
+    with install_legacy_aliases() as installed:
         yield installed
 
 
@@ -52,9 +53,9 @@ def test_nothing_is_installed_until_it_is_asked_for():
 
 
 def test_removing_restores_the_package_exactly():
-    compat.install_legacy_aliases().remove()  # what it imports of TransformerLens stays imported
+    install_legacy_aliases().remove()  # what it imports of TransformerLens stays imported
     before = state_of_the_package()
-    installed = compat.install_legacy_aliases()
+    installed = install_legacy_aliases()
     if compat.HAS_HOOKED_TRANSFORMER:
         assert state_of_the_package() == before
     else:
@@ -67,20 +68,20 @@ def test_removing_restores_the_package_exactly():
 @below_4
 @pytest.mark.parametrize("statement", IMPORTS)
 def test_what_legacy_tools_import_is_there(claim, aliases, statement):
-    claim("compat.install_legacy_aliases", "any", "unchanged")
+    claim("install_legacy_aliases", "any", "unchanged")
     exec(statement, {})
 
 
 @below_4
 def test_an_error_inside_the_context_still_removes():
-    with pytest.raises(KeyError), compat.install_legacy_aliases():
+    with pytest.raises(KeyError), install_legacy_aliases():
         raise KeyError
     assert "HookedTransformer" not in vars(transformer_lens)
 
 
 @below_4
 def test_a_second_call_adds_nothing_and_removes_nothing(aliases):
-    second = compat.install_legacy_aliases()
+    second = install_legacy_aliases()
     assert (second.modules, second.names) == ([], [])
     second.remove()
     exec(IMPORTS[0], {})
@@ -92,7 +93,7 @@ def test_a_name_that_is_taken_is_an_error_and_nothing_changes(monkeypatch, name)
     monkeypatch.setitem(vars(transformer_lens), name, "taken")
     before = state_of_the_package()
     with pytest.raises(RuntimeError, match=f"transformer_lens.{name} is 'taken' already"):
-        compat.install_legacy_aliases()
+        install_legacy_aliases()
     assert state_of_the_package() == before
 
 

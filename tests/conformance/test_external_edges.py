@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.conformance.models import OPTIONS, build
 from tl_sparse import compat
+from tl_sparse.model.legacy_aliases import install_legacy_aliases
 
 ADDITIVE = [name for name, fields in OPTIONS.items() if "residual_act" not in fields]
 WHY_NOT = (
@@ -151,7 +152,7 @@ def attribute(model: Any, graph: Graph, clean: str, corrupt: str) -> dict[tuple[
 
 @pytest.fixture(autouse=True)
 def aliases():
-    with compat.install_legacy_aliases():
+    with install_legacy_aliases():
         yield
 
 

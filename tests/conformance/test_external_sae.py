@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conformance.models import N_CTX, SMALL, build
-from tl_sparse import compat
+from tl_sparse.model.legacy_aliases import install_legacy_aliases
 
 options = pytest.mark.parametrize("option", ["plain", "abstopk_writes", "paper"])
 HOOK = "blocks.1.hook_mlp_out"
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def lens():
-    with compat.install_legacy_aliases():
+    with install_legacy_aliases():
         import sae_lens
         from sae_lens.evals import EvalConfig, run_evals
         from sae_lens.training.activation_scaler import ActivationScaler

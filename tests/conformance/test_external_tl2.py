@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conformance.models import SMALL, build
-from tl_sparse import compat
+from tl_sparse.model.legacy_aliases import install_legacy_aliases
 
 CLEAN = torch.tensor([[1, 5, 6, 7, 9], [1, 3, 16, 7, 9]])
 CORRUPT = torch.tensor([[1, 5, 8, 4, 9], [1, 13, 16, 7, 9]])
@@ -56,7 +56,7 @@ def test_auto_circuits_empty_circuit_is_the_corrupt_run_and_its_full_one_the_cle
     )
     from auto_circuit.types import AblationType, PatchType
 
-    with compat.install_legacy_aliases():
+    with install_legacy_aliases():
         model, clean, corrupt = patchable(option)
         batches = prompts()
         scores = edge_attribution_patching_prune_scores(model, batches, None)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tl_sparse.model.hooks import ALIASES, SWITCHES
+from tl_sparse.model.hook_names import ALIASES, SWITCHES
 
 
 def ignore(x, hook):

@@ -106,10 +106,10 @@ def packed_logit_diffs(
     here = [name for name in cuts if name in model.hook_dict]
     cut_hooks = [(name, lambda x, hook=None: packed.at_last(x)) for name in here]
     with model.hooks(fwd_hooks=[*hooks, *cut_hooks]):
-        resid = model.run_blocks(
-            model.residual_input(packed.tokens, packed.positions), packed.positions, start=0,
-            stop=last + 1, attention_mask=packed.mask, past_kv_cache=None,
-        )  # fmt: skip
+        resid = model.embed_tokens(packed.tokens, packed.positions)
+        pos_channels = model.pos_channels(packed.positions, len(resid))
+        for block in model.blocks:
+            resid = block(resid, pos_channels, attention_mask=packed.mask)
         resid = resid if cuts[0] in here else packed.at_last(resid)
         logits = model.output_logits(resid, packed.at_last(packed.tokens)).float()
     correct, incorrect = (

@@ -123,7 +123,7 @@ class PartialForward:
         tokens = self.packed.tokens.repeat(copies, 1)
         hooks = [*change, *self._of("hook_embed")]
         with self.model.hooks(fwd_hooks=hooks):
-            return self.model.residual_input(tokens, self.packed.positions)
+            return self.model.embed_tokens(tokens, self.packed.positions)
 
     def _blocks(
         self, resid: Tensor, first: int, change: Sequence[FwdHook], cut: bool = True
@@ -166,9 +166,8 @@ class PartialForward:
             return self._run(resid[:1, :1], layer, self.packed.positions[:1, :1], None)
 
     def _run(self, resid: Tensor, layer: int, positions: Tensor, mask: Tensor | None) -> Tensor:
-        return self.model.run_blocks(
-            resid, positions, start=layer, stop=layer + 1, attention_mask=mask, past_kv_cache=None
-        )
+        pos_channels = self.model.pos_channels(positions, len(resid))
+        return self.model.blocks[layer](resid, pos_channels, attention_mask=mask)
 
     def _of(self, prefix: str) -> list[FwdHook]:
         return [(name, fn) for name, fn in self.hooks if name.startswith(prefix)]

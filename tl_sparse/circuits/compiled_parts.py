@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tl_sparse.compat import HookPoint, has_hooks
 from tl_sparse.model.abstopk import top_k_mask
-from tl_sparse.model.attention import attention
+from tl_sparse.model.attention_kernel import attention
 from tl_sparse.model.layers import Norm
 
 

@@ -1,163 +1,144 @@
-"""Causal attention with optional per-head sinks: one canonical kernel, whoever is looking.
-
-AbsTopK turns last-bit differences between kernels into visible ones, so the value of ``z`` may not
-depend on whether a hook reads the scores or the pattern. The fused kernel always computes it;
-scores and pattern are computed besides, only when something is hooked to them, and enter ``z`` only
-in the rows where a hook changed them.
-"""
+"""The attention of a block: projections, AbsTopK, hook points and the write; see attention_kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from tl_sparse.compat import only_read
-
-Hook = Callable[[Tensor], Tensor]
-Queries = Float[Tensor, "batch dest head d_head"]
-Keys = Float[Tensor, "batch src head d_head"]
-Pattern = Float[Tensor, "batch head dest src"]
-SINK_PAD = 8  # head channels added for the sink's logit; fused kernels want multiples of eight
+from tl_sparse.compat import FactoredMatrix, HookPoint, has_hooks, hooked
+from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.model.abstopk import AbsTopK, top_k_mask
+from tl_sparse.model.attention_kernel import attention, canonical_unless_changed
+from tl_sparse.model.layers import Layer, Resid
 
 
-def fused_attention(
-    q: Queries,
-    k: Keys,
-    v: Keys,
-    *,
-    scale: float,
-    sinks: Float[Tensor, " head"] | None = None,
-    mask: Bool[Tensor, "batch dest src"] | None = None,
-) -> Queries:
-    """Softmax attention by torch's fused kernel; causal where ``mask`` is None.
+class Attention(Layer):
+    """Multi-head attention: reads the normalised stream, writes one delta to it."""
 
-    A sink adds exp(sink) to each softmax denominator (Gao et al. 2025, A.1). It enters as a key of
-    its own at position 0, before everything, with a zero value; its logit rides on one extra head
-    channel that is 1 in every query, so the kernel needs no additive mask.
-    """
-    width = v.shape[-1]
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [batch, head, pos, d_head]
-    if sinks is not None:
-        carrier = F.pad(q.new_ones(1), (width, SINK_PAD - 1))
-        sink_key = (sinks.to(k.dtype) / scale)[None, :, None, None] * carrier
-        sink_key = sink_key.expand(k.shape[0], -1, 1, -1)
-        k = torch.cat([sink_key, F.pad(k, (0, SINK_PAD))], dim=2)
-        v = F.pad(v, (0, SINK_PAD, 1, 0))
-        # One query more keeps the problem square, so that the kernel's own causal mask fits.
-        q = F.pad(q, (0, SINK_PAD, 1 if mask is None else 0, 0)) + carrier
-    if mask is None:
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:
-        allowed = mask if sinks is None else F.pad(mask, (1, 0), value=True)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], scale=scale)
-    if sinks is not None:
-        z = z[:, :, (1 if mask is None else 0) :, :width]
-    return z.transpose(1, 2)
+    hook_out_is_single_residual_stream = True
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
 
+    def __init__(self, config: SparseTransformerConfig, cfg: Any, layer: int) -> None:
+        super().__init__(config)
+        self.cfg = cfg
+        self.layer_id = layer
+        self.attn_type = "global"
+        self.scale = config.d_head**-0.5 if config.attn_scale is None else 1 / config.attn_scale
+        heads, d_model, d_head = cfg.n_heads, config.d_model, config.d_head
+        for name in "QKV":
+            setattr(self, f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
+            if config.d_pos:
+                weight = torch.empty(heads, config.d_pos, d_head)
+                setattr(self, f"W_{name}_pos", nn.Parameter(weight))
+            self.add_bias(f"b_{name}", heads, d_head)
+        self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
+        self.add_bias("b_O", d_model)
+        self.sinks = nn.Parameter(torch.zeros(heads)) if config.use_attention_sinks else None
 
-def explicit_pattern(
-    q: Queries,
-    k: Keys,
-    *,
-    scale: float,
-    sinks: Float[Tensor, " head"] | None,
-    mask: Bool[Tensor, "batch dest src"] | None,
-    hook_scores: Hook,
-    hook_pattern: Hook,
-) -> tuple[Pattern, Bool[Tensor, "batch dest head"] | None]:
-    """The same attention's pattern, with it and the scores laid open to hooks.
+        self.topk_in, self.topk_q = self.topk_at("attn_in"), self.topk_at("attn_q")
+        self.topk_k, self.topk_v = self.topk_at("attn_k"), self.topk_at("attn_v")
+        self.topk_out = self.topk_at("attn_out")
+        self.hook_act_in = HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
-    Returns:
-        The pattern, and which of its rows a hook changed; None if none did. Rows sum to less than 1
-        where there is a sink: the rest of the mass is on it.
-    """
-    if mask is None:
-        n = q.shape[1]
-        mask = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
-    scores = scores.masked_fill_(~mask[:, None], -torch.inf)
-    scores, changed = _pass(scores, hook_scores)
-    if sinks is None:
-        pattern = scores.softmax(-1)
-    else:
-        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
-        pattern = torch.cat([column, scores], -1).softmax(-1)[..., 1:].contiguous()
-    pattern, also = _pass(pattern, hook_pattern)
-    if changed is None or also is None:
-        changed = also if changed is None else changed
-    else:
-        changed = changed | also
-    return pattern, None if changed is None else changed.transpose(1, 2)
+    def forward(
+        self,
+        query_input: Float[Tensor, "batch pos *head d_in"],
+        key_input: Float[Tensor, "batch pos *head d_in"],
+        value_input: Float[Tensor, "batch pos *head d_in"],
+        past_kv_cache_entry: Any = None,
+        attention_mask: Bool[Tensor, "batch dest src"] | None = None,
+    ) -> Resid:
+        """What the block adds to the stream; ``use_split_qkv_input`` gives inputs a head axis."""
+        q, k, v = self.project(query_input, key_input, value_input)
+        q = hooked(self.hook_q, self.sparsify(self.topk_q, q))
+        k = hooked(self.hook_k, self.sparsify(self.topk_k, k))
+        v = hooked(self.hook_v, self.sparsify(self.topk_v, v))
+        if past_kv_cache_entry is not None:
+            k, v = past_kv_cache_entry.append(k, v)
+        z = attention(
+            q, k, v,
+            scale=self.scale,
+            sinks=self.sinks,
+            mask=attention_mask,
+            hooked=has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern),
+            hook_scores=self.hook_attn_scores,
+            hook_pattern=self.hook_pattern,
+        )  # fmt: skip
+        return self.write(hooked(self.hook_z, z))
 
+    def project(self, *inputs: Tensor) -> list[Tensor]:
+        """Queries, keys and values [batch, pos, head, d_head], before AbsTopK."""
+        weights = [self.read_weight(name) for name in "QKV"]
+        biases = [self.b_Q, self.b_K, self.b_V]
+        if inputs[0].ndim == 4:  # every head reads a stream of its own: use_split_qkv_input
+            reads = (self.hook_act_in(self.topk_in(x)) for x in inputs)
+            return [
+                torch.einsum("bphd,hde->bphe", read, weight) + bias
+                for read, weight, bias in zip(reads, weights, biases, strict=True)
+            ]
+        read = self.hook_act_in(self.topk_in(inputs[0]))
+        joint = torch.cat([w.permute(1, 0, 2).flatten(1) for w in weights], dim=1)
+        bias = torch.cat([b.flatten() for b in biases])
+        qkv = F.linear(read, joint.T, bias)
+        return [x.unflatten(-1, self.W_Q.shape[::2]) for x in qkv.chunk(3, dim=-1)]
 
-def attention(
-    q: Queries,
-    k: Keys,
-    v: Keys,
-    *,
-    scale: float,
-    sinks: Float[Tensor, " head"] | None,
-    mask: Bool[Tensor, "batch dest src"] | None,
-    hooked: bool,
-    hook_scores: Hook,
-    hook_pattern: Hook,
-) -> Queries:
-    """``z``: the fused value, or the explicit one in rows that a hook changed."""
-    if not hooked:
-        return fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
-    pattern, changed = explicit_pattern(
-        q, k, scale=scale, sinks=sinks, mask=mask, hook_scores=hook_scores,
-        hook_pattern=hook_pattern,
-    )  # fmt: skip
-    with torch.no_grad():
-        canonical = fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
-    if changed is None and not (pattern.requires_grad or v.requires_grad):
-        return canonical  # nothing to change it, and no gradient to pass to the hooks
-    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-    return canonical_unless_changed(canonical, z, None if changed is None else changed[..., None])
-
-
-class _CanonicalUnlessChanged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, canonical: Tensor, other: Tensor, changed: Tensor | None) -> Tensor:
-        return canonical.clone() if changed is None else torch.where(changed, other, canonical)
+    def read_weight(self, name: str) -> Float[Tensor, "head d_in d_head"]:
+        """W_Q, W_K or W_V with the rows that read concatenated positions, if there are any."""
+        weight = getattr(self, f"W_{name}")
+        positional = getattr(self, f"W_{name}_pos", None)
+        return weight if positional is None else torch.cat([weight, positional], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, grads[0], None
+    def sparsify(topk: AbsTopK, x: Tensor) -> Tensor:
+        """AbsTopK over the channels of all heads together, as in the released code."""
+        return topk(x.flatten(-2)).view(x.shape) if topk.active else x
 
+    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Resid:
+        """The block's delta; with ``use_attn_result`` also what each head adds to it.
 
-def canonical_unless_changed(
-    canonical: Float[Tensor, "..."],
-    other: Float[Tensor, "..."],
-    changed: Bool[Tensor, "..."] | None,
-) -> Float[Tensor, "..."]:
-    """Two routes to one value: bits of ``canonical`` where nothing was ``changed``, else ``other``.
+        ``hook_result`` is additive: its sum over heads is the delta. AbsTopK acts on that sum, so
+        each head's part is masked by the channels that the sum keeps and carries 1/n_heads of b_O.
+        Without AbsTopK on attn_out it is TransformerLens' own: the head's write without b_O.
+        """
+        total = F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+        out = self.topk_out(total)
+        if not self.cfg.use_attn_result:
+            return out
+        result = torch.einsum("bphe,hed->bphd", z, self.W_O)
+        if self.topk_out.active:
+            kept = top_k_mask(total, self.topk_out.k)[:, :, None]
+            result = (result + self.b_O / self.cfg.n_heads) * kept
+        before = result.detach()
+        result = self.hook_result(result.clone())  # a copy, which a hook may edit in place
+        parts = result.sum(2) if self.topk_out.active else result.sum(2) + self.b_O
+        changed = (before != result).any(-1).any(-1)[..., None]
+        return canonical_unless_changed(out.detach(), parts, changed)
 
-    The gradient always follows ``other``, the route on which the hooks are, so that it reaches
-    whatever they hold. None for ``changed`` is a change nowhere.
-    """
-    return _CanonicalUnlessChanged.apply(canonical, other, changed)
+    @property
+    def mask(self) -> Bool[Tensor, "n_ctx n_ctx"]:
+        """TransformerLens' causal mask, for tools that ask for it; made anew at each call."""
+        n_ctx = self.config.n_ctx
+        return torch.ones(n_ctx, n_ctx, dtype=torch.bool, device=self.W_Q.device).tril()
 
+    @property
+    def OV(self) -> Any:
+        """FactoredMatrix W_V W_O, [head, d_model, d_model]."""
+        return FactoredMatrix(self.W_V, self.W_O)
 
-def _pass(x: Pattern, hook: Hook) -> tuple[Pattern, Bool[Tensor, "batch head dest"] | None]:
-    """What a hook makes of ``x``, and the rows that it changed; None if there are none."""
-    if only_read(hook):  # a cache: saves two copies and a comparison of all entries
-        return hook(x), None
-    before = x.detach()
-    x = hook(x.clone())  # a copy, which a hook may edit in place
-    return x, _rows_changed(before, x)
-
-
-def _rows_changed(before: Tensor, after: Tensor) -> Tensor | None:
-    if torch.equal(before, after):  # most hooks only look; row by row costs several times as much
-        return None
-    # NaN != NaN would report a change in rows that no hook touched
-    same = (before == after) | (before.isnan() & after.isnan())
-    changed = (~same).any(-1)
-    return changed if bool(changed.any()) else None
+    @property
+    def QK(self) -> Any:
+        """FactoredMatrix W_Q W_K^T, [head, d_model, d_model]."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))

@@ -17,10 +17,23 @@ from torch import Tensor
 
 from tl_sparse.compat import ActivationCache, logit_lens_tool
 from tl_sparse.model.contributions import Kind, Place, head_results, kept_channels
-from tl_sparse.model.hints import did_you_mean
-from tl_sparse.model.reading import Reading, as_columns, as_slice, squeezed
-from tl_sparse.model.readout import BigramReader, Tokens, check_alike, constant_logits, token_ids
-from tl_sparse.model.stream_parts import Stack, StreamParts, neuron_results_of
+from tl_sparse.model.decomposition import (
+    Reading,
+    Stack,
+    StreamParts,
+    as_columns,
+    as_slice,
+    neuron_results_of,
+    squeezed,
+)
+from tl_sparse.model.hook_names import did_you_mean, switch_of
+from tl_sparse.model.logit_attribution import (
+    BigramReader,
+    Tokens,
+    check_alike,
+    constant_logits,
+    token_ids,
+)
 
 
 class SparseActivationCache(ActivationCache):
@@ -51,7 +64,7 @@ class SparseActivationCache(ActivationCache):
 
     def _absence(self, name: str) -> str:
         if self.model is not None and name in self.model.hook_dict:
-            switch = self.model.switch_of(name)
+            switch = switch_of(name)
             hint = f", and set_{switch}(True) before it" if switch else ""
             return (
                 f"{name!r} was not cached: run_with_cache needs it in its names_filter{hint}, and "

@@ -11,13 +11,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.compat import KeyValueCache, tl_utils
-from tl_sparse.model.inputs import InputMixin
+from tl_sparse.model.parts import ModelParts
 
 GENERATED = ("input", "str", "tokens")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to before their character is complete
 
 
-class GenerationMixin(InputMixin):
+class GenerationMixin(ModelParts):
     """``generate`` and ``generate_stream``.
 
     Sampling draws from torch's global generator: seed it for reproducible text. With

@@ -8,26 +8,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_sparse.compat import HookedRootModule, HookPoint, ReadingHook, tl_utils
-from tl_sparse.model.additivity import check_direct_path_hook
 from tl_sparse.model.cache import SparseActivationCache
-from tl_sparse.model.hints import did_you_mean
+from tl_sparse.model.edge_tools import check_direct_path_hook
+from tl_sparse.model.hook_names import ALIASES, SWITCHES, did_you_mean, switch_of
 from tl_sparse.model.parts import ModelParts
-
-# TransformerLens 4.x tools address these under attn; HookedTransformer had them on the block.
-ALIASES = {f"attn.hook_{name}": f"hook_{name}" for name in ("q_input", "k_input", "v_input")}
-ALIASES["attn.hook_attn_in"] = "hook_attn_in"
-
-# Hook points that exist but only fire while a switch is on.
-SWITCHES = {
-    "hook_tokens": "use_hook_tokens",
-    "hook_result": "use_attn_result",
-    "hook_attn_in": "use_attn_in",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_mlp_in": "use_hook_mlp_in",
-}
-
 
 # Names to cache, or a function that says of each name if it is cached; None is all that fire.
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
@@ -65,15 +49,10 @@ class HookMixin(ModelParts):
         if name not in self.hook_dict:
             hint = did_you_mean(name, self.hook_dict)
             raise KeyError(f"unknown hook {name!r}{hint} (model.hook_dict lists all)")
-        switch = self.switch_of(name)
+        switch = switch_of(name)
         if switch and not getattr(self.cfg, switch):
             raise ValueError(f"hook {name!r} never fires: call model.set_{switch}(True) first")
         return self.mod_dict[name]
-
-    @staticmethod
-    def switch_of(name: str) -> str | None:
-        """The cfg switch that a hook point depends on, if any."""
-        return SWITCHES.get(name.rpartition(".")[2])
 
     def check_hooks_to_add(
         self, hook_point: HookPoint, hook_point_name: str, hook: Any, *_: Any, **__: Any
@@ -104,7 +83,7 @@ class HookMixin(ModelParts):
         found = {
             id(point): own_name(point)
             for name, point in self.hook_dict.items()
-            if wanted(name) and (not (s := self.switch_of(name)) or getattr(self.cfg, s))
+            if wanted(name) and (not (s := switch_of(name)) or getattr(self.cfg, s))
         }
         if not found:
             raise ValueError(

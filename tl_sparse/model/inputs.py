@@ -1,17 +1,19 @@
-"""Running a model: inputs, losses, starting and stopping at a layer, devices."""
+"""What surrounds the forward pass: its inputs checked, masks, positions, and the loss."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from tl_sparse.compat import runtime_dtype
-from tl_sparse.model.additivity import check_edge_switches
-from tl_sparse.model.tokens import TokenMixin
+from tl_sparse.model.edge_tools import check_edge_switches
+from tl_sparse.model.parts import ModelParts
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -23,50 +25,68 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-@torch.compiler.disable
-def run_eagerly(model: Any, *args: Any) -> Any:
-    """A forward pass that torch.compile leaves alone, so that every hook is called."""
-    return model.forward(*args)
+def eager_with_hooks(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass that torch.compile leaves alone while there are hooks: all are called."""
+
+    @torch.compiler.disable
+    def run_eagerly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self.any_hooks():
+            return run_eagerly(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return run
 
 
-class InputMixin(TokenMixin):
-    """``forward`` and what surrounds it."""
+@dataclass(frozen=True)
+class Inputs:
+    """A forward pass' inputs, checked."""
 
-    def forward(
+    tokens: Any
+    """Token ids [batch, pos]; None where only a residual stream was given, which is then enough."""
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None
+    """Which tokens are real, as given or as left padding implies; None: all."""
+    mask: Bool[Tensor, "batch dest src"] | None
+    """Who may attend to whom; None: causal."""
+    positions: Int[Tensor, "batch_or_1 pos"]
+    """Each token's position."""
+    layers: range
+    """Blocks to run."""
+
+
+class InputMixin(ModelParts):
+    """Inputs, masks, positions, loss."""
+
+    def prepare(
         self,
         input: Any,
-        return_type: str | None = "logits",
-        loss_per_token: bool = False,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        start_at_layer: int | None = None,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        shortformer_pos_embed: Any = None,
-        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
-        stop_at_layer: int | None = None,
-        past_kv_cache: Any = None,
-    ) -> Any:
-        """Run on a string, strings, tokens [batch, pos], or (start_at_layer) a residual stream.
-
-        Arguments and return types are those of ``HookedTransformer.forward``. ``tokens`` must come
-        with a residual stream where the model needs them: for the loss and for the bigram table.
+        tokens: Int[Tensor, "batch pos"] | None,
+        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None,
+        past_kv_cache: Any,
+        *,
+        return_type: str | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        start_at_layer: int | None,
+        stop_at_layer: int | None,
+        shortformer_pos_embed: Any,
+    ) -> Inputs:
+        """Check the arguments of ``forward``, and make tokens, mask and positions of them.
 
         Raises:
             ValueError: unknown return_type, too long an input, missing tokens or tokens of another
-                shape, no such layer, a key-value cache of another batch size, or edge
-                tools' switches on a stream that is no sum of writes.
+                shape, no such layer, a key-value cache of another batch size, or edge tools'
+                switches on a residual stream that is no sum of writes.
         """
-        if torch.compiler.is_compiling() and self.any_hooks():
-            return run_eagerly(
-                self, input, return_type, loss_per_token, prepend_bos, padding_side, start_at_layer,
-                tokens, shortformer_pos_embed, attention_mask, stop_at_layer, past_kv_cache,
-            )  # fmt: skip
         if return_type not in RETURN_TYPES:
             raise ValueError(f"return_type={return_type!r} is unknown; choose from {RETURN_TYPES}")
         if shortformer_pos_embed is not None:
             raise ValueError("shortformer_pos_embed: this model has no shortformer positions")
         check_edge_switches(self.config, self.cfg)
-        first, last = self.layers_to_run(start_at_layer, stop_at_layer)
+        layers = self.layers_to_run(start_at_layer, stop_at_layer)
         if start_at_layer is None:
             tokens = self.input_tokens(input, prepend_bos, padding_side)
         elif tokens is not None and tokens.shape != input.shape[:2]:
@@ -74,6 +94,8 @@ class InputMixin(TokenMixin):
                 f"tokens of shape {tuple(tokens.shape)} do not belong to a residual stream of "
                 f"shape {tuple(input.shape)}"
             )
+        if tokens is None and stop_at_layer is None:
+            self.check_tokens_not_needed(return_type)
         batch, n = input.shape[:2] if tokens is None else tokens.shape
         if tokens is not None:
             attention_mask = self.attention_mask_of(
@@ -83,40 +105,25 @@ class InputMixin(TokenMixin):
         if seen + n > self.config.n_ctx:
             raise ValueError(f"{seen + n} tokens do not fit n_ctx={self.config.n_ctx}")
         mask, positions = self.masks_and_positions(batch, n, seen, attention_mask, past_kv_cache)
-        if start_at_layer is None:
-            assert tokens is not None
-            tokens = self.tokens_to_embed(tokens)
-            resid = self.residual_input(tokens, positions)
-        else:
-            resid = input
-        resid = self.run_blocks(
-            resid, positions, start=first, stop=last, attention_mask=mask,
-            past_kv_cache=past_kv_cache,
-        )  # fmt: skip
-        if stop_at_layer is not None:
-            return resid
-        if tokens is None and self.config.bigram_table != "none":
-            raise ValueError(
-                "start_at_layer on a model with a bigram table needs tokens=: without them the "
-                "table's part of the logits would be missing"
-            )
-        if return_type is None:
-            return None
-        logits = self.output_logits(resid, tokens)
-        if return_type == "logits":
-            return logits
-        if tokens is None:
-            raise ValueError("the loss of a residual stream needs tokens=")
-        loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
-        return loss if return_type == "loss" else Output(logits, loss)
+        return Inputs(tokens, attention_mask, mask, positions, layers)
 
     def any_hooks(self) -> bool:
         """Whether any hook point has a hook, in a form that torch.compile watches."""
         # it watches lists, but not PyTorch's own registers of hooks
         return any(point.fwd_hooks or point.bwd_hooks for point in self.hook_dict.values())
 
-    def layers_to_run(self, start: int | None, stop: int | None) -> tuple[int, int]:
-        """First layer to run and the layer before which to stop, from the end if negative.
+    def check_tokens_not_needed(self, return_type: str | None) -> None:
+        """ValueError if the outputs of a residual stream cannot be had without its tokens."""
+        if self.config.bigram_table != "none":
+            raise ValueError(
+                "start_at_layer on a model with a bigram table needs tokens=: without them the "
+                "table's part of the logits would be missing"
+            )
+        if return_type in ("loss", "both"):
+            raise ValueError("the loss of a residual stream needs tokens=")
+
+    def layers_to_run(self, start: int | None, stop: int | None) -> range:
+        """Blocks to run, from a layer and up to one, which count from the end if negative.
 
         Raises:
             ValueError: there is no such layer.
@@ -125,12 +132,7 @@ class InputMixin(TokenMixin):
         for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
             if layer is not None and not -n_layers <= layer <= n_layers:
                 raise ValueError(f"{name}={layer} is not in {-n_layers}..{n_layers}")
-        first, last, _ = slice(start, stop).indices(n_layers)
-        return first, last
-
-    def tokens_to_embed(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-        """The tokens, through their hook point where it is switched on."""
-        return self.hook_tokens(tokens.clone()) if self.cfg.use_hook_tokens else tokens
+        return range(n_layers)[start:stop]
 
     def input_tokens(
         self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
@@ -231,7 +233,7 @@ class InputMixin(TokenMixin):
             mask = torch.cat([past_kv_cache.previous_attention_mask, mask], dim=1)
         _, positions = self.masks_and_positions(batch, n, seen, mask, None)
         tokens = self.tokens_to_embed(tokens)
-        return self.residual_input(tokens, positions), tokens, None, attention_mask
+        return self.embed_tokens(tokens, positions), tokens, None, attention_mask
 
     def get_pos_offset(self, past_kv_cache: Any, batch_size: int) -> int:
         """Tokens that a key-value cache has seen; 0 without one.
@@ -268,27 +270,3 @@ class InputMixin(TokenMixin):
         _, positions = self.masks_and_positions(batch, n, pos_offset, attention_mask, None)
         resid = self.add_positions(embed, positions)
         return (resid, None) if return_shortformer_pos_embed else resid
-
-    def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
-        """Move or cast the model; ``cfg.device`` and ``cfg.dtype`` follow."""
-        return nn.Module.to(self, *args, **kwargs)
-
-    def cuda(self, device: Any = None) -> Any:
-        """Move the model to a CUDA device."""
-        return nn.Module.cuda(self, device)
-
-    def cpu(self) -> Any:
-        """Move the model to the CPU."""
-        return nn.Module.cpu(self)
-
-    def mps(self) -> Any:
-        """Move the model to Apple's GPU."""
-        return self.to("mps")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # every device or dtype change of a module comes through here
-        nn.Module._apply(self, fn, recurse)
-        self.cfg.device = str(self.unembed.b_U.device)
-        self.cfg.dtype = runtime_dtype(self)
-        self.cfg.eps = self.config.eps_for(self.cfg.dtype)
-        return self

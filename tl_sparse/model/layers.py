@@ -5,6 +5,7 @@ Each part that owns parameters is a :class:`Layer`, which can draw them anew.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.compat import HookPoint, editable
-from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.compat import HookPoint, hooked
+from tl_sparse.config import Activation, SparseTransformerConfig
 from tl_sparse.model.abstopk import AbsTopK
 
 Resid = Float[Tensor, "batch pos d_model"]
@@ -133,9 +134,55 @@ class Norm(Layer):
             x = x - x.mean(-1, keepdim=True)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16
         scale = (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
-        scale = self.hook_scale(editable(scale, self.hook_scale))
+        scale = hooked(self.hook_scale, scale)
         x = self.hook_normalized(x / scale) * self.w
         return x if self.b is None else x + self.b
+
+
+def tanh_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """GELU's approximation by tanh, GPT-2's activation function."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class MLP(Layer):
+    """Two-layer MLP: reads the normalised stream, writes one delta to it."""
+
+    b_in: Tensor
+    b_out: Tensor
+
+    def __init__(self, config: SparseTransformerConfig) -> None:
+        super().__init__(config)
+        self.act = ACTIVATIONS[config.act_fn]
+        d_model, d_pos, d_mlp = config.d_model, config.d_pos, config.site_width("mlp_neuron")
+        self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
+        self.W_in_pos = nn.Parameter(torch.empty(d_pos, d_mlp)) if d_pos else None
+        self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
+        self.add_bias("b_in", d_mlp)
+        self.add_bias("b_out", d_model)
+        self.topk_in, self.topk_neuron = self.topk_at("mlp_in"), self.topk_at("mlp_neuron")
+        self.topk_out = self.topk_at("mlp_out")
+        self.hook_act_in, self.hook_pre, self.hook_post = HookPoint(), HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_in"]) -> Resid:
+        """What the block adds to the stream."""
+        read = self.hook_act_in(self.topk_in(x))
+        pre = self.hook_pre(F.linear(read, self.read_weight().T, self.b_in))
+        post = hooked(self.hook_post, self.topk_neuron(self.act(pre)))
+        return self.topk_out(F.linear(post, self.W_out.T, self.b_out))
+
+    def read_weight(self) -> Float[Tensor, "d_in d_mlp"]:
+        """W_in with the rows that read concatenated positions, if there are any."""
+        return self.W_in if self.W_in_pos is None else torch.cat([self.W_in, self.W_in_pos])
 
 
 class Unembed(Layer):

@@ -1,6 +1,9 @@
 """The names that TransformerLens 4 removed, and what stands for each on a sparse model.
 
-``compat.install_legacy_aliases`` puts them in place; nothing else imports this module.
+TransformerLens 4 removed ``HookedTransformer``, its config, components and the modules that they
+were in, and tools that import them fail. :func:`install_legacy_aliases` lets them import again. It
+changes TransformerLens for the whole process, so tl_sparse never calls it, and nothing of tl_sparse
+imports this module: call it yourself, before the tool is imported.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from torch import Tensor
 
 from tl_sparse import compat
 from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.model.attention import Attention
 from tl_sparse.model.inputs import Output
-from tl_sparse.model.layers import Embed, PosEmbed, Unembed
-from tl_sparse.model.runtime_config import runtime_config
-from tl_sparse.model.transformer import MLP, Attention, Block, SparseTransformer
+from tl_sparse.model.layers import MLP, Embed, PosEmbed, Unembed
+from tl_sparse.model.runtime_config import RuntimeConfig, runtime_config
+from tl_sparse.model.transformer import Block, SparseTransformer
 
 SingleLoss = Float[Tensor, ""]
 LossPerToken = Float[Tensor, "batch pos-1"]
@@ -32,10 +36,10 @@ class EveryRuntimeConfig(type):
     """The type of a class that counts every ``model.cfg`` as its instance."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, compat.RuntimeConfig)
+        return isinstance(instance, RuntimeConfig)
 
 
-class HookedTransformerConfig(compat.RuntimeConfig, metaclass=EveryRuntimeConfig):
+class HookedTransformerConfig(RuntimeConfig, metaclass=EveryRuntimeConfig):
     """A config to look fields up in, built as TransformerLens' was; ``model.cfg`` counts as one.
 
     What is not given has the value that it has in a ``model.cfg``. It tells a tool about a model
@@ -95,7 +99,7 @@ def alias_table() -> dict[str, dict[str, Any]]:
 
 @dataclass
 class LegacyAliases:
-    """What one call of ``compat.install_legacy_aliases`` put in place; as a context, for a while.
+    """What one call of :func:`install_legacy_aliases` put in place; as a context, for a while.
 
     Attributes:
         modules: paths of the modules it made.
@@ -128,12 +132,32 @@ class LegacyAliases:
         self.remove()
 
 
-def install() -> LegacyAliases:
-    """Put in place every alias that is not there yet.
+def install_legacy_aliases() -> LegacyAliases:
+    """Let code written for HookedTransformer import on TransformerLens 4, on sparse models.
+
+    After this call ``transformer_lens.HookedTransformer`` is :class:`~tl_sparse.SparseTransformer`
+    under every path that it had, so that ``isinstance(model, HookedTransformer)`` holds;
+    ``HookedTransformerConfig`` is a class that counts ``model.cfg`` as its instance; and
+    ``transformer_lens.utils``, ``.components``, ``.hook_points`` and ``.past_key_value_caching``
+    hold what stands for their contents. :func:`alias_table` has all names.
+
+    A second call changes nothing. On TransformerLens below 4 there is nothing to do.
+
+    ::
+
+        install_legacy_aliases()            # for good, or until .remove() of what it returns
+        with install_legacy_aliases():      # for a while
+            import tool
+
+    Returns:
+        What was put in place; its ``remove()`` undoes this call.
 
     Raises:
-        RuntimeError: one of the names stands for something else; nothing has been changed then.
+        RuntimeError: other code has put something else under one of the names; nothing has been
+            changed then.
     """
+    if compat.HAS_HOOKED_TRANSFORMER:
+        return LegacyAliases([], [])
     table = alias_table()
     made = {path: empty_module(path) for path in table if path not in sys.modules}
     for path, module in made.items():

@@ -1,4 +1,4 @@
-"""What every surface finds on the model, declared once for the type checker."""
+"""What every mixin finds on the model, declared once for the type checker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_sparse.model.layers import Embed, PosEmbed, Unembed
 
 
 class ModelParts(nn.Module):
-    """Attributes of a SparseTransformer that its surfaces use; it defines none of them."""
+    """Attributes and methods of a SparseTransformer that its mixins use, none defined here."""
 
     config: SparseTransformerConfig
     cfg: Any
@@ -28,8 +28,14 @@ class ModelParts(nn.Module):
     context_level: int
     hooks: Callable[..., Any]
     from_pretrained: Any
-    hook_tokens: HookPoint
+    # of the model itself
+    tokens_to_embed: Callable[..., Tensor]
+    embed_tokens: Callable[..., Tensor]
     add_positions: Callable[..., Tensor]
-    residual_input: Callable[..., Tensor]
-    run_blocks: Callable[..., Tensor]
-    output_logits: Callable[..., Tensor]
+    # of InputMixin and TokenMixin
+    input_tokens: Callable[..., Tensor]
+    padding_mask: Callable[..., Tensor | None]
+    require_tokenizer: Callable[..., Any]
+    side: Callable[..., str]
+    to_string: Callable[..., Any]
+    to_tokens: Callable[..., Tensor]

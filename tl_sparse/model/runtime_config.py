@@ -1,4 +1,4 @@
-"""From the frozen config to ``model.cfg``, the fields that TransformerLens code reads."""
+"""``model.cfg``: what TransformerLens code reads and sets, derived from the frozen config."""
 
 from __future__ import annotations
 
@@ -8,8 +8,50 @@ from typing import Any
 
 import torch
 
-from tl_sparse.compat import RuntimeConfig
+from tl_sparse.compat import ConfigBase
 from tl_sparse.config import SparseTransformerConfig
+
+
+class RuntimeConfig(ConfigBase):
+    """``model.cfg``: the mutable object in which TransformerLens code looks fields up.
+
+    It is an instance of TransformerLens' own config class (so that its ``isinstance`` checks hold)
+    whose attributes are a model's :class:`~tl_sparse.SparseTransformerConfig` plus TransformerLens'
+    run-time switches (``use_attn_result``, ``device``, ``dtype`` ...). It is not validated here and
+    never saved: the frozen config is.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        # TransformerLens' own __init__ would validate against architectures it knows; its field
+        # defaults are all that is wanted from it.
+        for field in dataclasses.fields(ConfigBase):
+            if field.default is not dataclasses.MISSING:
+                setattr(self, field.name, field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                setattr(self, field.name, field.default_factory())
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> RuntimeConfig:
+        """A config with these values; :meth:`to_dict` is its inverse."""
+        return cls(**config_dict)
+
+    @classmethod
+    def unwrap(cls, config: RuntimeConfig | Mapping[str, Any]) -> RuntimeConfig:
+        """The config itself, or one with the values of a mapping."""
+        return config if isinstance(config, RuntimeConfig) else cls.from_dict(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, TransformerLens' defaults included."""
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"RuntimeConfig({fields})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RuntimeConfig) and vars(self) == vars(other)
 
 
 def frozen_config(cfg: Any) -> SparseTransformerConfig:
@@ -35,14 +77,11 @@ def runtime_config(config: SparseTransformerConfig) -> RuntimeConfig:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     norm = None if config.normalization_type == "none" else config.normalization_type
     width, d_mlp = config.site_width("attn_q"), config.d_mlp or 0
-    return RuntimeConfig(
+    cfg = RuntimeConfig(
         **values
         | {
-            "eps": config.eps_for(torch.float32),
             "d_vocab_out": config.n_logits,
             "n_params": config.n_layers * config.d_model * (4 * width + 2 * d_mlp),
-            "device": "cpu",
-            "dtype": torch.float32,
             "n_devices": 1,
             "normalization_type": norm,
             "uses_rms_norm": norm == "RMS",
@@ -69,3 +108,15 @@ def runtime_config(config: SparseTransformerConfig) -> RuntimeConfig:
             "init_mode": "gpt2",
         }
     )
+    follow_weights(cfg, config, "cpu", torch.float32)
+    return cfg
+
+
+def follow_weights(
+    cfg: RuntimeConfig,
+    config: SparseTransformerConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Set what in ``model.cfg`` depends on where the weights are and on their dtype."""
+    cfg.device, cfg.dtype, cfg.eps = str(device), dtype, config.eps_for(dtype)

@@ -1,4 +1,4 @@
-"""Weights under TransformerLens' names and shapes, and the weight processing that is refused."""
+"""Weights by TransformerLens' names, their device, and the weight processing that is refused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tl_sparse.compat import FactoredMatrix
+from tl_sparse.compat import FactoredMatrix, runtime_dtype
 from tl_sparse.model.parts import ModelParts
+from tl_sparse.model.runtime_config import follow_weights
 
 
 def stacked(part: str, name: str) -> property:
@@ -83,11 +84,6 @@ class WeightMixin(ModelParts):
             raise AttributeError("W_E_pos")
         return torch.cat([self.W_E, self.W_pos])
 
-    @staticmethod
-    def factored(left: Tensor, right: Tensor) -> Any:
-        """left @ right, kept as TransformerLens' FactoredMatrix."""
-        return FactoredMatrix(left, right)
-
     @property
     def QK(self) -> Any:
         """W_Q W_K^T of every layer and head."""
@@ -97,6 +93,28 @@ class WeightMixin(ModelParts):
     def OV(self) -> Any:
         """W_V W_O of every layer and head."""
         return FactoredMatrix(self.W_V, self.W_O)
+
+    def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
+        """Move or cast the model; ``cfg.device`` and ``cfg.dtype`` follow."""
+        return nn.Module.to(self, *args, **kwargs)
+
+    def cuda(self, device: Any = None) -> Any:
+        """Move the model to a CUDA device."""
+        return nn.Module.cuda(self, device)
+
+    def cpu(self) -> Any:
+        """Move the model to the CPU."""
+        return nn.Module.cpu(self)
+
+    def mps(self) -> Any:
+        """Move the model to Apple's GPU."""
+        return self.to("mps")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # every device or dtype change of a module comes through here
+        nn.Module._apply(self, fn, recurse)
+        follow_weights(self.cfg, self.config, self.unembed.b_U.device, runtime_dtype(self))
+        return self
 
     @property
     def n_params_total(self) -> int:

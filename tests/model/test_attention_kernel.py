@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_sparse.compat import HookPoint, ReadingHook, only_read
-from tl_sparse.model.attention import attention, explicit_pattern, fused_attention
+from tl_sparse.model.attention_kernel import attention, explicit_pattern, fused_attention
 
 BATCH, POS, HEADS, WIDTH = 2, 6, 3, 4
 SCALE = WIDTH**-0.5

@@ -54,7 +54,7 @@ def constant_logits(model: Any) -> dict[str, Float[Tensor, " d_vocab"]]:
     return rows if bias is None else rows | {"ln_final.b": bias @ model.W_U}
 
 
-class StreamOnly:
+class NoBareReadout:
     """The ``adapter`` of a model with a bigram table, by which TransformerLens' readouts ask it.
 
     They apply ``apply_output_logits_transform`` to the logits that they made of the stream. Without
