@@ -1,4 +1,4 @@
-"""The attention of a block: projections, AbsTopK, hook points and the write; see attention_kernel."""
+"""The attention of a block: projections, AbsTopK, hook points, the write. See attention_kernel."""
 
 from __future__ import annotations
 
