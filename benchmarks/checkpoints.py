@@ -46,7 +46,7 @@ def sparse_model(d_model: int, d_vocab: int, density: float) -> tls.SparseTransf
             if ".b_" in name or name.endswith("sinks"):
                 parameter.normal_(std=0.02, generator=generator)
     if density < 1:
-        tls.WeightMasks.top_k(model, density=density, floor=1).project()
+        tls.WeightProjector.top_k(model, density=density, floor=1).project()
     return model
 
 

@@ -29,6 +29,7 @@ from tl_sparse.sites import NodeIndex as NodeIndex
 from tl_sparse.sparsity.projection import SparsityConfig as SparsityConfig
 from tl_sparse.sparsity.sparsify import sparsify as sparsify
 from tl_sparse.sparsity.weight_masks import WeightMasks as WeightMasks
+from tl_sparse.sparsity.weight_projector import WeightProjector as WeightProjector
 from tl_sparse.training.config import TrainingConfig as TrainingConfig
 from tl_sparse.training.trainer import Trainer as Trainer
 from tl_sparse.training.trainer import TrainingResult as TrainingResult
@@ -51,6 +52,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "WeightMasks",
+    "WeightProjector",
     "ablation_hooks",
     "activation_means",
     "analyses",

@@ -3,71 +3,17 @@
 import pytest
 import torch
 
-from tl_sparse import SparseTransformer, SparseTransformerConfig, SparsityConfig, WeightMasks
-from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
+from tests.sparsity.models import (
+    BUDGETS,
+    SIZES,
+    nonzero,
+    same,
+    sparse_transformer,
+    transformer_lens_model,
+    weights,
+)
+from tl_sparse import SparseTransformer, SparseTransformerConfig, WeightMasks, WeightProjector
 from tl_sparse.sparsity.matrices import weight_matrices
-
-SIZES = {
-    "n_layers": 2, "d_model": 16, "d_head": 4, "n_heads": 4, "n_ctx": 12, "d_vocab": 30,
-    "act_fn": "gelu", "normalization_type": "LN", "d_mlp": 64,
-}  # fmt: skip
-BLOCK = {"attn.W_Q": 64, "attn.W_K": 64, "attn.W_V": 64, "attn.W_O": 64, "mlp.W_in": 256,
-         "mlp.W_out": 256}  # fmt: skip
-# density 1/4 of every matrix, by hand
-BUDGETS = {f"blocks.{i}.{name}": k for i in range(2) for name, k in BLOCK.items()}
-BUDGETS |= {"embed.W_E": 120, "unembed.W_U": 120, "pos_embed.W_pos": 48}
-
-
-def sparse_transformer(**changes):
-    return SparseTransformer(
-        SparseTransformerConfig(**SIZES, positional_embedding_type="standard", **changes)
-    )
-
-
-def transformer_lens_model(**changes):
-    """TransformerLens' dense model: a HookedTransformer up to 3.x, a TransformerBridge from 4.0."""
-    if HAS_HOOKED_TRANSFORMER:
-        from transformer_lens import HookedTransformer
-
-        return HookedTransformer(SIZES | {"device": "cpu", "seed": 0} | changes)
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_native(SIZES | changes)
-
-
-def transformer_lens_train(model, tokens):
-    """Two epochs of TransformerLens' own training loop, which makes its own optimizer."""
-    if HAS_HOOKED_TRANSFORMER:
-        from transformer_lens.train import HookedTransformerTrainConfig as Config
-        from transformer_lens.train import train
-    else:
-        from transformer_lens.tools.training import TrainConfig as Config
-        from transformer_lens.tools.training import train
-    config = Config(num_epochs=2, batch_size=4, lr=1e-2, device="cpu", print_every=None)
-    return train(model, config, [{"tokens": row} for row in tokens])
-
-
-@pytest.fixture(params=[sparse_transformer, transformer_lens_model])
-def model(request):
-    return request.param()
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(0, 30, (12, 12), generator=torch.Generator().manual_seed(0))
-
-
-def weights(model):
-    return {m.name: [part.clone() for part in m.parts] for m in weight_matrices(model)}
-
-
-def nonzero(model):
-    return {m.name: sum(int(p.count_nonzero()) for p in m.parts) for m in weight_matrices(model)}
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
-
 
 # ------------------------------------------------------------------------------------------------
 # choosing weights
@@ -111,109 +57,27 @@ def test_top_k_refuses_a_density_outside_its_range_and_budgets_below_floors(mode
         WeightMasks.top_k(model, 0.05, floor=4)
 
 
-def test_nonzero_is_the_pattern_of_a_sparse_model(model):
-    with pytest.raises(ValueError, match="project before saving"):
-        WeightMasks.top_k(model, 1 / 4).check()
+def test_of_is_the_pattern_that_a_model_has(model):
     WeightMasks.top_k(model, 1 / 4).project()
-    assert WeightMasks.nonzero(model).l0() == BUDGETS == nonzero(model)
-    assert WeightMasks.top_k(model, 1 / 4).check() == BUDGETS
+    masks = WeightMasks.of(model)
+    assert masks.l0() == BUDGETS == nonzero(model)
+    for name, (part,) in weights(model).items():
+        assert torch.equal(masks.keep[name], part != 0)
 
 
 # ------------------------------------------------------------------------------------------------
 # training with masks
 
 
-def test_l0_is_exact_after_every_step_of_a_users_own_loop(model, tokens):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    masks = WeightMasks.top_k(model, 1 / 4, floor=2)
-    masks.attach(optimizer)
-    assert nonzero(model) == BUDGETS  # at once
-    losses = []
-    for _ in range(4):
-        loss = model(tokens, return_type="loss")
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        assert nonzero(model) == BUDGETS
-        assert masks.check() == BUDGETS
-    assert losses[-1] < losses[0]
-
-
 def test_fixed_masks_let_no_weight_come_back(model, tokens):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     masks = WeightMasks.top_k(model, 1 / 4)
-    masks.attach(optimizer, fixed=True)
+    masks.attach(optimizer)
     for _ in range(3):
         model(tokens, return_type="loss").backward()
         optimizer.step()
-    for name, keep in WeightMasks.nonzero(model).keep.items():
+    for name, keep in WeightMasks.of(model).keep.items():
         assert not (keep & ~masks.keep[name]).any()
-
-
-def test_a_zeroed_weight_that_grows_largest_comes_back_unless_fixed(model):
-    for fixed in (False, True):
-        masks = WeightMasks.top_k(model, 1 / 4)
-        matrix = next(m for m in masks.matrices if m.name == "blocks.0.mlp.W_in")
-        place = tuple((~masks.keep[matrix.name]).nonzero()[0].tolist())
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        handle = masks.attach(optimizer, fixed=fixed)
-        assert float(matrix.parts[0][place]) == 0.0
-        with torch.no_grad():
-            matrix.parts[0][place] = 100.0  # what an update could do
-        optimizer.step()
-        assert float(matrix.parts[0][place]) == (0.0 if fixed else 100.0)
-        handle.remove()
-
-
-def test_attach_without_an_optimizer_follows_transformer_lens_own_train(model, tokens):
-    masks = WeightMasks.top_k(model, 1 / 4, floor=2)
-    before = weights(model)
-    handle = masks.attach()
-    transformer_lens_train(model, tokens)
-    assert nonzero(model) == BUDGETS
-    assert not same(before, weights(model))
-    handle.remove()
-    transformer_lens_train(model, tokens)
-    assert nonzero(model)["blocks.0.mlp.W_in"] > 256
-
-
-def test_attach_without_an_optimizer_leaves_other_models_alone(model, tokens):
-    WeightMasks.top_k(model, 1 / 4).project()
-    other = sparse_transformer()
-    handle = WeightMasks.top_k(model, 1 / 8).attach()
-    here = weights(model)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    other(tokens, return_type="loss").backward()
-    optimizer.step()
-    handle.remove()
-    assert nonzero(other)["blocks.0.mlp.W_in"] == 16 * 64
-    assert same(here, weights(model))
-
-
-def test_a_removed_handle_projects_no_more(model, tokens):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    handle = WeightMasks.top_k(model, 1 / 4).attach(optimizer)
-    handle.remove()
-    model(tokens, return_type="loss").backward()
-    optimizer.step()
-    assert nonzero(model)["blocks.0.mlp.W_in"] > 3 * 256
-
-
-def test_an_optimizer_without_the_weights_is_refused_and_nothing_is_touched(model):
-    before = weights(model)
-    stranger = torch.optim.SGD(sparse_transformer().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="optimizer holds none of the masked weights"):
-        WeightMasks.top_k(model, 1 / 4).attach(stranger)
-    assert same(before, weights(model))
-
-
-def test_masks_chosen_by_hand_cannot_project_to_a_budget(model):
-    masks = WeightMasks.all_kept(model)
-    with pytest.raises(ValueError, match="use fixed=True"):
-        masks.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="no budgets"):
-        masks.check()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -324,7 +188,7 @@ def test_masks_of_a_model_that_was_moved_since_are_refused_instead_of_doing_noth
     with pytest.raises(ValueError, match="moved or cast"), masks.applied(model):
         pass
     with pytest.raises(ValueError, match="moved or cast"):
-        masks.check()
+        masks.project()
 
 
 def test_concatenated_positions_have_masks_of_their_own():
@@ -348,9 +212,36 @@ def test_tied_embeddings_are_masked_once():
         assert int(model.W_U.count_nonzero()) == 120
 
 
-def test_the_rule_of_top_k_is_a_sparsity_config_without_annealing(model):
-    rule = WeightMasks.top_k(model, 1 / 4, floor=2, embedding_density=1 / 2).rule
-    expected = SparsityConfig(
-        density=1 / 4, floor=2, embedding_density=1 / 2, anneal_start=0.0, anneal_end=0.0
-    )
-    assert rule == expected
+def test_a_zeroed_weight_that_grows_largest_stays_zero(model):
+    masks = WeightMasks.top_k(model, 1 / 4)
+    matrix = next(m for m in masks.matrices if m.name == "blocks.0.mlp.W_in")
+    place = tuple((~masks.keep[matrix.name]).nonzero()[0].tolist())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = masks.attach(optimizer)
+    with torch.no_grad():
+        matrix.parts[0][place] = 100.0  # what an update could do
+    optimizer.step()
+    assert float(matrix.parts[0][place]) == 0.0
+    handle.remove()
+
+
+def test_masks_chosen_by_hand_hold_in_training_too(model):
+    masks = WeightMasks.all_kept(model).without([("blocks.0.mlp.W_in", (3, 17))])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    masks.attach(optimizer)
+    matrix = next(m for m in masks.matrices if m.name == "blocks.0.mlp.W_in")
+    assert float(matrix.parts[0][3, 17]) == 0.0
+    assert nonzero(model)["blocks.0.mlp.W_in"] == 16 * 64 - 1
+
+
+def test_masks_of_a_trained_model_are_those_after_training_not_before(model, tokens):
+    before = WeightMasks.top_k(model, 1 / 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-1)
+    WeightProjector.top_k(model, 1 / 4).attach(optimizer)
+    for _ in range(3):
+        model(tokens, return_type="loss").backward()
+        optimizer.step()
+    trained, plain = WeightMasks.of(model), model(tokens)
+    assert any(not torch.equal(trained.keep[name], mask) for name, mask in before.keep.items())
+    with trained.applied(model):
+        assert torch.equal(model(tokens), plain)

@@ -25,6 +25,7 @@ from tl_sparse import (
     TrainingConfig,
     TrainingResult,
     WeightMasks,
+    WeightProjector,
 )
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, bigram_log_probs, build_corpus
@@ -773,7 +774,9 @@ def test_the_corpus_can_be_loaded_from_its_folder(corpus):
 
 def test_trained_models_take_weight_masks(straight):
     model = SparseTransformer.from_pretrained(straight[0] / "model")
-    assert WeightMasks.top_k(model, 1 / 4, floor=2).check() == straight[1].record.l0
+    counts = straight[1].record.l0
+    assert WeightMasks.of(model).l0() == counts
+    assert WeightProjector.top_k(model, 1 / 4, floor=2).check() == counts
 
 
 def test_a_corpus_with_more_tokens_than_the_model_predicts_is_refused(sixty_sources, tmp_path):

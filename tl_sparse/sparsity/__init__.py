@@ -1,1 +1,1 @@
-"""Weight sparsity: the top-k projection, its schedules, and masks on any model."""
+"""Weight sparsity: top-k projection, schedules, projection while training, and fixed masks."""

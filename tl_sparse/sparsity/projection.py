@@ -1,4 +1,4 @@
-"""Weight sparsity: the top-k projection, its schedules, and weight masks on any model.
+"""``SparsityConfig``: how sparse weights become and when; and the top-k projection.
 
 Source: Gao et al. 2025, §2.1 and appendix A.2; where the paper and the authors' released training
 script differ, both are options.
@@ -122,6 +122,25 @@ class SparsityConfig:
             return 1.0
         factor = 1.0 / math.sqrt(self.density_at(step, steps))
         return factor * math.sqrt(self.density) if self.lr_factor == "normalised" else factor
+
+
+def constant_sparsity(
+    density: float,
+    floor: int = 0,
+    embedding_density: float | None = None,
+    embedding_floor: int = 0,
+    sparse_biases: bool = False,
+) -> SparsityConfig:
+    """Budgets that are final from the first step on.
+
+    Raises:
+        ValueError: a density outside (0, 1], or a negative floor.
+    """
+    return SparsityConfig(
+        density=density, floor=floor, embedding_density=embedding_density,
+        embedding_floor=embedding_floor, sparse_biases=sparse_biases, anneal_start=0.0,
+        anneal_end=0.0,
+    )  # fmt: skip
 
 
 def n_kept(matrix: WeightMatrix, density: float, floor: int = 0) -> int:

@@ -10,7 +10,7 @@ from tl_sparse.config import ActivationDensity
 from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
-from tl_sparse.sparsity.projection import SparsityConfig, project_all
+from tl_sparse.sparsity.projection import constant_sparsity, project_all
 
 
 def sparsify(
@@ -33,11 +33,7 @@ def sparsify(
     Raises:
         ValueError: density outside (0, 1], or a budget below its floors; the matrix is named.
     """
-    rule = SparsityConfig(
-        density=density, floor=floor, embedding_density=embedding_density,
-        embedding_floor=embedding_floor, sparse_biases=sparse_biases, anneal_start=0.0,
-        anneal_end=0.0,
-    )  # fmt: skip
+    rule = constant_sparsity(density, floor, embedding_density, embedding_floor, sparse_biases)
     config = model.config
     if activation_density is not None:
         config = dataclasses.replace(config, activation_density=activation_density)
