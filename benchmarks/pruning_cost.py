@@ -41,9 +41,11 @@ from tl_sparse.ablation import gated_ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig
-from tl_sparse.circuits.mask_training import clipped, train_masks
-from tl_sparse.circuits.node_masks import NodeMasks, RowAdamW
-from tl_sparse.circuits.pruning_run import GRID, set_up
+from tl_sparse.circuits.components import components
+from tl_sparse.circuits.gates import HardGates
+from tl_sparse.circuits.mask_training import train_masks
+from tl_sparse.circuits.pruning_run import SIZES, set_up
+from tl_sparse.circuits.train_gates import RowAdamW, clipped
 from tl_sparse.ground_truth.quoted_text import CLOSING, quote_task, quoted_tokenizer, running_text
 
 LAYERS, DENSITY, PAIRS = 8, 1 / 64, 2
@@ -110,19 +112,19 @@ def measure(width: int) -> dict[str, Any]:
     row: dict[str, Any] = {"width": width, "nodes": index.n_nodes}
     rows, positions = 2 * PAIRS, int(batch.last.max()) + 1
 
-    masks = NodeMasks(
-        index, means.values[None], init_bias=[0.1], init_scale=[0.01], temperature=[1.0], seeds=[0]
+    masks = HardGates(
+        components(index, False), init_bias=[0.1], init_scale=[0.01], temperature=[1.0], seeds=[0]
     )
-    optimizer = RowAdamW(masks.tau, [0.9], [0.95], [0.0])
+    optimizer = RowAdamW(masks.parameter, [0.9], [0.95], [0.0])
     shapes = {
         hook: (rows, positions, piece.stop - piece.start) for hook, piece in index.slices.items()
     }
     activations = {hook: torch.randn(shape) for hook, shape in shapes.items()}
 
     def mask_part() -> None:
-        mixed = gated_ablation_hooks(index, masks.gates(), means.values[None])
+        mixed = gated_ablation_hooks(index, masks.draw(), means.values[None])
         outputs = [mix(activations[hook]) for hook, mix in mixed]
-        torch.autograd.grad(outputs, masks.tau, [activations[hook] for hook, _ in mixed])
+        torch.autograd.grad(outputs, masks.parameter, [activations[hook] for hook, _ in mixed])
 
     def update() -> None:
         optimizer.step(torch.full((1, 1), 0.03).double(), clipped(means.values[None]))
@@ -138,12 +140,12 @@ def measure(width: int) -> dict[str, Any]:
     with eval_mode(model):
         row["masks"] = seconds(mask_part)
         row["update"] = seconds(update)
-        row["ranking"] = seconds(lambda: masks.tau[0].argsort(descending=True, stable=True))
+        row["ranking"] = seconds(lambda: masks.parameter[0].argsort(descending=True, stable=True))
         activations.clear()
         row["model"] = seconds(model_part)
         keep = torch.rand(1, index.n_nodes) < 0.5
         row["test"] = seconds(lambda: problem.losses(keep))
-        row["tests"] = (GRID + 1) * math.ceil(math.log(index.n_nodes, GRID + 2))
+        row["tests"] = SIZES * math.ceil(math.log(index.n_nodes, SIZES + 1))
         before = resident()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         row["step"] = seconds(lambda: train_masks([problem], False), times=2) / few

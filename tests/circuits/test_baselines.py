@@ -9,13 +9,8 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed
 from tl_sparse.circuits.baselines import METHODS, circuit_from_ranking, rank_nodes
-from tl_sparse.circuits.hard_concrete import (
-    CLOSED,
-    draw_gates,
-    hard_concrete,
-    noiseless_gates,
-    open_probability,
-)
+from tl_sparse.circuits.gates import CLOSED, draw_gates, noiseless_gates, open_probability
+from tl_sparse.circuits.hard_concrete import hard_concrete
 from tl_sparse.circuits.importance import NodeScores
 
 SEARCH = PruningConfig(steps=80, batch_pairs=16, selection_pairs=32, report_pairs=24, refine=False)

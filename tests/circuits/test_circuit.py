@@ -403,7 +403,7 @@ def test_hooks_that_depend_on_the_prompts_are_not_given_without_them(
         bound.hooks()
     donors = resample_sources(model, random_tokens)
     wrong = None if "ablation" in config else donors
-    with pytest.raises(ValueError, match="donors= belong to circuits pruned with"):
+    with pytest.raises(ValueError, match="sources= belong to circuits pruned with"):
         bound.hooks_for(model, random_tokens, wrong)
     assert bound.hooks_for(model, random_tokens, donors if wrong is None else None)
 

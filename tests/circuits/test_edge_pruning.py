@@ -9,7 +9,8 @@ from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
-from tl_sparse.circuits.edge_search import fewest, remove_greedily, straight_through
+from tl_sparse.circuits.edge_search import fewest_edges, remove_greedily
+from tl_sparse.circuits.gates import straight_through
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.config import ActivationDensity
@@ -243,9 +244,9 @@ def test_bisection_keeps_the_fewest_first_edges():
     def loss_of(keep):
         return 0.0 if bool(keep[[3, 1, 4]].all()) else 1.0
 
-    keep = fewest(order, 6, loss_of, 0.5)
+    keep = fewest_edges(order, 6, loss_of, 0.5)
     assert torch.nonzero(keep).flatten().tolist() == [1, 3, 4]
-    assert not fewest(order, 6, lambda keep: 0.0, 0.5).any()
+    assert not fewest_edges(order, 6, lambda keep: 0.0, 0.5).any()
 
 
 def test_greedy_removal_ends_where_none_can_go_alone():

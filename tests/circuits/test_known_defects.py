@@ -5,7 +5,7 @@ Each has a number. Where a test elsewhere stands against one already, it is name
 1. Means, frozen norm scales and "original" activations taken with AbsTopK switched off:
    below, and for means test_ablation.test_means_are_those_of_the_cached_activations.
 2. A masked model without the residual stream's AbsTopK: below, and for gates
-   test_node_masks.test_open_gates_change_no_bit (to the bit; several masks in one pass are another
+   test_gates.test_open_gates_change_no_bit (to the bit; several masks in one pass are another
    batch shape, which is another rounding).
 3. An unknown choice ("exponential" for "exp") runs as another one: below.
 4. A calibration whose shift does nothing, and that is fitted on all tokens' logits: below, and
@@ -33,8 +33,8 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.circuits import PruningConfig, circuit_edges, prune
-from tl_sparse.circuits.node_masks import RowAdamW
 from tl_sparse.circuits.pruning_run import bisect_size, build_circuit, set_up
+from tl_sparse.circuits.train_gates import RowAdamW
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.model.abstopk import AbsTopK
 from tl_sparse.sparsity.projection import SparsityConfig

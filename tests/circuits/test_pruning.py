@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, circuit_edges, prune, pruning
+from tl_sparse.circuits.backward_elimination import backward_elimination
 from tl_sparse.circuits.calibration import calibrated
 from tl_sparse.circuits.mask_training import train_masks
-from tl_sparse.circuits.pruning import choose_mask, choose_nodes, refined
+from tl_sparse.circuits.pruning import choose_mask, choose_nodes
 from tl_sparse.circuits.pruning_run import selection_and_training, set_up
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, evaluate_task, task
@@ -305,7 +306,7 @@ def test_pruning_leaves_the_model_and_the_users_hooks(
         def stop(grad):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("tl_sparse.circuits.mask_training.clipped", stop)
+        monkeypatch.setattr("tl_sparse.circuits.train_gates.clipped", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(model, marks, search, means=means, progress=False)
     else:
@@ -335,7 +336,9 @@ def test_the_mask_with_the_fewest_open_gates_that_reach_the_target_is_taken(pose
     for masks in ([larger, right, broken], [broken, right, larger]):
         assert choose_mask(problem, masks) is right
     assert choose_mask(problem, [larger, broken]) is larger
-    with pytest.raises(PruningFailed, match=r"collapsed: none of its 2 stages.*5 gates were open"):
+    with pytest.raises(
+        PruningFailed, match=r"collapsed: none of its 2 checkpoints.*5 gates were open"
+    ):
         choose_mask(problem, [broken, broken])
 
 
@@ -358,7 +361,7 @@ def test_refining_leaves_no_node_that_could_go(planted, marks, random_tokens, si
     index = problem.index
     mine = kept_of(index, [node for node in chain if node[1] in index.sites])
     before = mine | (torch.rand(index.n_nodes) < 0.4)
-    after = refined(problem, before)
+    after = backward_elimination(problem, before)
     assert not (after & ~before).any()
     assert torch.equal(after, mine)
     batch = problem.selection
@@ -376,7 +379,7 @@ def test_refining_what_needs_no_nodes_leaves_none(posed):
         problem.model.unembed.b_U.copy_(torch.zeros(30))
     easy = replace(problem, config=replace(SEARCH, target_loss=0.6931))
     kept = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
-    assert torch.equal(refined(easy, kept), kept)
+    assert torch.equal(backward_elimination(easy, kept), kept)
 
 
 def test_a_refined_circuit_is_part_of_the_other(planted, marks, random_tokens):

@@ -11,7 +11,6 @@ from tl_sparse.ablation import activation_means, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many, pruning
 from tl_sparse.circuits.mask_training import TrainingPool, train_masks
-from tl_sparse.circuits.node_masks import NodeMasks
 from tl_sparse.circuits.pruning_run import set_up, set_up_many
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, task
@@ -182,11 +181,7 @@ def test_tasks_with_the_same_prompts_and_other_answers_keep_theirs(planted, mark
     )
     both = [first, replace(first, train=swapped)]
     pool = TrainingPool(both)
-    masks = NodeMasks(
-        first.index, first.values.repeat(2, 1), init_bias=[0.1] * 2, init_scale=[0.0] * 2,
-        temperature=[1.0] * 2, seeds=[0] * 2,
-    )  # fmt: skip
-    losses = pool.losses(2, masks, masks.gates().detach())
+    losses = pool.losses(2, torch.ones(2, first.index.n_nodes))
     logit_diffs = task_logit_diffs(model, train.pairs(16, 24))
     expected = [F.softplus(-logit_diffs).mean(), F.softplus(logit_diffs).mean()]
     torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-5)
@@ -200,13 +195,9 @@ def test_every_step_takes_the_next_pairs(request, planted, marks, late, random_t
     configs = [replace(SEARCH, steps=3), replace(SEARCH, steps=3, seed=1)]
     problems = set_up_many(model, list(zip([marks, late], configs, strict=True)), means, None, None)
     pool = TrainingPool(problems)
-    masks = NodeMasks(
-        means.index, means.values.repeat(2, 1), init_bias=[0.1] * 2, init_scale=[0.0] * 2,
-        temperature=[1.0] * 2, seeds=[0] * 2,
-    )  # fmt: skip
     assert [len(p.train) for p in problems] == [48, 48]
     for step, first in ((0, 0), (1, 8), (2, 16), (3, 24 % 17)):
-        losses = pool.losses(step, masks, masks.gates().detach())
+        losses = pool.losses(step, torch.ones(2, means.index.n_nodes))
         expected = [
             F.softplus(-task_logit_diffs(model, p.train.pairs(first, first + 8))).mean()
             for p in problems
@@ -222,8 +213,8 @@ def test_jobs_that_resample_are_those_alone_too(planted, marks, random_tokens):
     config = replace(SEARCH, ablation="resample", steps=4, refine=False, target_loss=0.5)
     configs = [config, replace(config, l0_penalty=5e-3), replace(config, seed=2)]
     jobs = [(marks, config) for config in configs]
-    found = prune_many(model, jobs, means=means, donors=donors, progress=False)
+    found = prune_many(model, jobs, means=means, sources=donors, progress=False)
     for circuit, (_, config) in zip(found, jobs, strict=True):
-        alone = prune(model, marks, config, means=means, donors=donors, progress=False)
+        alone = prune(model, marks, config, means=means, sources=donors, progress=False)
         torch.testing.assert_close(circuit.tau, alone.tau, atol=1e-4, rtol=0)
         assert torch.equal(circuit.kept, alone.kept)

@@ -141,16 +141,16 @@ def test_resampling_draws_donors_for_the_longest_batch(planted, marks, random_to
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens[:7])
     config = replace(SEARCH, ablation="resample", selection_pairs=30)
-    problem = set_up(model, marks, config, means=means, donors=donors)
+    problem = set_up(model, marks, config, means=means, sources=donors)
     assert len(problem.values) == 60
     hook = "blocks.1.hook_mlp_out"
     drawn = problem.values.activations[hook]
     same = (drawn[:, None] == donors.activations[hook]).flatten(2).all(2)
     assert (same.sum(1) >= 1).all()
     assert same.any(0).all()
-    again = set_up(model, marks, config, means=means, donors=donors)
+    again = set_up(model, marks, config, means=means, sources=donors)
     assert torch.equal(again.values.activations[hook], drawn)
-    other = set_up(model, marks, replace(config, seed=1), means=means, donors=donors)
+    other = set_up(model, marks, replace(config, seed=1), means=means, sources=donors)
     assert not torch.equal(other.values.activations[hook], drawn)
 
 
@@ -160,7 +160,7 @@ def test_donors_go_with_resampling_alone(planted, marks, random_tokens, ablation
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens) if ablation == "mean" else None
     with pytest.raises(ValueError, match=rf"both or neither \(ablation='{ablation}'\)"):
-        set_up(model, marks, replace(SEARCH, ablation=ablation), means=means, donors=donors)
+        set_up(model, marks, replace(SEARCH, ablation=ablation), means=means, sources=donors)
 
 
 def test_donors_of_another_model_or_of_other_sites_are_refused(planted, marks, random_tokens):
@@ -174,8 +174,8 @@ def test_donors_of_another_model_or_of_other_sites_are_refused(planted, marks, r
         resample_sources(other, random_tokens),
         resample_sources(model, random_tokens, ("attn_v",)),
     ):
-        with pytest.raises(ValueError, match="donors belong to another model or other sites"):
-            set_up(model, marks, config, means=means, donors=donors)
+        with pytest.raises(ValueError, match="sources belong to another model or other sites"):
+            set_up(model, marks, config, means=means, sources=donors)
 
 
 def test_donors_too_short_for_the_prompts_are_told(planted, marks, random_tokens):
@@ -183,7 +183,7 @@ def test_donors_too_short_for_the_prompts_are_told(planted, marks, random_tokens
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens[:, :5])
     config = replace(SEARCH, ablation="resample")
-    problem = set_up(model, marks, config, means=means, donors=donors)
+    problem = set_up(model, marks, config, means=means, sources=donors)
     with pytest.raises(ValueError, match=r"donor sequences of 5 tokens are too few or too short"):
         problem.losses(torch.zeros(1, problem.index.n_nodes, dtype=torch.bool))
 

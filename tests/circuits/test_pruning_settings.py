@@ -155,10 +155,10 @@ def test_removed_nodes_are_resampled(request, planted, marks, random_tokens, kin
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens)
     search = replace(SEARCH, ablation="resample")
-    circuit = prune(model, marks, search, means=means, donors=donors, progress=False)
+    circuit = prune(model, marks, search, means=means, sources=donors, progress=False)
     assert chain <= named(circuit)
     assert len(named(circuit) - chain) <= 2
-    problem = set_up(model, marks, search, means=means, donors=donors)
+    problem = set_up(model, marks, search, means=means, sources=donors)
     hooks = circuit.hooks_for(model, problem.report.tokens, problem.values)
     assert circuit.loss == pytest.approx(loss_of(model, problem.report, hooks), abs=1e-6)
     hooks = circuit.hooks_for(model, problem.selection.tokens, problem.values)
@@ -167,7 +167,7 @@ def test_removed_nodes_are_resampled(request, planted, marks, random_tokens, kin
     assert found < 0.15
     with pytest.raises(ValueError, match=r"ablation='resample' .*use hooks_for\(model, tokens\)"):
         circuit.hooks()
-    with pytest.raises(ValueError, match="donors= belong to circuits pruned with"):
+    with pytest.raises(ValueError, match="sources= belong to circuits pruned with"):
         circuit.hooks_for(model, problem.report.tokens)
 
 
@@ -198,7 +198,7 @@ def test_norms_are_held_at_the_whole_models(planted, marks, random_tokens):
     torch.testing.assert_close(circuit.losses, F.softplus(-logit_diffs), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"freeze_norm=True.*use hooks_for\(model, tokens\)"):
         circuit.hooks()
-    with pytest.raises(ValueError, match="donors= belong to circuits"):
+    with pytest.raises(ValueError, match="sources= belong to circuits"):
         circuit.hooks_for(model, batch.tokens, resample_sources(model, random_tokens))
 
 
@@ -290,6 +290,6 @@ def test_a_circuit_whose_hooks_depend_on_the_prompts_is_not_compiled(
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens) if "ablation" in change else None
     search = replace(SEARCH, steps=2, target_loss=0.5, **change)
-    circuit = prune(model, marks, search, means=means, donors=donors, progress=False)
+    circuit = prune(model, marks, search, means=means, sources=donors, progress=False)
     with pytest.raises(ValueError, match="its hooks depend on the prompts"):
         circuit.compile(model, marks.batch(8, split="held_out", seed=0))

@@ -64,7 +64,7 @@ def pruned(monkeypatch, setting):
         loss = config.target_loss * (1 - 1 / (5 + n_more))
         return replace(templates[0], kept=kept, selection_loss=loss, config=asdict(config))
 
-    def many(model, jobs, *, means, donors=None, progress=True):
+    def many(model, jobs, *, means, sources=None, progress=True):
         rounds.append([config for _, config in jobs])
         found = []
         for task, config in jobs:

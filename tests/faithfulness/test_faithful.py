@@ -8,7 +8,7 @@ from tl_sparse.ablation import activation_means, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, prune
-from tl_sparse.circuits.node_masks import NodeMasks
+from tl_sparse.circuits.gates import HardGates
 from tl_sparse.circuits.pruning_run import PruningFailed, set_up
 from tl_sparse.faithfulness import subject
 from tl_sparse.faithfulness.faithful import (
@@ -81,16 +81,16 @@ def test_the_objective_is_its_losses_weighted(problem):
     objective = SchemesObjective(problem, faithful)
     start = objective.schemes.clone()
     state = objective.generator.get_state()
-    masks = NodeMasks(
-        problem.index, problem.values[None], init_bias=[0.1], init_scale=[0.1],
+    masks = HardGates(
+        problem.component, init_bias=[0.1], init_scale=[0.1],
         temperature=[1.0], seeds=[0],
     )  # fmt: skip
     with torch.no_grad():
-        masks.tau -= 0.15
+        masks.parameter -= 0.15
     with eval_mode(problem.model):
-        gates = masks.gates()
-        total, watched = objective.losses(0, masks, gates)
-        torch.autograd.grad(total.sum(), masks.tau)
+        gates = masks.draw()
+        total, watched = objective.losses(0, gates)
+        torch.autograd.grad(total.sum(), masks.parameter)
     share = torch.Generator()
     share.set_state(state)
     p = torch.rand(1, generator=share)
@@ -114,19 +114,19 @@ def test_the_objective_is_its_losses_weighted(problem):
 
 def test_adversaries_climb_their_own_loss_while_masks_train(problem):
     objective = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
-    masks = NodeMasks(
-        problem.index, problem.values[None], init_bias=[-0.5], init_scale=[0.1],
+    masks = HardGates(
+        problem.component, init_bias=[-0.5], init_scale=[0.1],
         temperature=[1.0], seeds=[0],
     )  # fmt: skip
     start = objective.schemes.clone().requires_grad_()
     with eval_mode(problem.model):
-        gates = masks.gates().detach()
+        gates = masks.draw().detach()
         alone = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
         rows = torch.cat([gates, gates + (1 - gates) * start])
-        losses = alone.pool.losses(0, masks, rows)
+        losses = alone.pool.losses(0, rows)
         (grad,) = torch.autograd.grad(losses[1:].sum(), start)
-        total, _ = objective.losses(0, masks, masks.gates())
-        torch.autograd.grad(total.sum(), masks.tau)
+        total, _ = objective.losses(0, masks.draw())
+        torch.autograd.grad(total.sum(), masks.parameter)
     expected = (start + 0.2 * grad.sign()).clamp(0, 1).detach()
     moved = grad.abs() > 1e-6  # the sign of what is nearly zero is rounding
     assert int(moved.sum()) > 20
@@ -139,7 +139,7 @@ def test_nodes_that_an_attack_asks_for_are_added_and_no_others(noisy, problem):
     part[chain[2]] = False  # the scheme removes it, and leaves all else
     scheme = torch.ones(problem.index.n_nodes)
     scheme[chain[2]] = 0.0
-    held = replace(problem, schemes=scheme[None], scheme_limit=0.15)
+    held = replace(problem, ablation_masks=scheme[None], ablation_limit=0.15)
     with eval_mode(problem.model):
         assert not held.reached(part[None])[0]
         found = grown(held, part, scheme)
@@ -151,15 +151,16 @@ def test_excluded_nodes_are_not_added(noisy, problem):
     exclude = torch.zeros_like(noisy.circuit.kept)
     exclude[chain[2]] = True
     held = replace(
-        problem, schemes=torch.zeros(1, len(exclude)), scheme_limit=0.15, exclude=exclude
+        problem, ablation_masks=torch.zeros(1, len(exclude)), ablation_limit=0.15, exclude=exclude
     )
     with eval_mode(problem.model):
-        found = grown(held, noisy.circuit.kept & ~exclude, held.schemes[0])
+        found = grown(held, noisy.circuit.kept & ~exclude, held.ablation_masks[0])
     assert not bool((found & exclude).any())
 
 
 def test_attacks_go_on_until_they_are_withstood(noisy, problem):
-    held = replace(problem, schemes=torch.zeros(0, problem.index.n_nodes), scheme_limit=0.09)
+    none = torch.zeros(0, problem.index.n_nodes)
+    held = replace(problem, ablation_masks=none, ablation_limit=0.09)
     with eval_mode(problem.model):
         kept, record = withstanding(held, noisy.circuit.kept, replace(QUICK, rounds=6))
     assert record["withstood"]
@@ -178,7 +179,7 @@ def test_other_ablations_are_attacked_too(noisy, means, random_tokens, setting):
         donors = resample_sources(noisy.model, random_tokens)
     circuit = faithful_prune(
         noisy.model, noisy.task, search, replace(QUICK, frozen_norm=0.5), means=means,
-        donors=donors, progress=False,
+        sources=donors, progress=False,
     )  # fmt: skip
     assert circuit.config["faithful"]["attacks"] >= 1
     assert circuit.selection_loss <= SEARCH.target_loss
@@ -207,7 +208,7 @@ def test_losses_under_schemes_are_the_worst_in_proportion_to_their_limit(noisy, 
     keep = torch.rand(5, problem.index.n_nodes, generator=generator) < 0.9
     keep |= noisy.circuit.kept
     schemes = torch.rand(3, problem.index.n_nodes, generator=generator)
-    held = replace(problem, schemes=schemes, scheme_limit=0.3)
+    held = replace(problem, ablation_masks=schemes, ablation_limit=0.3)
     plain = problem.losses(keep)
     found = held.losses(keep)
     for mask, loss, before in zip(keep, found.tolist(), plain.tolist(), strict=True):
@@ -222,7 +223,7 @@ def test_losses_under_schemes_are_the_worst_in_proportion_to_their_limit(noisy, 
 
 def test_what_misses_the_target_is_not_run_under_schemes(problem):
     none = torch.zeros(1, problem.index.n_nodes, dtype=torch.bool)
-    held = replace(problem, schemes=torch.full((1, problem.index.n_nodes), torch.nan))
+    held = replace(problem, ablation_masks=torch.full((1, problem.index.n_nodes), torch.nan))
     assert float(held.losses(none)) == float(problem.losses(none)) > SEARCH.target_loss
 
 

@@ -14,7 +14,6 @@ from tl_sparse.circuits.edges import random_edges as random_edges
 from tl_sparse.circuits.hard_concrete import hard_concrete as hard_concrete
 from tl_sparse.circuits.importance import NodeScores as NodeScores
 from tl_sparse.circuits.importance import ablation_importance as ablation_importance
-from tl_sparse.circuits.node_masks import NodeMasks as NodeMasks
 from tl_sparse.circuits.openai_payload import CircuitPayload as CircuitPayload
 from tl_sparse.circuits.openai_payload import circuit_from_openai as circuit_from_openai
 from tl_sparse.circuits.openai_payload import read_payload as read_payload
@@ -33,7 +32,6 @@ __all__ = [
     "CompiledCircuit",
     "EdgePruning",
     "EdgePruningConfig",
-    "NodeMasks",
     "NodeScores",
     "PruningConfig",
     "PruningFailed",

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, FwdHook, check_fired, gated_ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
+from tl_sparse.circuits.backward_elimination import backward_elimination
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.importance import NodeScores, ablation_importance, restoration_importance
-from tl_sparse.circuits.pruning import refined
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, bisect_size, build_circuit, set_up
 from tl_sparse.tasks import Task, TaskBatch
@@ -81,12 +81,12 @@ def rank_nodes(
     return score_nodes(set_up(model, task, config, means=means), method, n_pairs, steps)
 
 
-def score_nodes(problem: PruningRun, method: str, n_pairs: int, steps: int) -> NodeScores:
-    """:func:`rank_nodes` for a problem that is posed already."""
+def score_nodes(run: PruningRun, method: str, n_pairs: int, steps: int) -> NodeScores:
+    """:func:`rank_nodes` of a run that is set up already."""
     started = time.perf_counter()
-    model, index, config = problem.model, problem.index, problem.config
-    values, name = fixed_values(problem), problem.task.name
-    batch = problem.train.pairs(0, min(n_pairs, len(problem.train) // 2))
+    model, index, config = run.model, run.index, run.config
+    values, name = fixed_values(run), run.task.name
+    batch = run.train.pairs(0, min(n_pairs, len(run.train) // 2))
     if method == "exact":
         return ablation_importance(
             model, batch, index, values, freeze_norm=config.freeze_norm, task=name
@@ -103,23 +103,23 @@ def score_nodes(problem: PruningRun, method: str, n_pairs: int, steps: int) -> N
         levels = [1.0]
         if method == "integrated_gradients":
             levels = [(step + 0.5) / steps for step in range(steps)]
-        gradients = [gate_gradient(problem, batch, level) for level in levels]
+        gradients = [gate_gradient(run, batch, level) for level in levels]
         scores = torch.stack(gradients).mean(0).abs()
     seconds = time.perf_counter() - started
     return NodeScores(index, scores, method, name, loss, seconds)
 
 
-def gate_gradient(problem: PruningRun, batch: TaskBatch, level: float) -> Float[Tensor, " node"]:
+def gate_gradient(run: PruningRun, batch: TaskBatch, level: float) -> Float[Tensor, " node"]:
     """dL/dgate of every node when all gates stand at ``level``: 1 is the full model, 0 has every
     node removed. The gradient is the sum over prompts and positions of dL/dx · (x - μ)."""
-    model, index, values = problem.model, problem.index, fixed_values(problem)
+    model, index, values = run.model, run.index, fixed_values(run)
     gates = torch.full((1, index.n_nodes), level, device=values.device, requires_grad=True)
     total = torch.zeros(index.n_nodes, device=values.device)
     with eval_mode(model):
         for part in chunks(batch):
             mixes = gated_ablation_hooks(index, gates, values[None])
             hooks: list[FwdHook] = [*mixes]
-            if problem.config.freeze_norm:
+            if run.config.freeze_norm:
                 hooks = [*frozen_norms_of(model, part), *mixes]
             loss = F.softplus(-task_logit_diffs(model, part, hooks)).sum() / len(batch)
             check_fired(mixes)
@@ -133,10 +133,10 @@ def chunks(batch: TaskBatch) -> Iterator[TaskBatch]:
         yield batch.pairs(start, start + PAIRS_AT_ONCE)
 
 
-def fixed_values(problem: PruningRun) -> Float[Tensor, " node"]:
+def fixed_values(run: PruningRun) -> Float[Tensor, " node"]:
     """What each node is set to when removed."""
-    assert isinstance(problem.values, Tensor)
-    return problem.values
+    assert isinstance(run.values, Tensor)
+    return run.values
 
 
 def circuit_from_ranking(
@@ -163,28 +163,28 @@ def circuit_from_ranking(
     if scores.task not in ("", task.name):
         raise ValueError(f"the scores are for task {scores.task!r}, not {task.name!r}")
     config = config or PruningConfig()
-    problem = set_up(model, task, config, means=means)
-    return circuit_of(problem, scores)
+    run = set_up(model, task, config, means=means)
+    return circuit_of(run, scores)
 
 
-def circuit_of(problem: PruningRun, scores: NodeScores) -> Circuit:
-    """:func:`circuit_from_ranking` for a problem that is posed already."""
+def circuit_of(run: PruningRun, scores: NodeScores) -> Circuit:
+    """:func:`circuit_from_ranking` of a run that is set up already."""
     started = time.perf_counter()
-    order = scores.order.to(next(problem.model.parameters()).device)
-    if problem.exclude is not None:
-        order = order[~problem.exclude.to(order.device)[order]]
-    with eval_mode(problem.model):
-        kept, curve = bisect_size(problem, order)
-        if problem.config.refine:
-            kept = refined(problem, kept)
-    ranks = torch.full((problem.index.n_nodes,), -1.0, device=order.device)
+    order = scores.order.to(next(run.model.parameters()).device)
+    if run.exclude is not None:
+        order = order[~run.exclude.to(order.device)[order]]
+    with eval_mode(run.model):
+        kept, curve = bisect_size(run, order)
+        if run.config.refine:
+            kept = backward_elimination(run, kept)
+    ranks = torch.full((run.index.n_nodes,), -1.0, device=order.device)
     ranks[order] = torch.linspace(1.0, -1.0, len(order), device=order.device)
     return build_circuit(
-        problem,
+        run,
         kept,
         ranks,
         n_active=len(order),
         curve=curve,
         seconds=scores.seconds + time.perf_counter() - started,
-        config=asdict(problem.config) | {"method": scores.method},
+        config=asdict(run.config) | {"method": scores.method},
     )

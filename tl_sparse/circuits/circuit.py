@@ -153,22 +153,22 @@ class Circuit:
         self,
         model: nn.Module,
         tokens: Int[Tensor, "sequence pos"],
-        donors: ResampleSources | None = None,
+        sources: ResampleSources | None = None,
     ) -> list[FwdHook]:
         """The hooks under which the circuit was found, for these tokens of its model.
 
         Beside :meth:`hooks` these freeze the norms' scales at the full model's, or resample
-        removed nodes of sequence i from ``donors``' sequence i, if the circuit was pruned so.
+        removed nodes of sequence i from ``sources``' sequence i, if the circuit was pruned so.
 
         Raises:
-            ValueError: donors for a circuit that resamples nothing, or none for one that does.
+            ValueError: sources for a circuit that resamples nothing, or none for one that does.
         """
-        if (donors is None) == (self.config.get("ablation") == "resample"):
+        if (sources is None) == (self.config.get("ablation") == "resample"):
             raise ValueError(
-                "donors= belong to circuits pruned with ablation='resample', and to no others "
+                "sources= belong to circuits pruned with ablation='resample', and to no others "
                 f"(this one: {self.config.get('ablation')!r})"
             )
-        values = self.means.values if donors is None else donors
+        values = self.means.values if sources is None else sources
         norms = frozen_norm_hooks(model, tokens) if self.config.get("freeze_norm") else []
         return [*norms, *ablation_hooks(self.index, self.kept, values)]
 

@@ -27,7 +27,7 @@ from tl_sparse.circuits.edge_search import (
     EdgePruningConfig,
     choose_open,
     remove_greedily,
-    train_gates,
+    train_edge_gates,
 )
 from tl_sparse.circuits.edge_weights import (
     EdgeWeights,
@@ -166,12 +166,11 @@ class EdgeProblem:
             )
         score, minimal = self.effect(keep), False
         if config.method == "learned":
-            snapshots = train_gates(
+            checkpoints = train_edge_gates(
                 self.loss_at, len(keep), target, config,
-                generator=torch.Generator().manual_seed(self.seed), device=keep.device,
-                progress=progress,
+                seed=self.seed, device=keep.device, progress=progress,
             )  # fmt: skip
-            keep, tau = choose_open(snapshots, self.loss, target)
+            keep, tau = choose_open(checkpoints, self.loss, target)
             score = score if tau is None else tau
         if config.method == "greedy" or config.refine:
             keep, minimal = remove_greedily(

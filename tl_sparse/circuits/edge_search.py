@@ -6,7 +6,6 @@ the edges' gates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,14 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_sparse.circuits.bisection import bisect, middle
+from tl_sparse.circuits.gates import HardGates, straight_through
+from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, train_gates
+
 LossOf = Callable[[Bool[Tensor, " edge"]], float]
 """Loss on the fixed prompts with these edges kept."""
 TrainingLoss = Callable[[int, Float[Tensor, " edge"]], Tensor]
 """Loss on the prompts of a training step, differentiable in the gates."""
-
-SNAPSHOTS = 24  # stages of the gates among which the smallest one that reaches the target is chosen
-MARGIN = 0.8  # the price aims below the target, so that bisection has something to remove
-
 
 Method = Literal["learned", "greedy"]
 
@@ -44,9 +43,9 @@ class EdgePruningConfig:
     lr: float = 0.03
     """AdamW's learning rate, decayed linearly to 0."""
     l0_penalty: float = 1e-3
-    """Price of one open gate in nats where it begins; it adapts to the target."""
+    """Penalty of one open gate in nats where it begins; it adapts to the target."""
     adapt_rate: float = 0.03
-    """Largest relative change of the price per step."""
+    """Largest relative change of the penalty per step."""
     init_bias: float = 0.1
     """Mean of the initial τ: every gate starts open."""
     init_scale: float = 0.01
@@ -88,86 +87,80 @@ class EdgePruningConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
 
-def straight_through(tau: Float[Tensor, " edge"], temperature: float) -> Float[Tensor, " edge"]:
-    """1 where τ >= 0, else 0, with the gradient of sigmoid(τ / temperature) (§A.5)."""
-    soft = torch.sigmoid(tau / temperature)
-    return (tau >= 0).to(tau.dtype) + (soft - soft.detach())  # the bracket is exactly zero
-
-
-def train_gates(
+def train_edge_gates(
     loss_at: TrainingLoss,
     n_edges: int,
     target: float,
     config: EdgePruningConfig,
     *,
-    generator: torch.Generator,
+    seed: int,
     device: torch.device,
     progress: bool,
 ) -> list[Float[Tensor, " edge"]]:
-    """Train a gate an edge: task loss plus a price per open gate, as the gates of nodes (§A.5).
+    """Train a hard gate per edge, as those of nodes (§A.5); returns τ at evenly spaced steps.
 
-    The price adapts: it rises while the loss is below the target and falls while it is above.
-
-    Returns:
-        τ at evenly spaced steps, the last included.
+    The penalty adapts: it rises while the loss is below the target and falls while it is above.
     """
-    noise = torch.randn(n_edges, generator=generator)
-    tau = (config.init_bias + config.init_scale * noise).clamp(-1, 1).to(device)
-    tau.requires_grad_(True)
-    optimizer = torch.optim.AdamW([tau], lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps, price, average, goal = config.steps, config.l0_penalty, target, MARGIN * target
-    marks = {steps - 1 - i * steps // SNAPSHOTS for i in range(SNAPSHOTS)}
-    snapshots = []
-    for step in tqdm(range(steps), desc="edges", leave=False, disable=not progress):
-        optimizer.param_groups[0]["lr"] = config.lr * (1 - step / steps)
-        gates = straight_through(tau, config.temperature)
-        loss = loss_at(step, gates)
-        (grad,) = torch.autograd.grad(loss + price * gates.sum(), tau)
-        tau.grad = grad / grad.pow(2).mean().sqrt().clamp(min=1.0)
+    gates = HardGates(
+        torch.arange(n_edges, device=device), init_bias=[config.init_bias],
+        init_scale=[config.init_scale], temperature=[config.temperature], seeds=[seed],
+        surrogate=straight_through,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW([gates.parameter], betas=(0.9, 0.95), weight_decay=0.0)
+    start, to_reach, goal, adapt_rate = (
+        torch.tensor([x], dtype=torch.float64, device=device)
+        for x in (config.l0_penalty, target, MARGIN * target, config.adapt_rate)
+    )
+    adaptive = torch.tensor([True], device=device)
+
+    def objective(
+        step: int, drawn: Float[Tensor, "1 edge"]
+    ) -> tuple[Float[Tensor, " mask=1"], Float[Tensor, " mask=1"]]:
+        loss = loss_at(step, drawn[0])[None]
+        return loss, loss
+
+    def update(step: int, grad: Float[Tensor, "1 edge"]) -> None:
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
+        gates.parameter.grad = grad
         optimizer.step()
-        with torch.no_grad():
-            tau.clamp_(-1.0, 1.0)
-        average += 0.1 * (float(loss.detach()) - average)
-        price *= math.exp(config.adapt_rate * min(1.0, max(-1.0, (goal - average) / goal)))
-        if step in marks:
-            snapshots.append(tau.detach().clone())
-    return snapshots
+
+    checkpoints = train_gates(
+        gates, objective, update, L0Penalty(start, to_reach, goal, adapt_rate, adaptive),
+        steps=config.steps, name="edges", progress=progress,
+    )  # fmt: skip
+    return [rows[0] for rows in checkpoints]
 
 
 def choose_open(
-    snapshots: list[Float[Tensor, " edge"]], loss_of: LossOf, target: float
+    checkpoints: list[Float[Tensor, " edge"]], loss_of: LossOf, target: float
 ) -> tuple[Bool[Tensor, " edge"], Float[Tensor, " edge"] | None]:
-    """The fewest edges, by descending τ, of the smallest snapshot whose loss is at most the target.
+    """The fewest edges, by descending τ, of the smallest mask whose loss is at most the target.
 
     Returns:
-        Edges to keep and the τ that ranked them; all edges and None if no snapshot reaches it.
+        Edges to keep and the τ that ranked them; all edges and None if no mask reaches it.
     """
-    for tau in sorted(snapshots, key=lambda tau: int((tau >= 0).sum())):
+    for tau in sorted(checkpoints, key=lambda tau: int((tau >= 0).sum())):
         if loss_of(tau >= 0) <= target:
             order = tau.argsort(descending=True, stable=True)
-            return fewest(order[: int((tau >= 0).sum())], len(tau), loss_of, target), tau
-    return torch.ones_like(snapshots[0], dtype=torch.bool), None
+            return fewest_edges(order[: int((tau >= 0).sum())], len(tau), loss_of, target), tau
+    return torch.ones_like(checkpoints[0], dtype=torch.bool), None
 
 
-def fewest(
+def fewest_edges(
     order: Int[Tensor, " candidate"], n_edges: int, loss_of: LossOf, target: float
 ) -> Bool[Tensor, " edge"]:
     """The fewest first edges of ``order`` whose loss is at most the target, by bisection; all of
     them together must reach it."""
 
-    def first(k: int) -> Tensor:
+    def first(size: int) -> Bool[Tensor, " edge"]:
         keep = torch.zeros(n_edges, dtype=torch.bool, device=order.device)
-        keep[order[:k]] = True
+        keep[order[:size]] = True
         return keep
 
-    low, high = -1, len(order)
-    while high - low > 1:  # the loss of the first `high` is at most the target throughout
-        middle = (low + high) // 2
-        if loss_of(first(middle)) <= target:
-            high = middle
-        else:
-            low = middle
-    return first(high)
+    def enough(sizes: list[int]) -> list[bool]:
+        return [loss_of(first(size)) <= target for size in sizes]
+
+    return first(bisect(-1, len(order), enough, middle))
 
 
 def remove_greedily(

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
+from tl_sparse.circuits.backward_elimination import backward_elimination, eliminate_from_full_model
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.elimination import eliminated, without_first
 from tl_sparse.circuits.mask_training import train_masks
-from tl_sparse.circuits.node_masks import unit_ranks
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import (
     ROUNDING,
@@ -29,8 +28,6 @@ from tl_sparse.circuits.pruning_run import (
 from tl_sparse.tasks import Task
 
 AT_ONCE = 2048  # prompts of one training step, all masks together
-LARGEST = 500  # nodes of a circuit that is still refined: the time grows with their square
-SCREEN = 32  # pairs on which nodes are tried one by one; what is removed is checked on all
 
 
 def prune(
@@ -39,14 +36,14 @@ def prune(
     config: PruningConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: ResampleSources | None = None,
+    sources: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Learn which nodes a task needs, with every other node set to its mean.
 
     Works by hooks on a SparseTransformer or any TransformerLens model. A gate per node is trained
-    (task loss + price per open gate); the nodes are ranked by τ, their number is bisected inside
+    (task loss + l0_penalty per open gate); the nodes are ranked by τ, their number is bisected inside
     the set of open gates to the target loss on selection pairs, single nodes are removed while the
     target holds, the answer pair's logit difference is calibrated, and the result is reported on
     held-out templates and names. No search over settings is needed.
@@ -57,7 +54,7 @@ def prune(
         config: How to search; the defaults do without a search over settings.
         means: Means over the pretraining distribution, from ``activation_means``; their sites are
             the sites that nodes are chosen from.
-        donors: What ``ablation="resample"`` takes removed nodes from, from ``resample_sources``.
+        sources: What ``ablation="resample"`` takes removed nodes from, from ``resample_sources``.
         exclude: Nodes that the circuit may not have.
         progress: Whether to show a progress bar.
 
@@ -68,7 +65,7 @@ def prune(
             ``on_collapse`` is ``fail`` or elimination did not end.
     """
     (found,) = prune_many(
-        model, [(task, config or PruningConfig())], means=means, donors=donors, exclude=exclude,
+        model, [(task, config or PruningConfig())], means=means, sources=sources, exclude=exclude,
         progress=progress,
     )  # fmt: skip
     if isinstance(found, PruningFailed):
@@ -81,7 +78,7 @@ def prune_many(
     jobs: Sequence[tuple[Task, PruningConfig]],
     *,
     means: ActivationMeans,
-    donors: ResampleSources | None = None,
+    sources: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     groups: Int[Tensor, " node"] | None = None,
     max_rows: int = AT_ONCE,
@@ -90,7 +87,7 @@ def prune_many(
     """:func:`prune` for many settings, seeds and tasks, whose masks train in shared forward passes.
 
     Every job is as if it were alone, but for rounding. Jobs share a pass if they have the same
-    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and donors, up to
+    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and sources, up to
     ``max_rows`` prompts. Nodes of one of ``groups`` are kept and removed together. A circuit's
     ``seconds`` are its share of the training it took part in.
 
@@ -100,45 +97,44 @@ def prune_many(
     Raises:
         ValueError: as :func:`prune`, for any of the jobs, before anything is trained.
     """
-    problems = set_up_many(model, jobs, means, donors, exclude, groups)
+    runs = set_up_many(model, jobs, means, sources, exclude, groups)
     alike: dict[tuple[int, tuple[object, ...]], list[int]] = {}
-    for i, problem in enumerate(problems):
-        config = problem.config
-        pairs = min(config.batch_pairs, len(problem.train) // 2)
-        source = id(problem.values) if isinstance(problem.values, ResampleSources) else None
+    for i, run in enumerate(runs):
+        config = run.config
+        pairs = min(config.batch_pairs, len(run.train) // 2)
+        source = id(run.values) if isinstance(run.values, ResampleSources) else None
         same = (config.steps, config.tie_qk, config.freeze_norm, source)
         alike.setdefault((pairs, same), []).append(i)
     found: dict[int, Circuit | PruningFailed] = {}
     for (pairs, _), members in alike.items():
         size = max(1, max_rows // (2 * pairs))
         for start in range(0, len(members), size):
-            group = [problems[i] for i in members[start : start + size]]
+            group = [runs[i] for i in members[start : start + size]]
             began = time.perf_counter()
             with eval_mode(model):
-                snapshots = train_masks(group, progress)
+                checkpoints = train_masks(group, progress)
                 share = (time.perf_counter() - began) / len(group)
                 for row, i in enumerate(members[start : start + size]):
-                    stages = [snapshot[row] for snapshot in snapshots]
-                    found[i] = finished(problems[i], stages, share)
-    return [found[i] for i in range(len(problems))]
+                    found[i] = finalize(runs[i], [masks[row] for masks in checkpoints], share)
+    return [found[i] for i in range(len(runs))]
 
 
-def finished(
-    problem: PruningRun, stages: list[Float[Tensor, " node"]], seconds: float
+def finalize(
+    run: PruningRun, checkpoints: list[Float[Tensor, " node"]], seconds: float
 ) -> Circuit | PruningFailed:
     """The circuit that trained masks come to, or why there is none."""
     began = time.perf_counter()
     try:
-        kept, tau, curve = chosen(problem, stages)
+        kept, tau, curve = select_nodes(run, checkpoints)
     except PruningFailed as failure:
         return failure
     seconds += time.perf_counter() - began
     n_active = int((tau >= 0).sum())
-    return build_circuit(problem, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
+    return build_circuit(run, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
 
 
-def chosen(
-    problem: PruningRun, stages: list[Float[Tensor, " node"]]
+def select_nodes(
+    run: PruningRun, checkpoints: list[Float[Tensor, " node"]]
 ) -> tuple[Bool[Tensor, " node"], Float[Tensor, " node"], pd.DataFrame | None]:
     """The nodes that trained masks come to, the scores of all, and the losses of numbers tried.
 
@@ -147,81 +143,48 @@ def chosen(
     """
     curve = None
     try:
-        tau = choose_mask(problem, stages)
-        kept, curve = choose_nodes(problem, tau)
+        tau = choose_mask(run, checkpoints)
+        kept, curve = choose_nodes(run, tau)
     except PruningFailed:
-        if problem.config.on_collapse == "fail":
+        if run.config.on_collapse == "fail":
             raise
-        tau = torch.stack(stages).mean(0)
-        kept = eliminated(problem, tau.argsort(stable=True))
-        if not problem.reached(kept[None])[0]:
+        tau = torch.stack(checkpoints).mean(0)
+        kept = eliminate_from_full_model(run, tau.argsort(stable=True))
+        if not run.reached(kept[None])[0]:
             raise
         # the scores of a circuit's nodes are not negative
         tau = torch.where(kept, tau.clamp(min=0.0), tau)
-    return refined(problem, kept) if problem.config.refine else kept, tau, curve
-
-
-# --------------------------------------------------------------------------------------------------
-# from trained masks to nodes
+    return backward_elimination(run, kept) if run.config.refine else kept, tau, curve
 
 
 def choose_mask(
-    problem: PruningRun, candidates: list[Float[Tensor, " node"]]
+    run: PruningRun, checkpoints: list[Float[Tensor, " node"]]
 ) -> Float[Tensor, " node"]:
-    """The trained mask with the fewest open gates whose loss on fixed pairs is at most the target.
+    """The checkpoint with the fewest open gates whose loss on fixed pairs is at most the target.
 
     Raises:
         PruningFailed: none reaches it.
     """
     lowest = math.inf
-    for tau in sorted(candidates, key=lambda tau: int((tau >= 0).sum())):
-        lowest = min(lowest, float(problem.losses((tau >= 0)[None])))
-        if lowest <= problem.config.target_loss - ROUNDING:
+    for tau in sorted(checkpoints, key=lambda tau: int((tau >= 0).sum())):
+        lowest = min(lowest, float(run.losses((tau >= 0)[None])))
+        if lowest <= run.config.target_loss - ROUNDING:
             return tau
-    n_open = int((candidates[-1] >= 0).sum())
+    n_open = int((checkpoints[-1] >= 0).sum())
     raise PruningFailed(
-        f"the mask collapsed: none of its {len(candidates)} stages reaches the target loss "
-        f"{problem.config.target_loss} (at the end {n_open} gates were open); lower l0_penalty, or "
+        f"the mask collapsed: none of its {len(checkpoints)} checkpoints reaches the target loss "
+        f"{run.config.target_loss} (at the end {n_open} gates were open); lower l0_penalty, or "
         "train for more steps",
         lowest,
     )
 
 
 def choose_nodes(
-    problem: PruningRun, tau: Float[Tensor, " node"]
+    run: PruningRun, tau: Float[Tensor, " node"]
 ) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
     """The fewest open gates, by descending τ, whose loss on fixed pairs is at most the target.
 
     Among the open gates only: the closed ones are clamped at -1 and have no order.
     """
     order = tau.argsort(descending=True, stable=True)
-    return bisect_size(problem, order[: int((tau >= 0).sum())])
-
-
-def refined(problem: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
-    """Nodes removed, the least needed ones first, for as long as the target holds.
-
-    In each round every node is removed alone on a few selection pairs; then as many of the least
-    needed ones as the target on all selection pairs allows are removed together. It ends when not
-    even the least needed node can go. With ``tie_qk`` tied nodes go together. More than ``LARGEST``
-    nodes are left as they are.
-    """
-    runs = 1 + (0 if problem.schemes is None else len(problem.schemes))
-    if runs * int(kept.sum()) > LARGEST:
-        return kept
-    few = problem.on_few(SCREEN)
-    unit = problem.unit.to(kept.device)
-    while True:
-        present = unit[kept].unique()
-        losses = few.losses(kept[None] & (unit[None] != present[:, None]))
-        order = present[losses.argsort(stable=True)]
-        kept, gone = without_first(
-            kept, unit_ranks(unit, order), len(order), grid=quarters, fits=problem.reached
-        )
-        if not gone:
-            return kept
-
-
-def quarters(low: int, high: int) -> list[int]:
-    """The number after ``low``, where most rounds end, and the quarters between two numbers."""
-    return sorted({low + 1, *(low + (high - low) * i // 4 for i in (1, 2, 3))} - {low})
+    return bisect_size(run, order[: int((tau >= 0).sum())])

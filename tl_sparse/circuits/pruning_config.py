@@ -49,7 +49,7 @@ class PruningConfig:
     ablation: Ablation = "mean"
     """What removed nodes are set to. mean: their means over the pretraining distribution (the
     paper's). task_mean: their means over the task's training prompts. zero. resample: what they are
-    on other sequences (``donors``), drawn anew in every step."""
+    on other sequences (``sources``), drawn anew in every step."""
     freeze_norm: bool = False
     """Hold every norm's scale at what it is in the full model on the same prompt. Without it,
     ablation shrinks the stream and the norms amplify what is kept (Drori 2026)."""

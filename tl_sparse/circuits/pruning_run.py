@@ -1,4 +1,4 @@
-"""A pruning problem: one task in one model, how a circuit is searched for, and what it is measured
+"""A pruning run: one task in one model, how a circuit is searched for, and what it is measured
 on. Every way to find a circuit starts with :func:`set_up` and ends with :func:`build_circuit`.
 """
 
@@ -27,10 +27,11 @@ from tl_sparse.ablation import (
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
+from tl_sparse.circuits.bisection import bisect, evenly
 from tl_sparse.circuits.calibration import calibrate, calibrated
 from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.components import component_ranks, components, ranked_components
 from tl_sparse.circuits.edges import circuit_edges, count_edges
-from tl_sparse.circuits.node_masks import ranked_units, unit_ranks, units
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
@@ -38,12 +39,12 @@ from tl_sparse.tasks import Task, TaskBatch
 
 MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
 ROUNDING = 1e-6  # of a loss
-SCHEME_PAIRS = 24  # selection pairs that are run under schemes
-GRID = 8  # numbers of nodes tried side by side in one round of the bisection
+ABLATION_MASK_PAIRS = 24  # selection pairs that are run under ablation masks
+SIZES = 9  # numbers of nodes tried side by side in one round of the bisection
 
 
-class PruningFailed(ValueError):
-    """No subset of the learned mask's open gates reaches the target loss."""
+class PruningFailed(Exception):
+    """The search found no circuit that reaches the target loss; the input was right."""
 
     def __init__(self, message: str, loss: float = math.inf) -> None:
         super().__init__(message)
@@ -64,7 +65,7 @@ class PruningRun:
     means: ActivationMeans
     """What removed nodes are set to, and where that was measured; zeros for ``zero``."""
     values: Replacement
-    """The same on the model's device; donors for ``resample``, as many as the longest batch."""
+    """The same on the model's device; sources for ``resample``, as many as the longest batch."""
     selection: TaskBatch
     """Pairs on which the number of nodes is chosen."""
     train: TaskBatch
@@ -82,11 +83,11 @@ class PruningRun:
     started: float
     """When the search began, by time.perf_counter."""
     groups: Int[Tensor, " node"] | None = None
-    """The unit of each node, where nodes are kept and removed together; None: each is one."""
-    schemes: Float[Tensor, "scheme node"] | None = None
+    """The component of each node, where nodes are kept and removed together; None: each is one."""
+    ablation_masks: Float[Tensor, "ablation_mask node"] | None = None
     """What is left of removed nodes, from 0 to 1, in further runs that have to do the task too;
     None: there are no further runs."""
-    scheme_limit: float = math.inf
+    ablation_limit: float = math.inf
     """Loss that each of these runs has to reach."""
 
     @property
@@ -95,14 +96,14 @@ class PruningRun:
         return self.means.index
 
     @property
-    def unit(self) -> Int[Tensor, " node"]:
-        """The unit of each node: nodes of one unit share a gate."""
-        return units(self.index, self.config.tie_qk) if self.groups is None else self.groups
+    def component(self) -> Int[Tensor, " node"]:
+        """The component of each node: nodes of one component share a gate."""
+        return components(self.index, self.config.tie_qk) if self.groups is None else self.groups
 
     @cached_property
     def few(self) -> PruningRun:
-        """The same problem with the pairs alone on which ``schemes`` have to hold."""
-        return self.on_few(SCHEME_PAIRS)
+        """The same run with the pairs alone on which ``ablation_masks`` have to hold."""
+        return self.on_few(ABLATION_MASK_PAIRS)
 
     def reached(self, keep: Bool[Tensor, "mask node"]) -> list[bool]:
         """Whether each mask's loss on the selection pairs is at most the target."""
@@ -110,7 +111,7 @@ class PruningRun:
         return [loss <= self.config.target_loss - ROUNDING for loss in self.losses(keep).tolist()]
 
     def on_few(self, pairs: int) -> PruningRun:
-        """The same problem with the first selection pairs alone, for what is tried often."""
+        """The same run with the first selection pairs alone, for what is tried often."""
         few = self.selection.pairs(0, min(pairs, len(self.selection) // 2))
         hooks = frozen_norms_of(self.model, few) if self.config.freeze_norm else ()
         return replace(self, selection=few, selection_hooks=hooks)
@@ -118,19 +119,19 @@ class PruningRun:
     def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
         """Mean loss on the selection pairs under each of many masks.
 
-        With ``schemes`` the worst of the runs so far, those under schemes in proportion to their
-        limit; what misses the target is not run further.
+        With ``ablation_masks`` the worst of the losses so far, those under ablation masks in
+        proportion to their limit; what misses the target is not run further.
         """
         worst = masked_losses(
             self.model, self.selection, self.index, keep, self.values, hooks=self.selection_hooks
         )
-        for scheme in () if self.schemes is None else self.schemes.to(keep.device):
+        for mask in () if self.ablation_masks is None else self.ablation_masks.to(keep.device):
             left = worst <= self.config.target_loss - ROUNDING
             losses = masked_losses(
-                self.model, self.few.selection, self.index, torch.where(keep[left], 1.0, scheme),
+                self.model, self.few.selection, self.index, torch.where(keep[left], 1.0, mask),
                 self.values, hooks=self.few.selection_hooks,
             )  # fmt: skip
-            share = self.config.target_loss / self.scheme_limit
+            share = self.config.target_loss / self.ablation_limit
             worst[left] = worst[left].maximum(share * losses)
         return worst
 
@@ -141,7 +142,7 @@ def set_up(
     config: PruningConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: ResampleSources | None = None,
+    sources: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     groups: Int[Tensor, " node"] | None = None,
 ) -> PruningRun:
@@ -152,13 +153,13 @@ def set_up(
         task: The task.
         config: The search.
         means: Means over the pretraining distribution; their index is the set of nodes.
-        donors: What ``resample`` takes removed nodes from; none otherwise.
+        sources: What ``resample`` takes removed nodes from; none otherwise.
         exclude: Nodes that no circuit may have.
-        groups: The unit of every node, from 0 on, where nodes are kept and removed together, such
-            as the channels of a head.
+        groups: The component of every node, from 0 on, where nodes are kept and removed together,
+            such as the channels of a head.
 
     Raises:
-        ValueError: means, donors, excluded nodes or groups of another model or other nodes, groups
+        ValueError: means, sources, excluded nodes or groups of another model or other nodes, groups
             beside ``tie_qk``, the model itself does not reach the target, the task has a single
             pair, or edges are not defined for the model.
     """
@@ -167,14 +168,14 @@ def set_up(
     mine, index = fingerprint(model), means.index
     if means.model_fingerprint != mine:
         raise ValueError("means belong to another model: compute them with activation_means")
-    if (donors is None) == (config.ablation == "resample"):
+    if (sources is None) == (config.ablation == "resample"):
         raise ValueError(
-            "donors= are the sequences that ablation='resample' takes removed nodes from: give "
+            "sources= are the sequences that ablation='resample' takes removed nodes from: give "
             f"both or neither (ablation={config.ablation!r})"
         )
-    if donors is not None and (donors.model_fingerprint != mine or donors.index != index):
+    if sources is not None and (sources.model_fingerprint != mine or sources.index != index):
         raise ValueError(
-            "donors belong to another model or other sites than the means: compute them with "
+            "sources belong to another model or other sites than the means: compute them with "
             "resample_sources"
         )
     if exclude is not None and exclude.shape != (index.n_nodes,):
@@ -184,9 +185,10 @@ def set_up(
             f"groups must be one entry for each of {index.n_nodes} nodes, and without tie_qk, "
             "whose pairs are groups too"
         )
-    unit = units(index, config.tie_qk) if groups is None else groups.cpu()
+    component = components(index, config.tie_qk) if groups is None else groups.cpu()
     if exclude is not None:  # of a tied pair neither can be kept without the other
-        exclude = (torch.bincount(unit, exclude.cpu().float())[unit] > 0).to(exclude.device)
+        n_excluded = torch.bincount(component, exclude.cpu().float())
+        exclude = (n_excluded[component] > 0).to(exclude.device)
     # without an edge among them: models whose edges are undefined are refused now
     device = next(model.parameters()).device
     count_edges(model, index, torch.zeros(index.n_nodes, dtype=torch.bool))
@@ -198,61 +200,61 @@ def set_up(
         elif config.ablation == "zero":
             means = replace(means, values=torch.zeros_like(means.values))
         values: Replacement = means.values.to(device)
-        if donors is not None:
+        if sources is not None:
             longest = max(len(selection), len(report), 2 * config.batch_pairs)
             generator = torch.Generator().manual_seed(config.seed)
-            values = donors.take(torch.randint(len(donors), (longest,), generator=generator))
+            values = sources.take(torch.randint(len(sources), (longest,), generator=generator))
         with torch.no_grad():
-            whole = float(F.softplus(-task_logit_diffs(model, selection)).mean())
+            full_loss = float(F.softplus(-task_logit_diffs(model, selection)).mean())
         frozen_norms = [
             frozen_norms_of(model, batch) if config.freeze_norm else ()
             for batch in (selection, report)
         ]
-    problem = PruningRun(
+    run = PruningRun(
         model=model, task=task, config=config, means=means, values=values, selection=selection,
         train=train, report=report, selection_hooks=frozen_norms[0], report_hooks=frozen_norms[1],
-        exclude=exclude, full_loss=whole, started=started, groups=groups,
+        exclude=exclude, full_loss=full_loss, started=started, groups=groups,
     )  # fmt: skip
-    check_solved(problem)
-    return problem
+    check_solved(run)
+    return run
 
 
 def set_up_many(
     model: nn.Module,
     jobs: Sequence[tuple[Task, PruningConfig]],
     means: ActivationMeans,
-    donors: ResampleSources | None,
+    sources: ResampleSources | None,
     exclude: Bool[Tensor, " node"] | None,
     groups: Int[Tensor, " node"] | None = None,
 ) -> list[PruningRun]:
     """:func:`set_up` for many jobs; what some share is drawn and computed once."""
-    posed: dict[tuple[object, ...], PruningRun] = {}
-    problems = []
+    prepared: dict[tuple[object, ...], PruningRun] = {}
+    runs = []
     for task, config in jobs:
         shared = (
             id(task), min(config.steps * config.batch_pairs, MAX_POOL), config.batch_pairs,
             config.selection_pairs, config.report_pairs, config.seed, config.ablation,
             config.freeze_norm, config.tie_qk,
         )  # fmt: skip
-        if shared not in posed:
-            posed[shared] = set_up(
-                model, task, config, means=means, donors=donors, exclude=exclude, groups=groups
+        if shared not in prepared:
+            prepared[shared] = set_up(
+                model, task, config, means=means, sources=sources, exclude=exclude, groups=groups
             )
-        problems.append(replace(posed[shared], config=config))
-        check_solved(problems[-1])
-    return problems
+        runs.append(replace(prepared[shared], config=config))
+        check_solved(runs[-1])
+    return runs
 
 
-def check_solved(problem: PruningRun) -> None:
+def check_solved(run: PruningRun) -> None:
     """ValueError if the full model misses the target: no circuit could be said to do the task.
 
     With ``must_solve`` off it is searched for all the same.
     """
-    config = problem.config
-    if config.must_solve and problem.full_loss > config.target_loss:
+    config = run.config
+    if config.must_solve and run.full_loss > config.target_loss:
         raise ValueError(
-            f"the full model has loss {problem.full_loss:.3f} on {problem.task.name}, above the "
-            f"target {problem.config.target_loss}: it does not solve the task"
+            f"the full model has loss {run.full_loss:.3f} on {run.task.name}, above the "
+            f"target {run.config.target_loss}: it does not solve the task"
         )
 
 
@@ -275,7 +277,7 @@ def selection_and_training(task: Task, config: PruningConfig) -> tuple[TaskBatch
 
 
 def bisect_size(
-    problem: PruningRun, order: Int[Tensor, " candidate"]
+    run: PruningRun, order: Int[Tensor, " candidate"]
 ) -> tuple[Bool[Tensor, " node"], pd.DataFrame]:
     """The fewest first nodes of an order whose loss on the selection pairs is at most the target.
 
@@ -289,46 +291,36 @@ def bisect_size(
     Raises:
         PruningFailed: all candidates together miss the target.
     """
-    target = problem.config.target_loss
-    unit = problem.unit.to(order.device)
-    ranked = ranked_units(unit, order)
-    position = unit_ranks(unit, ranked)
+    target = run.config.target_loss
+    component = run.component.to(order.device)
+    ranked = ranked_components(component, order)
+    position = component_ranks(component, ranked)
+    tried: dict[int, tuple[int, float]] = {}
 
     def masks(sizes: list[int]) -> Bool[Tensor, "size node"]:
         return position[None] < torch.tensor(sizes, device=order.device)[:, None]
 
-    tried: dict[int, tuple[int, float]] = {}
-
-    def reach(sizes: list[int]) -> list[bool]:
+    def enough(sizes: list[int]) -> list[bool]:
         keep = masks(sizes)
-        losses = problem.losses(keep).tolist()
-        for size, kept, loss in zip(sizes, keep.sum(1).tolist(), losses, strict=True):
-            tried[size] = (kept, loss)
+        losses = run.losses(keep).tolist()
+        for size, n_kept, loss in zip(sizes, keep.sum(1).tolist(), losses, strict=True):
+            tried[size] = (n_kept, loss)
         return [loss <= target - ROUNDING for loss in losses]
 
-    high = len(ranked)
-    if not reach([high])[0]:
+    most = len(ranked)
+    if not enough([most])[0]:
         raise PruningFailed(
-            f"all {tried[high][0]} candidate nodes together have loss {tried[high][1]:.3f} on the "
-            f"selection pairs of {problem.task.name}, above the target {target}",
-            tried[high][1],
+            f"all {tried[most][0]} candidate nodes together have loss {tried[most][1]:.3f} on the "
+            f"selection pairs of {run.task.name}, above the target {target}",
+            tried[most][1],
         )
-    low = -1
-    while high - low > 1:
-        step = max(1, (high - low) // (GRID + 1))
-        sizes = list(range(low + step, high, step))[: GRID + 1]
-        enough = reach(sizes)
-        for size, right in zip(sizes, enough, strict=True):
-            if right:
-                high = size
-                break
-            low = size
+    size = bisect(-1, most, enough, evenly(SIZES))
     curve = pd.DataFrame(sorted(tried.values()), columns=["n_nodes", "loss"])
-    return masks([high])[0], curve
+    return masks([size])[0], curve
 
 
 def build_circuit(
-    problem: PruningRun,
+    run: PruningRun,
     kept: Bool[Tensor, " node"],
     tau: Float[Tensor, " node"],
     *,
@@ -340,24 +332,24 @@ def build_circuit(
     """The finished circuit: its edges, calibration on the selection pairs, held-out results.
 
     Args:
-        problem: What it is a circuit of.
+        run: What it is a circuit of.
         kept: Its nodes.
         tau: The score by which nodes were ranked.
         n_active: Nodes among which they were chosen.
         curve: Loss on the selection pairs against the number of nodes.
         seconds: What the search took; default the time since ``set_up``.
-        config: What is stored as the config; default the problem's.
+        config: What is stored as the config; default the run's.
     """
-    model, index, task_config = problem.model, problem.index, problem.config
-    hooks = ablation_hooks(index, kept, problem.values)
+    model, index, task_config = run.model, run.index, run.config
+    hooks = ablation_hooks(index, kept, run.values)
     with eval_mode(model), torch.no_grad():
-        chosen = task_logit_diffs(model, problem.selection, [*problem.selection_hooks, *hooks])
+        chosen = task_logit_diffs(model, run.selection, [*run.selection_hooks, *hooks])
         calibration = calibrate(chosen)
-        logit_diffs = task_logit_diffs(model, problem.report, [*problem.report_hooks, *hooks])
-        model_logit_diffs = task_logit_diffs(model, problem.report)
-    means = problem.means
+        logit_diffs = task_logit_diffs(model, run.report, [*run.report_hooks, *hooks])
+        model_logit_diffs = task_logit_diffs(model, run.report)
+    means = run.means
     return Circuit(
-        task=problem.task.name,
+        task=run.task.name,
         index=index,
         kept=kept.cpu(),
         tau=tau.detach().cpu(),
@@ -375,6 +367,6 @@ def build_circuit(
         config=asdict(task_config) if config is None else config,
         model_name=type(model).__name__,
         model_fingerprint=means.model_fingerprint,
-        seconds=time.perf_counter() - problem.started if seconds is None else seconds,
+        seconds=time.perf_counter() - run.started if seconds is None else seconds,
         size_curve=pd.DataFrame(columns=["n_nodes", "loss"]) if curve is None else curve,
     )

@@ -57,7 +57,7 @@ def search(
     config: SearchConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: ResampleSources | None = None,
+    sources: ResampleSources | None = None,
     storage: str | Path | None = None,
     progress: bool = True,
 ) -> SearchResult:
@@ -73,7 +73,7 @@ def search(
         base: Settings that are not searched (steps, batches, ablation, seed ...), and the target.
         config: How to search.
         means: Means over the pretraining distribution.
-        donors: What ``ablation="resample"`` takes removed nodes from.
+        sources: What ``ablation="resample"`` takes removed nodes from.
         storage: A SQLite file in which the search is kept (and circuits in a folder beside it). A
             later call goes on where an earlier one stopped, and several processes may call at once:
             they share the budget, and each returns when it is spent. None: in memory.
@@ -85,10 +85,10 @@ def search(
         FileNotFoundError: a stored circuit was deleted.
     """
     base, config = base or PruningConfig(), config or SearchConfig()
-    problem = set_up(model, task, base, means=means, donors=donors)
+    run = set_up(model, task, base, means=means, sources=sources)
     targets = None
     if config.objective == "nodes_and_loss":
-        targets = (max(config.targets[0], full_loss(problem) * 1.001), config.targets[1])
+        targets = (max(config.targets[0], full_loss(run) * 1.001), config.targets[1])
         if not targets[0] < targets[1]:
             raise ValueError(
                 f"the full model has loss {targets[0]:.3f} on {task.name}: no target in "
@@ -99,7 +99,7 @@ def search(
     folder = None if path is None else path.with_name(f"{path.name}.circuits")
     held: dict[int, Circuit] = {}
     with quiet():
-        study = open_study(path, SlotSampler(config, base, wanted), identity(problem, config))
+        study = open_study(path, SlotSampler(config, base, wanted), identity(run, config))
         with (
             Worker(study, shared=path is not None) as worker,
             tqdm(
@@ -115,7 +115,7 @@ def search(
                     (task, each if each == base else replace(each, on_collapse="fail"))
                     for each in configs
                 ]
-                found = prune_many(model, jobs, means=means, donors=donors, progress=False)
+                found = prune_many(model, jobs, means=means, sources=sources, progress=False)
                 known = frame_of(study)
                 for trial, settings, circuit in zip(trials, configs, found, strict=True):
                     record = record_of(settings, circuit)
@@ -124,32 +124,32 @@ def search(
                         if folder is not None:
                             circuit.save(folder / f"trial-{trial.number}")
                     trial.set_user_attr(RECORD, record)
-                    values = values_of(record, problem.index.n_nodes, config)
+                    values = values_of(record, run.index.n_nodes, config)
                     study.tell(trial, values, skip_if_finished=True)
                 known = frame_of(study)
                 bar.update(len(known) - bar.n)
                 bar.set_postfix_str(f"fewest nodes {fewest_of(known, base.target_loss)}")
-    return result_of(study, problem, config, folder, held)
+    return result_of(study, run, config, folder, held)
 
 
-def full_loss(problem: PruningRun) -> float:
+def full_loss(run: PruningRun) -> float:
     """The full model's loss on the selection pairs."""
-    with eval_mode(problem.model), torch.no_grad():
-        return float(F.softplus(-task_logit_diffs(problem.model, problem.selection)).mean())
+    with eval_mode(run.model), torch.no_grad():
+        return float(F.softplus(-task_logit_diffs(run.model, run.selection)).mean())
 
 
-def identity(problem: PruningRun, config: SearchConfig) -> dict[str, Any]:
+def identity(run: PruningRun, config: SearchConfig) -> dict[str, Any]:
     """What makes two searches one. Rounds are left out: a later call may ask for more."""
-    means = problem.means
-    prompts = hashlib.sha256("\0".join(problem.selection.prompts).encode())
+    means = run.means
+    prompts = hashlib.sha256("\0".join(run.selection.prompts).encode())
     return {
         "schema": SCHEMA_VERSION,
         "tl_sparse version": version("tl-sparse"),
         "model": means.model_fingerprint,
-        "task": problem.task.name,
+        "task": run.task.name,
         "prompts": prompts.hexdigest(),
         "means": hashlib.sha256(means.values.cpu().numpy().tobytes()).hexdigest(),
-        "base": asdict(problem.config),
+        "base": asdict(run.config),
         "objective": config.objective,
         "sampler": config.sampler,
         "targets": list(config.targets),
@@ -234,22 +234,22 @@ def fewest_of(known: pd.DataFrame, target: float) -> str:
 
 def result_of(
     study: Study,
-    problem: PruningRun,
+    run: PruningRun,
     config: SearchConfig,
     folder: Path | None,
     held: dict[int, Circuit],
 ) -> SearchResult:
     """The result of all finished trials, whoever ran them."""
     trials = frame_of(study)
-    pareto, best = not_beaten(trials), best_of(trials, problem.config.target_loss)
+    pareto, best = not_beaten(trials), best_of(trials, run.config.target_loss)
     circuits = {}
     for number in sorted({*pareto["trial"].tolist(), *([] if best is None else [best])}):
         if number not in held and folder is not None:
-            held[number] = Circuit.load(folder / f"trial-{number}", problem.model)
+            held[number] = Circuit.load(folder / f"trial-{number}", run.model)
         circuits[number] = held[number]
     stored: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return SearchResult(
-        task=problem.task.name,
+        task=run.task.name,
         trials=trials,
         pareto=pareto,
         best=None if best is None else circuits[best],
@@ -259,6 +259,6 @@ def result_of(
             for t in stored
         },
         circuits=circuits,
-        base=problem.config,
+        base=run.config,
         config=config,
     )

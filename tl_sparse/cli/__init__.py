@@ -13,6 +13,7 @@ from typing import Annotated, Any, cast
 
 import tyro
 
+from tl_sparse.circuits import PruningFailed
 from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.models import Info, Tasks, Train
@@ -110,8 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
             command.run()
         else:
             run(command)
-    except (ValueError, FileNotFoundError) as error:
-        # bad input is told in one line; anything else is a defect and keeps its traceback
+    except (ValueError, FileNotFoundError, PruningFailed) as error:
+        # bad input, and a search without a result, is told in one line; anything else is a defect and keeps its traceback
         sys.exit(f"tl-sparse: {error}")
     except KeyboardInterrupt:
         sys.exit("tl-sparse: stopped; run the same command again to go on")

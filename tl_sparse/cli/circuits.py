@@ -11,7 +11,7 @@ import pandas as pd
 import tyro
 
 from tl_sparse.ablation import ActivationMeans, activation_means
-from tl_sparse.circuits import Circuit, PruningConfig, prune
+from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.model.transformer import SparseTransformer
@@ -153,7 +153,7 @@ class Sweep:
 
     def searched(
         self, model: SparseTransformer, task: Task, config: PruningConfig, means: ActivationMeans
-    ) -> Circuit | ValueError:
+    ) -> Circuit | PruningFailed | ValueError:
         """The best circuit of a search over settings, or why there is none."""
         from tl_sparse.circuits.search import search  # slow to import, and seldom needed
         from tl_sparse.circuits.search_study import SearchConfig
@@ -166,10 +166,12 @@ class Sweep:
             best = search(model, task, config, rounds, means=means, storage=storage).best
         except ValueError as error:
             return error
-        return best or ValueError("no trial reached the target loss")
+        return best or PruningFailed("no trial reached the target loss")
 
 
-def row_of(task: Task, config: PruningConfig, circuit: Circuit | ValueError) -> dict[str, object]:
+def row_of(
+    task: Task, config: PruningConfig, circuit: Circuit | PruningFailed | ValueError
+) -> dict[str, object]:
     """A circuit's row of sweep.csv; settings are those that it was found with."""
     settings = dict(circuit.config) if isinstance(circuit, Circuit) else vars(config)
     row: dict[str, object] = {

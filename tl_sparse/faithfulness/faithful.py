@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import gated_logit_diffs
+from tl_sparse.circuits.bisection import bisect, middle
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import TrainingPool, train_masks
-from tl_sparse.circuits.node_masks import NodeMasks
-from tl_sparse.circuits.pruning import chosen, prune
+from tl_sparse.circuits.pruning import prune, select_nodes
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, build_circuit, set_up
 from tl_sparse.faithfulness.checks.schemes import Attack, attack, stochastic_schemes
@@ -83,7 +83,7 @@ def faithful_prune(
     faithful: FaithfulConfig | None = None,
     *,
     means: ActivationMeans,
-    donors: ResampleSources | None = None,
+    sources: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -108,7 +108,7 @@ def faithful_prune(
         config: The search; see ``prune``.
         faithful: What the circuit has to stand.
         means: Means over the pretraining distribution; their sites are the nodes.
-        donors: What ``ablation="resample"`` takes removed nodes from.
+        sources: What ``ablation="resample"`` takes removed nodes from.
         exclude: Nodes that the circuit may not have.
         progress: Whether to show a progress bar.
 
@@ -120,19 +120,19 @@ def faithful_prune(
     weights = (faithful.stochastic, faithful.adversarial, faithful.frozen_norm)
     if not any(weights):
         return prune(
-            model, task, config, means=means, donors=donors, exclude=exclude, progress=progress
+            model, task, config, means=means, sources=sources, exclude=exclude, progress=progress
         )
-    problem = set_up(model, task, config, means=means, donors=donors, exclude=exclude)
+    problem = set_up(model, task, config, means=means, sources=sources, exclude=exclude)
     began = time.perf_counter()
     with eval_mode(model):
         objective = SchemesObjective(problem, faithful)
-        stages = [rows[0] for rows in train_masks([problem], progress, objective.losses)]
+        checkpoints = [rows[0] for rows in train_masks([problem], progress, objective.losses)]
         held = replace(
             problem,
-            schemes=objective.fixed_schemes()[:, problem.unit],
-            scheme_limit=faithful.limit or config.target_loss,
+            ablation_masks=objective.fixed_schemes()[:, problem.component],
+            ablation_limit=faithful.limit or config.target_loss,
         )
-        kept, tau, curve = chosen(held, stages)
+        kept, tau, curve = select_nodes(held, checkpoints)
         n_active = int((tau >= 0).sum())
         record: dict[str, Any] = asdict(faithful)
         if faithful.adversarial and faithful.rounds:
@@ -155,7 +155,7 @@ class SchemesObjective:
         self.limit = faithful.limit or config.target_loss
         self.target = config.target_loss
         self.device = next(problem.model.parameters()).device
-        self.unit = problem.unit.to(self.device)
+        self.unit = problem.component.to(self.device)
         self.n_units = int(self.unit.max()) + 1
         self.generator = torch.Generator().manual_seed(config.seed)
         self.n_random = int(faithful.stochastic > 0)
@@ -169,7 +169,7 @@ class SchemesObjective:
             self.frozen_pool = TrainingPool([calm])
 
     def losses(
-        self, step: int, masks: NodeMasks, gates: Float[Tensor, "1 node"]
+        self, step: int, gates: Float[Tensor, "1 node"]
     ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
         """The weighted sum, and the worst of its terms in proportion to their limits.
 
@@ -180,7 +180,7 @@ class SchemesObjective:
         none = torch.zeros(1, self.n_units)
         left = torch.cat([none, random, self.schemes.cpu()]).to(self.device)[:, self.unit]
         rows = gates + (1 - gates) * left
-        losses = self.pool.losses(step, masks, rows)
+        losses = self.pool.losses(step, rows)
         n_adversaries = len(self.schemes)
         full, stochastic, adversarial = losses.split([1, self.n_random, n_adversaries])
         total = full.sum() + faithful.stochastic * stochastic.sum()
@@ -192,7 +192,7 @@ class SchemesObjective:
             # the same backward pass serves the masks, which go down, and the schemes, which go up
             rows.register_hook(lambda grad: self.climb((grad * closed)[-n_adversaries:]))
         if self.frozen_pool is not None:
-            calm = self.frozen_pool.losses(step, masks, gates)
+            calm = self.frozen_pool.losses(step, gates)
             total = total + faithful.frozen_norm * calm.sum()
             watched.append(calm / target)
         return total[None], target * torch.cat(watched).detach().max()[None]
@@ -223,17 +223,21 @@ def withstanding(
     for done in range(faithful.rounds):
         found = attacked(problem, kept, faithful, generator)
         loss = float(found.losses)
-        if loss <= problem.scheme_limit:
+        if loss <= problem.ablation_limit:
             return kept, {"attack_loss": loss, "attacks": done + 1, "withstood": True}
-        assert problem.schemes is not None
+        assert problem.ablation_masks is not None
         # what is kept now is removed in this scheme should it be removed later
-        new = torch.where(kept, 0.0, found.schemes[0].to(kept.device)[problem.unit.to(kept.device)])
-        problem = replace(problem, schemes=torch.cat([problem.schemes.to(kept.device), new[None]]))
+        new = torch.where(
+            kept, 0.0, found.schemes[0].to(kept.device)[problem.component.to(kept.device)]
+        )
+        problem = replace(
+            problem, ablation_masks=torch.cat([problem.ablation_masks.to(kept.device), new[None]])
+        )
         kept = grown(problem, kept, new)
     loss = float(attacked(problem, kept, faithful, generator).losses)
     return kept, {
         "attack_loss": loss, "attacks": faithful.rounds + 1,
-        "withstood": loss <= problem.scheme_limit,
+        "withstood": loss <= problem.ablation_limit,
     }  # fmt: skip
 
 
@@ -244,7 +248,7 @@ def attacked(
     generator: torch.Generator,
 ) -> Attack:
     """The worst scheme for some nodes on the selection pairs that schemes are run on."""
-    unit, few = problem.unit.to(kept.device), problem.few
+    unit, few = problem.component.to(kept.device), problem.few
     units = torch.zeros(int(unit.max()) + 1, dtype=torch.bool, device=kept.device)
     units[unit[kept]] = True
     return attack(
@@ -263,7 +267,7 @@ def grown(
     -(1 - s) dL/ds, summed over its nodes. Kept by other numbers than the fewest may do too: losses
     need not fall with every unit. With all of them it is the full model, less excluded nodes.
     """
-    few, unit = problem.few, problem.unit.to(kept.device)
+    few, unit = problem.few, problem.component.to(kept.device)
     gates = torch.where(kept, 1.0, scheme)[None].requires_grad_()
     logit_diffs = gated_logit_diffs(
         few.model, few.selection, few.index, gates, few.values, hooks=few.selection_hooks
@@ -278,14 +282,11 @@ def grown(
     rank[order] = torch.arange(len(order), device=order.device)
     most = len(unit[can].unique())
 
-    def enough(count: int) -> bool:
-        return few.reached((kept | (can & (rank[unit] < count)))[None])[0]
+    def enough(counts: list[int]) -> list[bool]:
+        return [few.reached((kept | (can & (rank[unit] < n)))[None])[0] for n in counts]
 
     low, high = 0, 1
-    while high < most and not enough(high):
+    while high < most and not enough([high])[0]:
         low, high = high, max(high + 1, int(GROWTH * high))
-    high = min(high, most)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return kept | (can & (rank[unit] < high))
+    count = bisect(low, min(high, most), enough, middle)
+    return kept | (can & (rank[unit] < count))

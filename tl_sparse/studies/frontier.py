@@ -21,7 +21,7 @@ from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.pruning_run import set_up
+from tl_sparse.circuits.pruning_run import PruningFailed, set_up
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.studies.interpretability import (
     InterpretabilityResult,
@@ -246,7 +246,7 @@ def attempted(
     *,
     means: ActivationMeans,
     progress: bool = True,
-) -> list[Circuit | ValueError]:
+) -> list[Circuit | PruningFailed | ValueError]:
     """:func:`prune_many`, where a job that cannot be done leaves its reason and not the others."""
     refused: dict[int, ValueError] = {}
     for i, (task, config) in enumerate(jobs):

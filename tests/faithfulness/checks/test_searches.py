@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
-from tl_sparse.circuits.node_masks import units
+from tl_sparse.circuits.components import components
 from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
 from tl_sparse.faithfulness.checks.nulls import label_swap
 from tl_sparse.faithfulness.checks.searches import (
@@ -128,7 +128,7 @@ def test_groups_are_pruned_as_tied_channels_are(planted, marks, random_tokens):
     config = PruningConfig(
         steps=24, batch_pairs=8, lr=0.06, selection_pairs=16, report_pairs=8, target_loss=0.3
     )
-    groups = units(means.index, tie_qk=True)
+    groups = components(means.index, tie_qk=True)
     (grouped,) = prune_many(model, [(marks, config)], means=means, groups=groups, progress=False)
     tied = prune(model, marks, replace(config, tie_qk=True), means=means, progress=False)
     assert torch.equal(grouped.kept, tied.kept)

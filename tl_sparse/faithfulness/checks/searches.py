@@ -121,7 +121,7 @@ def search(
             donors = resample_sources(model, subject.tokens[:DONORS], index=subject.index)
     groups = subject.unit if isinstance(subject.circuit, HookCircuit) else None
     return prune_many(
-        model, posed, means=means, donors=donors, exclude=exclude, groups=groups, progress=False
+        model, posed, means=means, sources=donors, exclude=exclude, groups=groups, progress=False
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.analyses.necessity import necessity
-from tl_sparse.circuits import Circuit, random_edges
+from tl_sparse.circuits import Circuit, PruningFailed, random_edges
 from tl_sparse.circuits.baselines import circuit_from_ranking, rank_nodes
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import TokenizedCorpus
@@ -102,7 +102,7 @@ def find_circuits(
             _store(config, opened, one, _by_attribution(opened, one))
 
 
-def _by_attribution(opened: OpenModel, one: CircuitUnit) -> Circuit | ValueError:
+def _by_attribution(opened: OpenModel, one: CircuitUnit) -> Circuit | PruningFailed | ValueError:
     """The nodes with the largest attributions, no more and no less (Figure 31)."""
     task = opened.task(one.task)
     try:
@@ -110,12 +110,15 @@ def _by_attribution(opened: OpenModel, one: CircuitUnit) -> Circuit | ValueError
             opened.model, task, "attribution", means=opened.means, config=one.config
         )
         return circuit_from_ranking(opened.model, task, scores, one.config, means=opened.means)
-    except ValueError as error:
-        return error
+    except (PruningFailed, ValueError) as failure:
+        return failure
 
 
 def _store(
-    config: StudyConfig, opened: OpenModel, one: CircuitUnit, circuit: Circuit | ValueError
+    config: StudyConfig,
+    opened: OpenModel,
+    one: CircuitUnit,
+    circuit: Circuit | PruningFailed | ValueError,
 ) -> None:
     """Write a circuit, or why there is none."""
     folder = one.unit.folder(Path(config.out))

@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from tl_sparse.ablation import activation_means
-from tl_sparse.circuits import PruningConfig, PruningFailed, elimination, prune
-from tl_sparse.circuits import pruning_run as problems
-from tl_sparse.circuits.elimination import SHARES, eliminated
-from tl_sparse.circuits.node_masks import units
+from tl_sparse.circuits import (
+    PruningConfig,
+    PruningFailed,
+    backward_elimination,
+    prune,
+    pruning_run,
+)
+from tl_sparse.circuits.backward_elimination import SHARES, eliminate_from_full_model
+from tl_sparse.circuits.components import components
 from tl_sparse.circuits.pruning_run import set_up
 
 SEARCH = PruningConfig(steps=5, batch_pairs=8, selection_pairs=32, report_pairs=24)
@@ -32,14 +37,14 @@ def additive(monkeypatch, cost):
         tried.extend(keep.sum(1).tolist())
         return ((~keep) * cost).sum(1).float()
 
-    monkeypatch.setattr(problems, "masked_losses", losses)
+    monkeypatch.setattr(pruning_run, "masked_losses", losses)
     return tried
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tie_qk", [False, True])
 def test_nodes_are_removed_as_one_by_one_in_their_order(posed, monkeypatch, tie_qk, seed):
-    """Against trying every unit in turn, in three passes with rising limits."""
+    """Against trying every component in turn, in three passes with rising limits."""
     problem = replace(posed[0], config=replace(SEARCH, tie_qk=tie_qk))
     draw = torch.Generator().manual_seed(seed)
     n = problem.index.n_nodes
@@ -49,12 +54,12 @@ def test_nodes_are_removed_as_one_by_one_in_their_order(posed, monkeypatch, tie_
     ]
     order = torch.randperm(n, generator=draw)
     additive(monkeypatch, cost.double())
-    kept = eliminated(problem, order)
-    unit = units(problem.index, tie_qk)
+    kept = eliminate_from_full_model(problem, order)
+    component = components(problem.index, tie_qk)
     by_hand = torch.ones(n, dtype=torch.bool)
     for share in SHARES:
         for node in order:
-            fewer = by_hand & (unit != unit[node])
+            fewer = by_hand & (component != component[node])
             if float(((~fewer) * cost.double()).sum()) <= share * 0.15 + 1e-9:
                 by_hand = fewer
     assert torch.equal(kept, by_hand)
@@ -68,7 +73,7 @@ def test_where_few_nodes_are_needed_few_trials_are(posed, monkeypatch):
     needed = torch.zeros(n, dtype=torch.bool)
     needed[[5, 60, 130]] = True
     tried = additive(monkeypatch, needed.double())
-    assert torch.equal(eliminated(posed[0], torch.arange(n)), needed)
+    assert torch.equal(eliminate_from_full_model(posed[0], torch.arange(n)), needed)
     assert len(tried) < n
 
 
@@ -77,7 +82,9 @@ def test_excluded_nodes_are_not_among_the_rest(posed, monkeypatch):
     exclude = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
     exclude[::3] = True
     additive(monkeypatch, (~exclude).double())  # no other can go
-    kept = eliminated(replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes))
+    kept = eliminate_from_full_model(
+        replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes)
+    )
     assert torch.equal(kept, ~exclude)
 
 
@@ -85,15 +92,17 @@ def test_nothing_is_tried_where_the_excluded_nodes_are_needed(posed, monkeypatch
     problem, _ = posed
     exclude = torch.arange(problem.index.n_nodes) == 7
     tried = additive(monkeypatch, exclude.double())
-    kept = eliminated(replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes))
+    kept = eliminate_from_full_model(
+        replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes)
+    )
     assert torch.equal(kept, ~exclude)
     assert len(tried) == 1
 
 
 def test_it_gives_up_after_many_trials(posed, monkeypatch):
-    monkeypatch.setattr(elimination, "MOST", 10)
+    monkeypatch.setattr(backward_elimination, "MOST", 10)
     with pytest.raises(PruningFailed, match="did not end within 10 trials; lower l0_penalty"):
-        eliminated(posed[0], torch.arange(posed[0].index.n_nodes))
+        eliminate_from_full_model(posed[0], torch.arange(posed[0].index.n_nodes))
 
 
 @pytest.mark.parametrize("change", [{}, {"ablation": "zero"}, {"freeze_norm": True}])

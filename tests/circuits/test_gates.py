@@ -2,18 +2,18 @@ import pytest
 import torch
 
 from tl_sparse.ablation import activation_means, gated_ablation_hooks
-from tl_sparse.circuits import NodeMasks
-from tl_sparse.circuits.mask_training import clipped
-from tl_sparse.circuits.node_masks import RowAdamW, _Heaviside, units
+from tl_sparse.circuits.components import components
+from tl_sparse.circuits.gates import HardGates, heaviside
+from tl_sparse.circuits.train_gates import RowAdamW, clipped
 from tl_sparse.config import ActivationDensity
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 
 
-def masks_of(index, means, *, bias=0.1, scale=0.01, temperature=1.0, seed=0, **options):
-    """A single mask."""
-    return NodeMasks(
-        index, means[None], init_bias=[bias], init_scale=[scale], temperature=[temperature],
-        seeds=[seed], **options,
+def masks_of(index, *, bias=0.1, scale=0.01, temperature=1.0, seed=0, tie_qk=False, **options):
+    """A single mask over nodes."""
+    return HardGates(
+        components(index, tie_qk), init_bias=[bias], init_scale=[scale],
+        temperature=[temperature], seeds=[seed], **options,
     )  # fmt: skip
 
 
@@ -31,27 +31,30 @@ def any_model(request, planted):
 
 def test_open_gates_change_no_bit(any_model, random_tokens):
     index = NodeIndex.of(any_model, SITE_NAMES)
-    masks = masks_of(index, torch.randn(index.n_nodes))
-    gates = masks.gates()
+    masks, values = masks_of(index), torch.randn(1, index.n_nodes)
+    gates = masks.draw()
     assert (gates == 1).all()
     base = any_model(random_tokens, return_type="logits")
     masked = any_model.run_with_hooks(
-        random_tokens, return_type="logits", fwd_hooks=masks.hooks(gates)
+        random_tokens, return_type="logits", fwd_hooks=gated_ablation_hooks(index, gates, values)
     )
     assert torch.equal(masked, base)
 
 
 def test_closed_gates_leave_the_means(any_model, random_tokens):
     means = activation_means(any_model, random_tokens)
-    masks = masks_of(means.index, means.values, bias=-0.1)
-    gates = masks.gates()
+    masks = masks_of(means.index, bias=-0.1)
+    gates = masks.draw()
     assert (gates == 0).all()
     seen = {}
 
     def look(name):
         return lambda x, hook: seen.update({name: x})
 
-    hooks = [*masks.hooks(gates), *((name, look(name)) for name in means.index.slices)]
+    hooks = [
+        *gated_ablation_hooks(means.index, gates, means.values[None]),
+        *((name, look(name)) for name in means.index.slices),
+    ]
     any_model.run_with_hooks(random_tokens, fwd_hooks=hooks)
     for name, piece in means.index.slices.items():
         flat = seen[name].reshape(random_tokens.numel(), -1)
@@ -60,7 +63,7 @@ def test_closed_gates_leave_the_means(any_model, random_tokens):
 
 def test_a_gate_opens_at_zero():
     tau = torch.tensor([-1.0, -1e-6, -0.0, 0.0, 1e-6, 1.0])
-    gates = _Heaviside.apply(tau, torch.tensor(1.0))
+    gates = heaviside(tau, torch.tensor(1.0))
     assert gates.tolist() == [0, 0, 1, 1, 1, 1]
 
 
@@ -68,7 +71,7 @@ def test_a_gate_opens_at_zero():
 def test_the_surrogate_gradient_is_the_sigmoids_slope(temperature):
     tau = torch.linspace(-1, 1, 11, requires_grad=True)
     upstream = torch.arange(11.0)
-    _Heaviside.apply(tau, torch.tensor(temperature)).backward(upstream)
+    heaviside(tau, torch.tensor(temperature)).backward(upstream)
     smooth = torch.linspace(-1, 1, 11, requires_grad=True)
     torch.sigmoid(smooth / temperature).backward(upstream)
     torch.testing.assert_close(tau.grad, smooth.grad)
@@ -78,10 +81,10 @@ def test_the_gradient_of_tau_is_by_hand_slope_times_distance_from_the_mean(plant
     model, _ = planted(activation_density=ActivationDensity.paper(0.5))
     index = NodeIndex.of(model)
     means = activation_means(model, random_tokens).values + 0.05
-    masks = masks_of(index, means, scale=0.05, temperature=0.7, seed=3)
+    masks = masks_of(index, scale=0.05, temperature=0.7, seed=3)
     # some gates closed: the surrogate's gradient must reach them too
     with torch.no_grad():
-        masks.tau[:, ::7] *= -1
+        masks.parameter[:, ::7] *= -1
     captured = {}
 
     def keep_input(name):
@@ -98,17 +101,17 @@ def test_the_gradient_of_tau_is_by_hand_slope_times_distance_from_the_mean(plant
         return look
 
     hooks = []
-    for name, mix in masks.hooks(masks.gates()):
+    for name, mix in gated_ablation_hooks(index, masks.draw(), means[None]):
         hooks += [(name, keep_input(name)), (name, mix), (name, keep_output(name))]
     logits = model.run_with_hooks(random_tokens, return_type="logits", fwd_hooks=hooks)
     logits.square().sum().backward()
     for name, piece in index.slices.items():
-        tau = masks.tau[0, piece].detach()
+        tau = masks.parameter[0, piece].detach()
         s = torch.sigmoid(tau / 0.7)
         x = captured[name, "in"].flatten(0, 1).flatten(1)
         grad = captured[name, "out"].grad.flatten(0, 1).flatten(1)
         by_hand = s * (1 - s) / 0.7 * ((x - means[piece]) * grad).sum(0)
-        torch.testing.assert_close(masks.tau.grad[0, piece], by_hand, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(masks.parameter.grad[0, piece], by_hand, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_reaches_tau_at_every_site(any_model, random_tokens):
@@ -116,44 +119,44 @@ def test_the_gradient_reaches_tau_at_every_site(any_model, random_tokens):
         for parameter in any_model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape)
     means = activation_means(any_model, random_tokens[:32])
-    masks = masks_of(means.index, means.values)
+    masks = masks_of(means.index)
     for parameter in any_model.parameters():
         parameter.requires_grad_(False)
     logits = any_model.run_with_hooks(
-        random_tokens, return_type="logits", fwd_hooks=masks.hooks(masks.gates())
+        random_tokens,
+        return_type="logits",
+        fwd_hooks=gated_ablation_hooks(means.index, masks.draw(), means.values[None]),
     )
     logits.square().mean().backward()
     for name, piece in means.index.slices.items():
-        assert masks.tau.grad[0, piece].abs().sum() > 0, name
-    assert torch.isfinite(masks.tau.grad).all()
+        assert masks.parameter.grad[0, piece].abs().sum() > 0, name
+    assert torch.isfinite(masks.parameter.grad).all()
 
 
 def test_tau_starts_as_told_and_within_its_bounds(planted):
     index = NodeIndex.of(planted(d_model=64)[0])
-    zeros = torch.zeros(index.n_nodes)
-    tau = masks_of(index, zeros, bias=0.1, scale=0.01).tau
+    tau = masks_of(index, bias=0.1, scale=0.01).parameter
     assert abs(float(tau.mean()) - 0.1) < 0.002
     assert abs(float(tau.std()) - 0.01) < 0.002
-    wide = masks_of(index, zeros, bias=0.0, scale=5.0).tau
+    wide = masks_of(index, bias=0.0, scale=5.0).parameter
     assert wide.min() == -1
     assert wide.max() == 1
 
 
 def test_clamp_keeps_tau_within_its_bounds(planted):
     index = NodeIndex.of(planted()[0])
-    masks = masks_of(index, torch.zeros(index.n_nodes))
+    masks = masks_of(index)
     with torch.no_grad():
-        masks.tau[0, :3] = torch.tensor([-1.5, 0.2, 7.0])
+        masks.parameter[0, :3] = torch.tensor([-1.5, 0.2, 7.0])
     masks.clamp()
-    torch.testing.assert_close(masks.tau[0, :3].detach(), torch.tensor([-1.0, 0.2, 1.0]))
+    torch.testing.assert_close(masks.parameter[0, :3].detach(), torch.tensor([-1.0, 0.2, 1.0]))
 
 
 def test_the_seed_decides_tau(planted):
     index = NodeIndex.of(planted()[0])
-    zeros = torch.zeros(index.n_nodes)
-    first, again = masks_of(index, zeros, seed=1).tau, masks_of(index, zeros, seed=1).tau
+    first, again = masks_of(index, seed=1).parameter, masks_of(index, seed=1).parameter
     assert torch.equal(first, again)
-    assert not torch.equal(first, masks_of(index, zeros, seed=2).tau)
+    assert not torch.equal(first, masks_of(index, seed=2).parameter)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,17 +165,16 @@ def test_the_seed_decides_tau(planted):
 
 def test_masks_side_by_side_start_as_each_alone(planted):
     index = NodeIndex.of(planted()[0])
-    zeros = torch.zeros(index.n_nodes)
-    together = NodeMasks(
-        index, zeros.repeat(3, 1), init_bias=[0.1, 0.0, -0.2], init_scale=[0.01, 1.0, 0.3],
+    together = HardGates(
+        components(index, False), init_bias=[0.1, 0.0, -0.2], init_scale=[0.01, 1.0, 0.3],
         temperature=[1.0, 0.5, 2.0], seeds=[4, 4, 5],
     )  # fmt: skip
     for row, (bias, scale, seed) in enumerate([(0.1, 0.01, 4), (0.0, 1.0, 4), (-0.2, 0.3, 5)]):
-        alone = masks_of(index, zeros, bias=bias, scale=scale, seed=seed)
-        assert torch.equal(together.tau[row], alone.tau[0])
+        alone = masks_of(index, bias=bias, scale=scale, seed=seed)
+        assert torch.equal(together.parameter[row], alone.parameter[0])
     temperatures = torch.tensor([1.0, 0.5, 2.0])[:, None]
-    (grad,) = torch.autograd.grad(together.gates().sum(), together.tau)
-    s = torch.sigmoid(together.tau.detach() / temperatures)
+    (grad,) = torch.autograd.grad(together.draw().sum(), together.parameter)
+    s = torch.sigmoid(together.parameter.detach() / temperatures)
     torch.testing.assert_close(grad, s * (1 - s) / temperatures)
 
 
@@ -201,13 +203,13 @@ def slices_of(index, *sites):
     return [[index.slices[index.hook(lay, s)] for s in sites] for lay in range(index.n_layers)]
 
 
-def test_a_query_channel_shares_its_unit_with_the_key_channel_that_it_meets(planted):
+def test_a_query_channel_shares_its_component_with_the_key_channel_that_it_meets(planted):
     index = NodeIndex.of(planted()[0])
-    assert torch.equal(units(index, False), torch.arange(index.n_nodes))
-    unit = units(index, True)
+    assert torch.equal(components(index, False), torch.arange(index.n_nodes))
+    component = components(index, True)
     groups = {}
-    for node, u in enumerate(unit.tolist()):
-        groups.setdefault(u, set()).add(node)
+    for node, c in enumerate(component.tolist()):
+        groups.setdefault(c, set()).add(node)
     assert sorted(groups) == list(range(index.n_nodes - 2 * 8))
     tied = {
         frozenset((q.start + i, k.start + i))
@@ -219,18 +221,18 @@ def test_a_query_channel_shares_its_unit_with_the_key_channel_that_it_meets(plan
 
 def test_tied_gates_open_and_close_together_and_cost_two(planted):
     index = NodeIndex.of(planted()[0])
-    masks = masks_of(index, torch.zeros(index.n_nodes), bias=0.0, scale=0.5, tie_qk=True)
-    assert masks.tau.shape == (1, index.n_nodes - 16)
-    gates = masks.gates()
+    masks = masks_of(index, bias=0.0, scale=0.5, tie_qk=True)
+    assert masks.parameter.shape == (1, index.n_nodes - 16)
+    gates = masks.draw()
     assert 0 < gates.sum() < index.n_nodes
-    tau = masks.node_tau()[0]
+    tau = masks.scores()[0]
     for q, k in slices_of(index, "attn_q", "attn_k"):
         assert torch.equal(gates[0, q], gates[0, k])
         assert torch.equal(tau[q], tau[k])
         assert tau[q].std() > 0.1
-    (grad,) = torch.autograd.grad(gates.sum(), masks.tau)
-    s = torch.sigmoid(masks.tau[0].detach())
-    nodes = torch.bincount(units(index, True))
+    (grad,) = torch.autograd.grad(gates.sum(), masks.parameter)
+    s = torch.sigmoid(masks.parameter[0].detach())
+    nodes = torch.bincount(components(index, True))
     assert nodes.tolist().count(2) == 16
     torch.testing.assert_close(grad[0], nodes * s * (1 - s))
 
@@ -241,7 +243,7 @@ def test_tying_needs_both_sites(planted, sites):
     with pytest.raises(
         ValueError, match=r"needs both sites attn_q and attn_k; the sites are attn|mlp"
     ):
-        units(index, True)
+        components(index, True)
 
 
 @pytest.mark.parametrize("tie_qk", [False, True])
@@ -251,13 +253,13 @@ def test_the_gates_of_excluded_nodes_are_closed_and_learn_nothing(planted, tie_q
     (q, k), _ = slices_of(index, "attn_q", "attn_k")
     closed = {0, q.start + 3, k.start + 3, index.n_nodes - 1}
     exclude[sorted(closed)] = True
-    masks = masks_of(index, torch.zeros(index.n_nodes), exclude=exclude, tie_qk=tie_qk)
-    gates = masks.gates()[0]
+    masks = masks_of(index, exclude=exclude, tie_qk=tie_qk)
+    gates = masks.draw()[0]
     assert set(torch.nonzero(gates == 0).flatten().tolist()) == closed
-    assert (masks.node_tau()[0, sorted(closed)] == -1).all()
-    (grad,) = torch.autograd.grad(gates.sum(), masks.tau)
+    assert (masks.scores()[0, sorted(closed)] == -1).all()
+    (grad,) = torch.autograd.grad(gates.sum(), masks.parameter)
     silent = torch.nonzero(grad[0] == 0).flatten()
-    assert set(silent.tolist()) == {int(units(index, tie_qk)[i]) for i in closed}
+    assert set(silent.tolist()) == {int(components(index, tie_qk)[i]) for i in closed}
 
 
 # --------------------------------------------------------------------------------------------------
