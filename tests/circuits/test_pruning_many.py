@@ -127,7 +127,7 @@ def test_a_target_missed_by_rounding_fails_that_job_alone(
     monkeypatch.setattr("tl_sparse.circuits.pruning_run.masked_losses", nearly)
     (found,) = prune_many(model, [(marks, close)], means=means, progress=False)
     assert isinstance(found, PruningFailed)
-    assert "none of its 1 stages" in str(found)
+    assert "none of its 1 checkpoints" in str(found)
 
 
 def test_a_job_that_cannot_be_posed_is_told_before_any_training(
