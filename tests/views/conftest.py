@@ -103,3 +103,36 @@ def quote_circuit() -> CircuitTable:
 @pytest.fixture
 def empty_circuit(quote_circuit: CircuitTable) -> CircuitTable:
     return replace(quote_circuit, nodes=quote_circuit.nodes[:0], edges=quote_circuit.edges[:0])
+
+
+NO_HEAD = pd.array([None], dtype="Int64")
+
+
+@pytest.fixture
+def heads() -> CircuitTable:
+    """Whole heads of three layers, without edges."""
+    found = [(0, 1), (0, 3), (1, 0), (4, 3), (4, 11)]
+    nodes = pd.DataFrame(found, columns=["layer", "head"]).astype({"head": "Int64"})
+    nodes["site"], nodes["channel"] = "hook_z", nodes["head"].astype(int) * D_HEAD
+    nodes["head_channel"] = NO_HEAD.repeat(len(nodes))
+    nodes["hook"] = [f"blocks.{layer}.attn.hook_z" for layer in nodes["layer"]]
+    edges = make_circuit([], []).edges
+    return CircuitTable(task="names", nodes=nodes, edges=edges)
+
+
+@pytest.fixture
+def features() -> CircuitTable:
+    """Channels of three hooks, which stand in for sites, and edges between them."""
+    hooks = ("blocks.0.hook_resid_post", "blocks.2.mlp.hook_post",
+             "blocks.2.hook_resid_post.hook_sae_acts")  # fmt: skip
+    found = [(hooks[0], 14000), (hooks[0], 7), (hooks[1], 9), (hooks[1], 10), (hooks[1], 11),
+             (hooks[2], 5)]  # fmt: skip
+    nodes = pd.DataFrame(found, columns=["site", "channel"]).assign(layer=0)
+    nodes["hook"] = nodes["site"]
+    nodes["head"] = nodes["head_channel"] = NO_HEAD.repeat(len(nodes))
+    ends = [(hooks[0], 14000, hooks[1], 9, 1.0), (hooks[0], 14000, hooks[1], 11, 1.0),
+            (hooks[0], 7, hooks[1], 10, -0.5), (hooks[1], 10, hooks[2], 5, 0.5)]  # fmt: skip
+    edges = pd.DataFrame(
+        ends, columns=["source_site", "source", "target_site", "target", "weight"]
+    ).assign(layer=0, matrix="effect")
+    return CircuitTable(task="features", nodes=nodes, edges=edges)

@@ -73,3 +73,11 @@ def test_empty_circuit_gives_a_figure_that_says_so(empty_circuit):
 def test_negative_max_edges_is_refused(quote_circuit):
     with pytest.raises(ValueError, match="max_edges"):
         circuit_figure(quote_circuit, max_edges=-1)
+
+
+@pytest.mark.parametrize("name", ["heads", "features"])
+def test_circuits_of_any_hooks_are_drawn(name, request):
+    circuit = request.getfixturevalue(name)
+    (nodes,) = [trace for trace in circuit_figure(circuit).data if trace.customdata is not None]
+    assert len(nodes.x) == circuit.n_nodes
+    assert nodes.name == "node"

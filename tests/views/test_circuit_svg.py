@@ -75,3 +75,14 @@ def test_empty_circuit_says_so(empty_circuit):
 def test_negative_max_edges_is_refused(quote_circuit):
     with pytest.raises(ValueError, match="max_edges"):
         circuit_svg(quote_circuit, max_edges=-5)
+
+
+@pytest.mark.parametrize("name", ["heads", "features"])
+def test_circuits_of_any_hooks_are_drawn(name, request):
+    circuit = request.getfixturevalue(name)
+    svg = circuit_svg(circuit)
+    assert len(drawn(svg, "tls-node")) == circuit.n_nodes
+    assert len(drawn(svg, "tls-edge")) == circuit.n_edges
+    legend = "".join(drawn(svg, "tls-legend")[0].itertext())
+    assert ("weight > 0" in legend) == (circuit.n_edges > 0)
+    assert "query" not in legend

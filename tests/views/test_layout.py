@@ -161,10 +161,42 @@ def test_circuit_without_edges_is_placed(quote_circuit):
     assert np.isfinite(layout.nodes[["x", "y"]]).all(axis=None)
 
 
-def test_unknown_site_names_the_choices(quote_circuit):
-    nodes = quote_circuit.nodes.replace({"site": {"mlp_neuron": "mlp_act"}})
-    with pytest.raises(ValueError, match=r"unknown site 'mlp_act'; sites are embed, .*mlp_out"):
-        circuit_layout(nodes, quote_circuit.edges)
+def test_heads_stand_in_the_column_of_their_number(heads):
+    layout = layout_of(heads)
+    at = layout.nodes.set_index(["layer", "head"])
+    assert layout.rows["label"].tolist() == ["attn.z"] * 3
+    assert layout.rows["layer"].tolist() == [0, 1, 4]
+    assert at.loc[(0, 3), "x"] == at.loc[(4, 3), "x"]
+    order = layout.nodes.sort_values("head")
+    np.testing.assert_allclose(order["x"] - order["head"].astype(float), 0.5)
+    assert layout.heads.empty  # no box around a single mark
+
+
+def test_features_of_any_hooks_are_drawn_with_edges_between_layers(features):
+    layout = layout_of(features)
+    assert layout.rows["label"].tolist() == ["resid_post", "mlp.post", "resid_post.sae_acts"]
+    assert layout.rows["layer"].tolist() == [0, 2, 2]
+    assert (layout.edges["y1"] > layout.edges["y0"]).all()
+    for _, row in layout.nodes.groupby("row"):
+        assert (np.diff(np.sort(row["x"])) > 0.99).all()
+    # the two features that one feature of another layer feeds stand on its two sides
+    x = layout.nodes.set_index("channel")["x"]
+    assert min(x[9], x[11]) < x[14000] < max(x[9], x[11])
+
+
+def test_edges_between_layers_name_both(circuit_of):
+    circuit = circuit_of([(0, "mlp_neuron", 1), (3, "sae", 2)], [])
+    edges = pd.DataFrame(
+        {
+            "layer": 0, "source_layer": 0, "source_site": "mlp_neuron", "source": 1,
+            "target_layer": 3, "target_site": "sae", "target": 2, "matrix": "effect",
+            "weight": [0.5],
+        }
+    )  # fmt: skip
+    layout = circuit_layout(circuit.nodes, edges)
+    assert layout.edges[["source_id", "target_id"]].values.tolist() == [
+        ["0.mlp_neuron.1", "3.sae.2"]
+    ]
 
 
 def test_missing_column_is_named(quote_circuit):

@@ -5,6 +5,7 @@ from tl_sparse.views.style import (
     SITE_STYLES,
     edge_opacity,
     edge_width,
+    node_facts,
     node_labels,
     node_names,
     strength,
@@ -20,6 +21,13 @@ def test_names_say_layer_site_and_head(quote_circuit):
     assert names[2] == "layer 0 · neuron 863"
     assert names[9] == "layer 10 · key 1 of head 82"
     assert node_labels(quote_circuit.nodes)[8:] == ["q1", "k1", "v0", "83"]
+
+
+def test_nodes_of_other_hooks_go_by_the_hooks_name(heads, features):
+    assert node_names(heads.nodes)[-1] == "layer 4 · attn.z head 11"
+    assert node_labels(heads.nodes) == ["1", "3", "0", "3", "11"]
+    assert node_names(features.nodes)[-1] == "layer 2 · resid_post.sae_acts 5"
+    assert node_facts(features.nodes) == [""] * 6
 
 
 def test_stronger_edges_are_wider_and_more_opaque():

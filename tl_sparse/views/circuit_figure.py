@@ -74,7 +74,7 @@ def circuit_figure(circuit: CircuitTable, max_edges: int = 2000) -> go.Figure:
         yaxis={
             "range": [-0.5, layout.height + 0.5],
             "tickvals": layout.rows["y"].tolist(),
-            "ticktext": [f"L{row.layer} {row.label}" for row in layout.rows.itertuples()],
+            "ticktext": [f"L{r.layer} {plotly_text(r.label)}" for r in layout.rows.itertuples()],
             "showgrid": False,
             "zeroline": False,
         },
@@ -150,8 +150,8 @@ def _nodes(layout: Layout) -> list[dict[str, Any]]:
     size = float(np.clip(420 / layout.width, 6, 15))
     mode = "markers+text" if layout.width <= _LABELLED_WIDTH else "markers"
     traces = []
-    for name, nodes in layout.nodes.groupby("site", sort=False):
-        style = site_style(str(name))
+    styles = layout.nodes["site"].map(site_style)
+    for style, nodes in layout.nodes.groupby(styles, sort=False):
         texts = zip(node_names(nodes), node_facts(nodes), nodes["hook"], strict=True)
         traces.append(
             {
@@ -164,7 +164,7 @@ def _nodes(layout: Layout) -> list[dict[str, Any]]:
                     "line": {"color": "white", "width": 1.5},
                 },
                 "hovertext": [
-                    f"<b>{plotly_text(name)}</b><br>" + plotly_text(f"{facts}\n{hook}")
+                    f"<b>{plotly_text(name)}</b><br>" + plotly_text(f"{facts}\n{hook}".strip())
                     for name, facts, hook in texts
                 ],
             }

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from tl_sparse.views.circuit_table import CircuitTable
-from tl_sparse.views.layout import Layout, circuit_layout, strongest_edges
+from tl_sparse.views.layout import READS, WRITES, Layout, circuit_layout, strongest_edges
 from tl_sparse.views.markup import element, to_svg
 from tl_sparse.views.style import (
     LANE,
@@ -22,13 +22,14 @@ from tl_sparse.views.style import (
     site_style,
     strength,
 )
-from tl_sparse.views.text import number
+from tl_sparse.views.text import number, printable, shorten
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 104.0, 36.0, 30.0, 74.0
 _LEAST_WIDTH = 660.0  # room for the legend
 _DRAWING_WIDTH = 900.0
 _LABELLED_SPACING = 42.0  # a channel number fits between two nodes
 _STUB = 22.0
+_ROW_LETTERS = 14  # of a row's name, which fit on its left
 _FONT = "font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
 # Pages set --tls-paper to their background; elsewhere nodes and labels go without a halo.
 _HALO = "stroke:var(--tls-paper,none)"
@@ -104,7 +105,7 @@ def circuit_element(layout: Layout, max_edges: int) -> ET.Element:
     _draw_edges(svg, shown, layout, scale)
     _label_heads(svg, layout, scale)
     _draw_nodes(svg, layout, scale)
-    _draw_legend(svg, width, height, shown_note(len(shown), len(layout.edges)))
+    _draw_legend(svg, layout, width, height, shown_note(len(shown), len(layout.edges)))
     if layout.nodes.empty:
         _text(svg, width / 2, height / 2 - 20, "no node was kept", anchor="middle")
     return svg
@@ -146,7 +147,8 @@ def _text(
 
 
 def _draw_layers(svg: ET.Element, layout: Layout, scale: _Scale, width: float) -> None:
-    extent = layout.nodes.groupby("layer")["y"].agg(["min", "max"])
+    layer_of = layout.rows["layer"].to_numpy(int)[layout.nodes["row"]]
+    extent = layout.nodes.groupby(layer_of)["y"].agg(["min", "max"])
     bands = zip(extent.index, scale.y(extent["min"]) + 21, scale.y(extent["max"]) - 21, strict=True)
     for layer, low, high in bands:
         element(
@@ -155,7 +157,7 @@ def _draw_layers(svg: ET.Element, layout: Layout, scale: _Scale, width: float) -
         )  # fmt: skip
         _text(svg, 13.0, high + 15, f"L{layer}", opacity=0.8, style="font-weight:600")
     for label, y in zip(layout.rows["label"], scale.y(layout.rows["y"]), strict=True):
-        _text(svg, _LEFT - 14, y + 4, label, "end", opacity=0.65)
+        _text(svg, _LEFT - 14, y + 4, shorten(printable(label), _ROW_LETTERS), "end", opacity=0.65)
 
 
 def _draw_lanes(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
@@ -244,7 +246,7 @@ def _draw_edges(svg: ET.Element, shown: pd.DataFrame, layout: Layout, scale: _Sc
         )
         element(
             path, "title"
-        ).text = f"{matrices[i]} {number(weights[i])}\n{name[source]} → {name[target]}"
+        ).text = f"{printable(matrices[i])} {number(weights[i])}\n{name[source]} → {name[target]}"
 
 
 def _draw_nodes(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
@@ -258,7 +260,7 @@ def _draw_nodes(svg: ET.Element, layout: Layout, scale: _Scale) -> None:
         node = element(
             group, "g", class_="tls-node", data_node=id_, transform=f"translate({x:.1f} {y:.1f})"
         )
-        element(node, "title").text = f"{name}\n{facts}"
+        element(node, "title").text = f"{name}\n{facts}".strip()
         _mark(node, site, r)
         if scale.labelled:
             _text(node, r + 4, 3.6, label, size=10.5, opacity=0.9, style=_halo(3))
@@ -276,21 +278,24 @@ def _mark(parent: ET.Element, site: str, r: float, x: float = 0.0, y: float = 0.
         element(parent, "circle", cx=x, cy=y, r=r, **look)
 
 
-def _draw_legend(svg: ET.Element, width: float, height: float, note: str) -> None:
-    entries = (
-        ("attn_in", "reads channel", 104), ("attn_q", "query", 62), ("attn_k", "key", 52),
-        ("attn_v", "value", 60), ("mlp_neuron", "neuron", 70), ("mlp_out", "writes channel", 112),
-    )  # fmt: skip
-    signs = ((POSITIVE, "weight > 0", 92), (NEGATIVE, "weight < 0", 76))
-    total = sum(w for *_, w in entries) + sum(w for *_, w in signs)
-    x, y = (width - total) / 2 + 4, height - 30
+def _draw_legend(svg: ET.Element, layout: Layout, width: float, height: float, note: str) -> None:
+    """The marks in use, one for all reads and one for all writes, and the colours of the edges."""
+    shared = dict.fromkeys(READS, "reads channel") | dict.fromkeys(WRITES, "writes channel")
+    marks: dict[str, str] = {}
+    for site in layout.nodes.sort_values("y")["site"].unique():
+        label = shared.get(site, site_style(site).label)
+        marks.setdefault(label, site)
+    signs = {"weight > 0": POSITIVE, "weight < 0": NEGATIVE} if len(layout.edges) else {}
+    steps = [6.2 * len(label) + 28 for label in (*marks, *signs)]
+    places = iter(np.cumsum([(width - sum(steps)) / 2 + 4, *steps]))
+    y = height - 30
     legend = element(svg, "g", class_="tls-legend")
-    for site, label, step in entries:
+    for label, site in marks.items():
+        x = float(next(places))
         _mark(legend, site, 4.5, x, y)
         _text(legend, x + 9, y + 3.5, label, size=10.5)
-        x += step
-    for colour, label, step in signs:
+    for label, colour in signs.items():
+        x = float(next(places))
         element(legend, "line", x1=x - 4, x2=x + 12, y1=y, y2=y, stroke=colour, stroke_width=2.5)
         _text(legend, x + 16, y + 3.5, label, size=10.5)
-        x += step
     _text(legend, width / 2, height - 8, note, "middle", 10.5)

@@ -234,9 +234,10 @@
           const bar = make(make(button, "span", undefined, "track"), "i");
           bar.style.width = `${(100 * Math.abs(edge[3])) / largest}%`;
           bar.style.background = colour(edge[3], 0.9);
-          // All edges of a node stay in its layer, so the layer goes without saying.
+          // Of an edge that stays in its layer, the layer goes without saying.
+          const stays = this.nodes[edge[0]].layer === this.nodes[edge[1]].layer;
           const name = this.nodes[edge[end]].name;
-          make(button, "span", `${name.slice(name.indexOf("\u00b7") + 2)} \u00b7 ${edge[2]}`, "name");
+          make(button, "span", `${stays ? name.slice(name.indexOf("\u00b7") + 2) : name} \u00b7 ${edge[2]}`, "name");
         }
       };
       add(0, LISTED);

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from tl_sparse.sites import SITE_NAMES, SITES
 from tl_sparse.views.placement import barycentre, order_lanes, place_items
+from tl_sparse.views.style import node_places
 
 ROWS: dict[str, tuple[str, ...]] = {
     "embedding": ("embed",),
@@ -24,12 +25,13 @@ ROWS: dict[str, tuple[str, ...]] = {
 READS: tuple[str, ...] = tuple(s.name for s in SITES if s.kind == "residual" and s.read_by)
 WRITES: tuple[str, ...] = tuple(s.name for s in SITES if s.kind == "residual" and s.written_by)
 
-NODE_COLUMNS = ("layer", "site", "channel", "head", "head_channel", "hook", "tau", "mean")
+NODE_COLUMNS = ("layer", "site", "channel", "head", "head_channel", "hook")
 EDGE_COLUMNS = ("layer", "source_site", "source", "target_site", "target", "matrix", "weight")
 
-_SLOT = {site: slot for slot, sites in enumerate(ROWS.values()) for site in sites}
-_QKV_SLOT = 2
-_FIRST_MLP_SLOT = 4
+_ROW_OF = {site: label for label, sites in ROWS.items() for site in sites}
+_LANE_ROWS = tuple(dict.fromkeys(_ROW_OF[site] for site in READS + WRITES))
+_FIRST_MLP_SLOT = list(ROWS).index(_ROW_OF["mlp_in"])
+_PULLS = 8  # sweeps over edges between nodes outside the table
 _FULL_ROW = 56  # nodes side by side before a row is staggered over several levels
 _MAX_LEVELS = 8
 _LEVEL_STEP = 0.26  # height of one level of a staggered row, in row heights
@@ -81,81 +83,86 @@ def strongest_edges(edges: pd.DataFrame, max_edges: int) -> pd.DataFrame:
 def circuit_layout(nodes: pd.DataFrame, edges: pd.DataFrame) -> Layout:
     """Place a circuit: layers go upward, residual channels are vertical lanes.
 
-    Every edge joins one residual channel to one head or neuron, so the picture is a stack of
-    two-row graphs that share their lanes. The order of lanes, heads and neurons comes from
-    barycentre sweeps weighted by |weight|, the best sweep wins; heads and neurons are then
+    Edges between sites of the table join one residual channel to one head or neuron, so the picture
+    is a stack of two-row graphs that share their lanes. The order of lanes, heads and neurons comes
+    from barycentre sweeps weighted by |weight|, the best sweep wins; heads and neurons are then
     placed as near to their barycentre as their widths allow. Time is linear in the edges.
 
-    Raises ValueError on missing columns, unknown sites, repeated nodes, a q/k/v node without a
-    head, edges whose ends are not both kept nodes, and weights that are not finite.
+    Nodes of any other site or hook stand in a row per layer and hook above the layer's own: few
+    channels (such as heads) in fixed columns, many (such as features) near those that they have
+    edges with. Edges between different layers say so in columns source_layer and target_layer.
+
+    Raises:
+        ValueError: missing columns, repeated nodes, a q/k/v node without a head, edges whose ends
+            are not both kept nodes, weights that are not finite.
     """
     _require(nodes, NODE_COLUMNS, "nodes")
     _require(edges, EDGE_COLUMNS, "edges")
     nodes = nodes.reset_index(drop=True).copy()
     edges = edges.reset_index(drop=True).copy()
-    _check_sites(nodes)
+    _check_heads(nodes)
     nodes["id"] = node_ids(nodes["layer"], nodes["site"], nodes["channel"])
     if nodes["id"].duplicated().any():
         raise ValueError(f"node {nodes['id'][nodes['id'].duplicated()].iloc[0]} is given twice")
     source, target = _edge_ends(nodes, edges)
 
-    slot = nodes["site"].map(_SLOT).to_numpy(int)
-    row_key, row = np.unique(nodes["layer"].to_numpy(int) * len(ROWS) + slot, return_inverse=True)
-    levels = np.clip(-(-np.bincount(row, minlength=len(row_key)) // _FULL_ROW), 1, _MAX_LEVELS)
+    rows, row = _rows(nodes)
+    levels = np.clip(-(-np.bincount(row, minlength=len(rows)) // _FULL_ROW), 1, _MAX_LEVELS)
     residual = nodes["site"].isin(READS + WRITES).to_numpy()
     channels, lane = np.unique(nodes["channel"].to_numpy(int)[residual], return_inverse=True)
     lane_of = np.full(len(nodes), -1)
     lane_of[residual] = lane
 
-    item_name = nodes["channel"].where(slot != _QKV_SLOT, nodes["head"]).astype(int)
-    item_of = pd.DataFrame({"row": row, "name": item_name})[~residual].groupby(["row", "name"])
+    column = nodes["head"].astype("Int64").fillna(nodes["channel"]).astype(int)
     item = np.full(len(nodes), -1)
+    item_of = pd.DataFrame({"row": row, "name": column})[~residual].groupby(["row", "name"])
     item[~residual] = item_of.ngroup().to_numpy(int)
     item_row, item_size = _items(item, row)
 
-    ends = np.where(residual[source], source, target), np.where(residual[source], target, source)
     strength = _relative_strength(edges)
-    lane_order = order_lanes(
-        lane_of[ends[0]], item[ends[1]], strength, item_row, len(channels), len(row_key)
-    )
+    joins = residual[source] != residual[target]  # a lane and a head or neuron
+    ends = np.where(residual[source], source, target), np.where(residual[source], target, source)
+    of_lane, of_item, pull = lane_of[ends[0]][joins], ends[1][joins], strength[joins]
+    lane_order = order_lanes(of_lane, item[of_item], pull, item_row, len(channels), len(rows))
 
-    is_head = row_key[item_row] % len(ROWS) == _QKV_SLOT
+    is_head = np.zeros(len(item_row), dtype=bool)
+    is_head[item[~residual & nodes["head_channel"].notna().to_numpy()]] = True
     item_width = item_size / levels[item_row] + _HEAD_MARGIN * is_head
     lane_levels = int(np.clip(-(-len(channels) // _FULL_ROW), 1, _MAX_LEVELS))
-    row_widths = np.bincount(item_row, item_width, minlength=len(row_key))
-    width = float(max(len(channels) / lane_levels, row_widths.max(initial=0.0), 1.0))
+    row_widths = np.bincount(item_row, item_width, minlength=len(rows))
+    other = rows["slot"].to_numpy(int)[item_row] >= len(ROWS)
+    item_column = np.zeros(len(item_row), dtype=int)
+    item_column[item[~residual]] = column[~residual]
+    n_columns = int(item_column[other].max(initial=0)) + 1 if other.any() else 0
+    n_columns *= n_columns <= _FULL_ROW
+    width = float(max(len(channels) / lane_levels, row_widths.max(initial=0.0), n_columns, 1.0))
 
     lane_x = (lane_order + 0.5) * width / max(len(channels), 1)
-    item_x = place_items(
-        barycentre(item[ends[1]], lane_x[lane_of[ends[0]]], strength, len(item_row), width),
-        item_row,
-        item_width,
-        width,
-    )
+    middle = barycentre(item[of_item], lane_x[of_lane], pull, len(item_row), width)
+    middle[other] = (item_column[other] + 0.5) * width / n_columns if n_columns else width / 2
+    item_x = place_items(middle, item_row, item_width, width)
+    if not n_columns:
+        links = item[source[~joins]], item[target[~joins]]
+        item_x = _pulled(item_x, links, strength[~joins], item_row, item_width, width)
     x = np.empty(len(nodes))
     x[residual] = lane_x[lane]
-    wanted = barycentre(ends[1], lane_x[lane_of[ends[0]]], strength, len(nodes), width)
+    wanted = barycentre(of_item, lane_x[of_lane], pull, len(nodes), width)
     _place_within_items(x, nodes, item, row, levels, item_x, item_size, wanted)
 
-    row_y = _row_heights(row_key, np.where(_is_residual(row_key), lane_levels, levels))
-    y = row_y[row] + _stagger(x, row, residual, levels, lane_order, lane_of, lane_levels)
+    row_levels = np.where(rows["label"].isin(_LANE_ROWS), lane_levels, levels)
+    rows["y"] = _row_heights(rows, row_levels)
+    y = rows["y"].to_numpy(float)[row]
+    y = y + _stagger(x, row, residual, levels, lane_order, lane_of, lane_levels)
     nodes["row"], nodes["x"], nodes["y"] = row, x, y
     edges["source_id"] = nodes["id"].to_numpy()[source]
     edges["target_id"] = nodes["id"].to_numpy()[target]
     edges["x0"], edges["y0"], edges["x1"], edges["y1"] = x[source], y[source], x[target], y[target]
-    rows = pd.DataFrame(
-        {
-            "layer": row_key // len(ROWS),
-            "label": np.array(list(ROWS), dtype=object)[row_key % len(ROWS)],
-            "y": row_y,
-        }
-    )
     return Layout(
         nodes=nodes,
         edges=edges,
         lanes=_lanes(nodes[residual], channels, lane_x),
         heads=_head_boxes(nodes, item, item_x, item_width, is_head),
-        rows=rows,
+        rows=rows[["layer", "label", "y"]],
         width=width,
         height=float(y.max(initial=0.0)),
     )
@@ -167,16 +174,29 @@ def _require(table: pd.DataFrame, columns: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} lacks {', '.join(missing)}; needed are {', '.join(columns)}")
 
 
-def _check_sites(nodes: pd.DataFrame) -> None:
-    unknown = nodes["site"][~nodes["site"].isin(SITE_NAMES)]
-    if len(unknown):
-        raise ValueError(f"unknown site {unknown.iloc[0]!r}; sites are {', '.join(SITE_NAMES)}")
+def _check_heads(nodes: pd.DataFrame) -> None:
     headless = nodes[nodes["site"].isin(ROWS["q k v"]) & nodes["head"].isna()]
     if len(headless):
         first = headless.iloc[0]
         raise ValueError(
             f"{first['site']} node {first['channel']} of layer {first['layer']} has no head"
         )
+
+
+def _rows(nodes: pd.DataFrame) -> tuple[pd.DataFrame, Int[np.ndarray, " node"]]:
+    """The rows in use, bottom to top (layer, slot, label), and the row of every node.
+
+    Hooks that are no site of the table have a row each, above the others of their layer.
+    """
+    layer, words = node_places(nodes)
+    label = nodes["site"].map(_ROW_OF).fillna(words)
+    order = list(dict.fromkeys([*ROWS, *label]))
+    slot = label.map(order.index).astype(int)
+    rows = pd.DataFrame({"layer": layer, "slot": slot, "label": label})
+    row = rows.groupby(["layer", "slot"]).ngroup().to_numpy(int)
+    return rows.drop_duplicates(["layer", "slot"]).sort_values(
+        ["layer", "slot"], ignore_index=True
+    ), row
 
 
 def _edge_ends(
@@ -186,13 +206,15 @@ def _edge_ends(
     index = pd.Index(nodes["id"])
     ends = []
     for end in ("source", "target"):
-        ids = node_ids(edges["layer"], edges[f"{end}_site"], edges[end])
+        layer = edges.get(f"{end}_layer", edges["layer"])
+        ids = node_ids(layer, edges[f"{end}_site"], edges[end])
         rows = index.get_indexer(pd.Index(ids)).astype(int)
         if (rows < 0).any():
             raise ValueError(f"edge {end} {ids[rows < 0].iloc[0]} is not a node of the circuit")
         ends.append(rows)
     residual = nodes["site"].isin(READS + WRITES).to_numpy()
-    bad = residual[ends[0]] == residual[ends[1]]
+    known = nodes["site"].isin(SITE_NAMES).to_numpy()
+    bad = (residual[ends[0]] == residual[ends[1]]) & known[ends[0]] & known[ends[1]]
     if bad.any():
         a, b = (nodes["id"].to_numpy()[end[bad][0]] for end in ends)
         raise ValueError(f"edge {a} to {b} does not join a residual channel to a head or neuron")
@@ -206,11 +228,6 @@ def _relative_strength(edges: pd.DataFrame) -> Float[np.ndarray, " edge"]:
     size = edges["weight"].abs().astype(float)
     largest = size.groupby([edges["layer"], edges["matrix"]]).transform("max")
     return np.maximum((size / largest.where(largest > 0, 1.0)).to_numpy(float), 1e-3)
-
-
-def _is_residual(row_key: Int[np.ndarray, " row"]) -> np.ndarray:
-    slots = [_SLOT[site] for site in READS + WRITES]
-    return np.isin(row_key % len(ROWS), slots)
 
 
 def _items(
@@ -236,7 +253,8 @@ def _place_within_items(
 ) -> None:
     """Fill x of heads' channels (q, k and v each together) and of neurons, by barycentre."""
     inside = np.flatnonzero(item >= 0)
-    kind = nodes["site"].map({site: i for i, site in enumerate(SITE_NAMES)}).to_numpy(int)
+    kind = nodes["site"].map(dict(zip(SITE_NAMES, range(len(SITE_NAMES)), strict=True)))
+    kind = kind.fillna(len(SITE_NAMES)).to_numpy(int)
     block = pd.Series(wanted[inside]).groupby([item[inside], kind[inside]]).transform("mean")
     order = inside[np.lexsort((wanted[inside], kind[inside], block.to_numpy(float), item[inside]))]
     start = np.cumsum(item_size) - item_size
@@ -244,13 +262,29 @@ def _place_within_items(
     x[order] = item_x[item[order]] + place / levels[row[order]]
 
 
-def _row_heights(
-    row_key: Int[np.ndarray, " row"], levels: Int[np.ndarray, " row"]
-) -> Float[np.ndarray, " row"]:
+def _pulled(
+    x: Float[np.ndarray, " item"],
+    links: tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]],
+    strength: Float[np.ndarray, " edge"],
+    item_row: Int[np.ndarray, " item"],
+    item_width: Float[np.ndarray, " item"],
+    width: float,
+) -> Float[np.ndarray, " item"]:
+    """Positions after items that edges join directly have pulled each other into place."""
+    here, there = np.concatenate(links), np.concatenate(links[::-1])
+    for _ in range(_PULLS if len(here) else 0):
+        wanted = barycentre(here, x[there], np.tile(strength, 2), len(x), np.nan)
+        x = place_items(np.where(np.isnan(wanted), x, wanted), item_row, item_width, width)
+    return x
+
+
+def _row_heights(rows: pd.DataFrame, levels: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
     """Height of every row; rows of one block stand a full step apart, blocks closer."""
-    if len(row_key) == 0:
+    if len(rows) == 0:
         return np.zeros(0)
-    block = row_key // _FIRST_MLP_SLOT
+    slot = rows["slot"].to_numpy(int)
+    part = (slot >= _FIRST_MLP_SLOT).astype(int) + (slot >= len(ROWS))
+    block = rows["layer"].to_numpy(int) * 3 + part
     half = (levels - 1) * _LEVEL_STEP / 2
     step = np.where(np.diff(block) == 0, 1.0, _BLOCK_STEP) + half[1:] + half[:-1]
     return half[0] + np.concatenate([[0.0], np.cumsum(step)])
@@ -302,7 +336,7 @@ def _head_boxes(
     item_width: Float[np.ndarray, " item"],
     is_head: np.ndarray,
 ) -> pd.DataFrame:
-    inside = nodes.assign(item=item)[nodes["site"].isin(ROWS["q k v"])]
+    inside = nodes.assign(item=item)[np.isin(item, np.flatnonzero(is_head))]
     box = inside.groupby("item").agg(
         layer=("layer", "first"), head=("head", "first"), y0=("y", "min"), y1=("y", "max")
     )

@@ -42,24 +42,43 @@ SITE_STYLES: dict[str, SiteStyle] = {
 """Blue and red are left to the signs of edges and activations."""
 
 
+OTHER = SiteStyle("node", "", "#4aa3df", "circle")
+"""Nodes of hooks that are no site of the table."""
+
+
 def site_style(site: str) -> SiteStyle:
-    """How nodes of a site look; sites outside the table go by their own names."""
-    return SITE_STYLES.get(site, SiteStyle(site, "", "#1f9d78", "circle"))
+    """How nodes of a site look."""
+    return SITE_STYLES.get(site, OTHER)
+
+
+def node_places(nodes: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """The layer of every node, and the words for its site: of a hook that is no site of the table
+    ("blocks.3.attn.hook_z") its block (3) and the rest of its name ("attn.z")."""
+    known = nodes["site"].isin(list(SITE_STYLES))
+    hook = nodes["hook"].astype(str)
+    block = hook.str.extract(r"^blocks\.(\d+)\.")[0].astype("Int64")
+    words = hook.str.replace(r"^blocks\.\d+\.|hook_", "", regex=True)
+    labels = nodes["site"].map(lambda site: site_style(site).label)
+    return block.where(~known).fillna(nodes["layer"]).astype(int), labels.where(known, words)
 
 
 def node_labels(nodes: pd.DataFrame) -> list[str]:
-    """Short label of every node: the channel, for q/k/v the letter and the channel in its head."""
+    """Short label of every node: its channel, in a head the site's letter and the channel there; of
+    a whole head (which has no channel there) its number."""
     shorts = nodes["site"].map(lambda site: site_style(site).short)
-    channel = nodes["head_channel"].fillna(nodes["channel"]).astype(int).astype(str)
-    return (shorts + channel).tolist()
+    place = nodes["head_channel"].fillna(nodes["head"]).fillna(nodes["channel"])
+    return (shorts + place.astype(int).astype(str)).tolist()
 
 
 def node_names(nodes: pd.DataFrame) -> list[str]:
-    """Full name of every node, e.g. "layer 10 · key 1 of head 82" or "layer 0 · neuron 863"."""
-    words = nodes["site"].map(lambda site: site_style(site).label)
-    layer = "layer " + nodes["layer"].astype(str) + " · " + words + " "
-    of_head = nodes["head_channel"].astype(str) + " of head " + nodes["head"].astype(str)
-    return (layer + of_head.where(nodes["head"].notna(), nodes["channel"].astype(str))).tolist()
+    """Full name of every node, e.g. "layer 10 · key 1 of head 82", "layer 0 · neuron 863" or
+    "layer 3 · attn.z head 5"."""
+    layer, words = node_places(nodes)
+    head = "head " + nodes["head"].astype(str)
+    inside = nodes["head_channel"].astype(str) + " of " + head
+    which = nodes["channel"].astype(str).where(nodes["head"].isna(), head)
+    which = which.where(nodes["head_channel"].isna(), inside)
+    return ("layer " + layer.astype(str) + " · " + words + " " + which).tolist()
 
 
 def node_facts(nodes: pd.DataFrame) -> list[str]:

@@ -19,6 +19,11 @@ def visible(text: str) -> str:
     return printable(text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥"))
 
 
+def shorten(text: str, letters: int) -> str:
+    """Text of at most so many letters, of which the last are kept."""
+    return text if len(text) <= letters else f"…{text[1 - letters :]}"
+
+
 def plotly_text(text: object) -> str:
     """Text for any label, title or hover text of a Plotly figure, which reads a little HTML.
 
