@@ -33,6 +33,7 @@ from torch import Tensor
 
 import tl_sparse as tls
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import compile_circuit
 from tl_sparse.tasks import TaskBatch
 
 
@@ -85,9 +86,9 @@ def measure(name: str, task_name: str, args: argparse.Namespace) -> list[dict[st
             circuit.save(folder)
     batch = task.batch(128, split="held_out", seed=0)
     start = time.perf_counter()
-    compiled = circuit.compile(model, batch)
+    compiled = compile_circuit(circuit, model, batch)
     seconds = time.perf_counter() - start
-    inexact = circuit.compile(model, batch, exact_topk=False, tolerance=float("inf"))
+    inexact = compile_circuit(circuit, model, batch, exact_topk=False, tolerance=float("inf"))
     hooks, found = circuit.hooks(), []
     for n in (256, 1):
         part = first(batch, n)

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from tl_sparse import ground_truth
-from tl_sparse.circuits import Circuit
-from tl_sparse.faithfulness import EvaluationConfig, HookCircuit, head_circuit
+from tl_sparse.circuits import Circuit, circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig
 from tl_sparse.faithfulness.evaluate import evaluate
 from tl_sparse.faithfulness.report import FaithfulnessReport
 from tl_sparse.ground_truth.compiled_programs import PROGRAMS
@@ -34,7 +34,7 @@ class Row:
 
     name: str
     planted: ground_truth.GroundTruthModel
-    circuit: Circuit | HookCircuit
+    circuit: Circuit
     caught_by: tuple[str, ...] = ()
 
 
@@ -46,7 +46,7 @@ def rows(seed: int) -> list[Row]:
     found.append(Row("quote_closing", closing, closing.circuit()))
     for name in PROGRAMS:
         program = ground_truth.compiled(name, seed)
-        heads = head_circuit(program.model, program.task.name, program.heads, program.text)
+        heads = circuit_of_heads(program.model, program.task.name, program.heads, program.text)
         found.append(Row(f"{name}, heads", program, heads))
     found += [
         Row(f"**{false.name}** in {false.model}", false.planted, false.circuit(), false.caught_by)

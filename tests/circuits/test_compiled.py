@@ -5,7 +5,7 @@ import torch
 
 from tests.circuits.test_circuit import hand_made
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import circuit_edges
+from tl_sparse.circuits import circuit_edges, compile_circuit
 from tl_sparse.circuits.compiled import check
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
@@ -45,7 +45,7 @@ def masked(model, circuit, tokens):
 
 def assert_same_logits(model, circuit, prompts):
     """At every position and at the last ones, for all tokens."""
-    compiled = circuit.compile(model, prompts, token_ids=range(model.config.n_logits))
+    compiled = compile_circuit(circuit, model, prompts, token_ids=range(model.config.n_logits))
     expected = masked(model, circuit, prompts.tokens)
     scale = max(1.0, float(expected.abs().max()))
     assert compiled.max_deviation <= 1e-5 * scale
@@ -64,7 +64,7 @@ def test_logits_are_the_masked_models(option, share, small_model, random_tokens,
     circuit = hand_made(model, random_tokens, share)
     if option in UNSUPPORTED:
         with pytest.raises(ValueError, match="only where the stream is a plain sum"):
-            circuit.compile(model, prompts)
+            compile_circuit(circuit, model, prompts)
     else:
         assert_same_logits(model, circuit, prompts)
 
@@ -111,7 +111,7 @@ def test_hooks_show_the_kept_channels_of_the_full_model(
 ):
     model = small_model(option)
     circuit = hand_made(model, random_tokens, 0.5)
-    compiled = circuit.compile(model, prompts)
+    compiled = compile_circuit(circuit, model, prompts)
     with model.hooks(fwd_hooks=circuit.hooks()):
         _, expected = model.run_with_cache(prompts.tokens)
     _, cache = compiled.run_with_cache(prompts.tokens)
@@ -132,7 +132,7 @@ def test_hooks_show_the_kept_channels_of_the_full_model(
 def test_an_intervention_does_the_same_in_both(site, small_model, random_tokens, prompts):
     model = small_model("plain")
     circuit = hand_made(model, random_tokens, 0.5)
-    compiled = circuit.compile(model, prompts)
+    compiled = compile_circuit(circuit, model, prompts)
     nodes = compiled.nodes
     node = nodes[(nodes["layer"] == 0) & (nodes["site"] == site)].iloc[1]
 
@@ -173,7 +173,7 @@ def test_a_known_circuit_is_six_nodes(planted, marks, random_tokens):
     model, chain = planted()
     circuit = known(model, chain, random_tokens)
     batch = marks.batch(32, split="held_out", seed=0)
-    compiled = circuit.compile(model, batch)
+    compiled = compile_circuit(circuit, model, batch)
     names = compiled.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None)
     assert set(names) == chain
     assert compiled.n_weights == circuit.n_edges == 4
@@ -188,8 +188,8 @@ def test_a_known_circuit_is_six_nodes(planted, marks, random_tokens):
 
 def test_equations_name_what_the_nodes_are_made_of(planted, marks, random_tokens):
     model, chain = planted()
-    compiled = known(model, chain, random_tokens).compile(
-        model, marks.batch(8, split="held_out", seed=0)
+    compiled = compile_circuit(
+        known(model, chain, random_tokens), model, marks.batch(8, split="held_out", seed=0)
     )
     frame = compiled.equations()
     formulas = {
@@ -212,7 +212,7 @@ def test_equations_name_what_the_nodes_are_made_of(planted, marks, random_tokens
 @pytest.mark.parametrize("option", ["together", "layer_norm", "standard"])
 def test_every_option_has_equations(option, small_model, random_tokens, prompts):
     model = small_model(option)
-    compiled = hand_made(model, random_tokens, 0.4).compile(model, prompts)
+    compiled = compile_circuit(hand_made(model, random_tokens, 0.4), model, prompts)
     frame = compiled.equations()
     assert len(frame) == len(compiled.nodes) + len(compiled.tracked) + 2
     assert (frame["formula"].str.startswith("AbsTopK(").any()) == (option == "together")
@@ -223,8 +223,8 @@ def test_inexact_topk_is_refused_unless_tolerated(small_model, random_tokens, pr
     model = small_model("abstopk")
     circuit = hand_made(model, random_tokens, 0.5)
     with pytest.raises(ValueError, match=r"deviate by up to .* of 24 prompts.*raise `tolerance`"):
-        circuit.compile(model, prompts, exact_topk=False)
-    compiled = circuit.compile(model, prompts, exact_topk=False, tolerance=10.0)
+        compile_circuit(circuit, model, prompts, exact_topk=False)
+    compiled = compile_circuit(circuit, model, prompts, exact_topk=False, tolerance=10.0)
     found = compiled(prompts.tokens, prompts.last)
     expected = masked(model, circuit, prompts.tokens)[torch.arange(24), prompts.last]
     deviation = (found - expected[:, compiled.token_ids]).abs().max()
@@ -235,7 +235,7 @@ def test_inexact_topk_is_refused_unless_tolerated(small_model, random_tokens, pr
 def test_a_compiled_circuit_that_is_off_is_noticed(small_model, random_tokens, prompts):
     model = small_model("plain")
     circuit = hand_made(model, random_tokens, 0.5)
-    compiled = circuit.compile(model, prompts)
+    compiled = compile_circuit(circuit, model, prompts)
     with torch.no_grad():
         compiled.blocks[1].mlp.out.bias += 0.1
         with pytest.raises(ValueError, match="deviate"):
@@ -249,8 +249,8 @@ def test_bad_arguments_are_refused(small_model, dense_model, random_tokens, prom
     model = small_model("plain")
     circuit = hand_made(model, random_tokens)
     with pytest.raises(ValueError, match="token_ids must be between 0 and"):
-        circuit.compile(model, prompts, token_ids=[3, 10_000])
-    compiled = circuit.compile(model, prompts, token_ids=[3])
+        compile_circuit(circuit, model, prompts, token_ids=[3, 10_000])
+    compiled = compile_circuit(circuit, model, prompts, token_ids=[3])
     with pytest.raises(ValueError, match=r"token 4 is not among .*\[3\]"):
         compiled.logit_diffs(prompts)
     with pytest.raises(ValueError, match="exceed the context"):
@@ -258,6 +258,6 @@ def test_bad_arguments_are_refused(small_model, dense_model, random_tokens, prom
     other = small_model("plain", zeros=0.5)
     assert fingerprint(other) != fingerprint(model)
     with pytest.raises(ValueError, match="another model"):
-        circuit.compile(other, prompts)
+        compile_circuit(circuit, other, prompts)
     with pytest.raises(TypeError, match="only a SparseTransformer"):
-        circuit.compile(dense_model, prompts)
+        compile_circuit(circuit, dense_model, prompts)

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
 from tl_sparse.circuits.edge_search import fewest_edges, remove_greedily
 from tl_sparse.circuits.gates import straight_through
@@ -53,13 +54,13 @@ def test_both_methods_find_the_planted_edges(padded, marks, method):
     model, chain, circuit = padded
     assert circuit.n_edges > 90
     found = prune_edges(model, circuit, marks, replace(EDGES, method=method), progress=False)
-    left = names(found.edges[found.edges["kept"]])
+    left = names(found.edges)
     assert left >= CHAIN_EDGES
     assert len(left) <= 6
     assert nodes_of(found.nodes) >= chain
     assert found.n_nodes <= 8
     assert found.n_nodes < circuit.n_nodes
-    assert found.minimal
+    assert found.config["edge_pruning"]["minimal"]
     assert found.selection_loss <= found.target_loss == SEARCH.target_loss
     assert found.accuracy == 1.0
 
@@ -67,10 +68,10 @@ def test_both_methods_find_the_planted_edges(padded, marks, method):
 def test_learned_gates_alone_find_most_of_it(padded, marks):
     model, _, circuit = padded
     found = prune_edges(model, circuit, marks, replace(EDGES, refine=False), progress=False)
-    left = names(found.edges[found.edges["kept"]])
+    left = names(found.edges)
     assert left >= CHAIN_EDGES
     assert len(left) <= 0.25 * circuit.n_edges
-    assert not found.minimal
+    assert not found.config["edge_pruning"]["minimal"]
     assert found.selection_loss <= found.target_loss
 
 
@@ -79,7 +80,7 @@ def test_a_transformer_lens_model_loses_edges(dense_planted, marks, random_token
     circuit = circuit_of(model, marks, random_tokens, chain, 0.2)
     before = fingerprint(model)
     found = prune_edges(model, circuit, marks, replace(EDGES, method="greedy"), progress=False)
-    left = names(found.edges[found.edges["kept"]])
+    left = names(found.edges)
     assert left >= {(0, "W_V", 0, 1), (0, "W_O", 1, 1)}
     assert len(left) <= 4 < circuit.n_edges
     assert fingerprint(model) == before
@@ -92,7 +93,7 @@ def test_abstopk_stays(planted, marks, random_tokens):
     model, chain = planted(activation_density=ActivationDensity.paper(0.5))
     circuit = circuit_of(model, marks, random_tokens, chain, 0.3)
     found = prune_edges(model, circuit, marks, replace(EDGES, method="greedy"), progress=False)
-    assert names(found.edges[found.edges["kept"]]) >= CHAIN_EDGES
+    assert names(found.edges) >= CHAIN_EDGES
     assert found.n_edges < 0.3 * circuit.n_edges
     assert found.selection_loss <= found.target_loss
     batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
@@ -123,7 +124,7 @@ def test_inside_applied_any_tool_sees_the_pruned_circuit(found, marks):
     index = circuit.index
     for hook, piece in index.slices.items():
         activation = cache[hook].flatten(2) if cache[hook].ndim == 4 else cache[hook]
-        removed = torch.nonzero(~pruned.kept_nodes[piece]).flatten()
+        removed = torch.nonzero(~pruned.kept[piece]).flatten()
         expected = circuit.means.values[piece][removed].expand_as(activation[..., removed])
         assert torch.equal(activation[..., removed], expected)
 
@@ -160,22 +161,39 @@ def test_a_gradient_may_be_taken_inside(found, marks):
 
 def test_the_table_tells_kept_removed_and_dropped_apart(found):
     _, circuit, pruned = found
-    edges = pruned.edges
-    assert names(edges) == names(circuit.edges)
-    assert not (edges["kept"] & edges["removed"]).any()
-    assert edges["score"].notna().all()
+    kept, removed, edges = names(pruned.edges), names(pruned.removed_edges), circuit.edges
+    assert kept | removed <= names(edges)
+    assert not kept & removed
+    assert pruned.edges["score"].notna().all()
+    assert pruned.removed_edges["score"].notna().all()
     ends = {
         end: list(zip(edges["layer"], edges[f"{end}_site"], edges[end], strict=True))
         for end in ("source", "target")
     }
     left = nodes_of(pruned.nodes)
     both = [a in left and b in left for a, b in zip(ends["source"], ends["target"], strict=True)]
-    unremoved = ~edges["removed"].to_numpy()
-    assert (edges["kept"].to_numpy() == (unremoved & np.array(both))).all()
-    assert pruned.n_edges == edges["kept"].sum()
-    assert set(torch.nonzero(pruned.kept_nodes).flatten().tolist()) <= set(
+    assert kept == names(edges[both]) - removed
+    assert pruned.n_edges == len(kept)
+    assert set(torch.nonzero(pruned.kept).flatten().tolist()) <= set(
         torch.nonzero(circuit.kept).flatten().tolist()
     )
+
+
+def test_a_pruned_circuit_is_saved_loaded_drawn_and_not_pruned_again(found, marks, tmp_path):
+    model, _, pruned = found
+    pruned.save(tmp_path / "c")
+    loaded = Circuit.load(tmp_path / "c", model)
+    pd.testing.assert_frame_equal(loaded.edges, pruned.edges, check_like=True, check_exact=True)
+    pd.testing.assert_frame_equal(
+        loaded.removed_edges, pruned.removed_edges, check_like=True, check_exact=True
+    )
+    batch = marks.batch(EDGES.report_pairs, split="held_out", seed=0)
+    with loaded.applied(model), torch.no_grad():
+        assert torch.equal(F.softplus(-task_logit_diffs(model, batch)), pruned.losses)
+    assert loaded.config == pruned.config
+    assert "<svg" in pruned._repr_html_()
+    with pytest.raises(ValueError, match="edges of this circuit are removed"):
+        prune_edges(model, pruned, marks, EDGES, progress=False)
 
 
 def test_what_is_left_is_minimal(found, marks):
@@ -183,11 +201,14 @@ def test_what_is_left_is_minimal(found, marks):
     model, circuit, pruned = found
     with torch.no_grad():
         before = task_logit_diffs(model, marks.batch(24, split="held_out", seed=0), circuit.hooks())
-    assert pruned.circuit_loss == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
+    record = pruned.config["edge_pruning"]
+    assert record["loss_before"] == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
     with eval_mode(model):
-        problem = EdgeProblem.of(model, circuit, marks, pruned.config)
-        keep = torch.tensor(~pruned.edges["removed"].to_numpy())
-        assert problem.loss(keep, pruned.kept_nodes) == pytest.approx(pruned.selection_loss)
+        problem = EdgeProblem.of(model, circuit, marks, replace(EDGES, method="greedy"))
+        gone = names(pruned.removed_edges)
+        columns = circuit.edges[["layer", "matrix", "source", "target"]]
+        keep = torch.tensor([e not in gone for e in columns.itertuples(index=False, name=None)])
+        assert problem.loss(keep, pruned.kept) == pytest.approx(pruned.selection_loss)
         for which in torch.nonzero(keep).flatten().tolist():
             fewer = keep.clone()
             fewer[which] = False
@@ -203,7 +224,7 @@ def test_the_same_again(padded, marks):
     assert first.edges.equals(second.edges)
     assert torch.equal(first.losses, second.losses)
     assert first.seconds > 0
-    assert "edges to" in repr(first)
+    assert f"({len(first.removed_edges)} removed)" in repr(first)
 
 
 def test_refusals(padded, planted, marks, random_tokens):
@@ -211,7 +232,7 @@ def test_refusals(padded, planted, marks, random_tokens):
     other, _ = planted(act_fn="relu")
     with torch.no_grad():
         other.unembed.W_U.mul_(2)
-    with pytest.raises(ValueError, match="not to this model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         prune_edges(other, circuit, marks, EDGES, progress=False)
     with pytest.raises(ValueError, match="of task marked, not of another"):
         prune_edges(model, circuit, replace(marks, name="another"), EDGES, progress=False)

@@ -7,13 +7,22 @@ import torch.nn.functional as F
 
 from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, circuit_edges, prune, pruning
+from tl_sparse.circuits import (
+    Circuit,
+    PruningConfig,
+    PruningFailed,
+    circuit_edges,
+    head_nodes,
+    prune,
+    pruning,
+)
 from tl_sparse.circuits.backward_elimination import backward_elimination
 from tl_sparse.circuits.calibration import calibrated
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning import choose_mask, choose_nodes
 from tl_sparse.circuits.pruning_run import selection_and_training, set_up
 from tl_sparse.config import ActivationDensity
+from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, evaluate_task, task
 
 SEARCH = PruningConfig(steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05)
@@ -67,6 +76,32 @@ def test_the_circuit_is_the_planted_chain(found):
     assert circuit.edges.equals(circuit_edges(model, circuit.index, circuit.kept))
     assert circuit.n_edges == 4
     assert circuit.n_nodes <= circuit.n_active
+
+
+def test_heads_are_pruned_as_groups_of_their_outputs(planted, marks, random_tokens, tmp_path):
+    model, _ = planted()
+    index, heads = head_nodes(model)
+    means = activation_means(model, random_tokens, index=index)
+    circuit = prune(model, marks, SEARCH, means=means, groups=heads, progress=False)
+    assert circuit.components["component"].tolist() == [0]  # the chain runs through head 0.0
+    assert circuit.kept.tolist() == (heads == 0).tolist()
+    assert circuit.selection_loss <= SEARCH.target_loss
+    assert circuit.n_edges == 0
+    circuit.save(tmp_path / "c")
+    assert torch.equal(Circuit.load(tmp_path / "c", model).groups, heads)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "task_mean"])
+def test_channels_of_any_hooks_are_pruned(planted, marks, random_tokens, ablation):
+    model, chain = planted()
+    hooks = [f"blocks.{layer}.mlp.hook_post" for layer in range(2)]
+    index = NodeIndex.over(model, dict.fromkeys(hooks, model.cfg.d_mlp))
+    means = activation_means(model, random_tokens, index=index)
+    config = replace(SEARCH, ablation=ablation)
+    circuit = prune(model, marks, config, means=means, progress=False)
+    neurons = {(layer, channel) for layer, site, channel in chain if site == "mlp_neuron"}
+    rows = circuit.nodes[["hook", "channel"]].itertuples(index=False, name=None)
+    assert set(rows) == {(hooks[layer], channel) for layer, channel in neurons}
 
 
 def test_an_attention_only_model_is_pruned_drawn_and_stored(

@@ -14,7 +14,14 @@ from tl_sparse.ablation import (
     resample_sources,
 )
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
+from tl_sparse.circuits import (
+    Circuit,
+    PruningConfig,
+    PruningFailed,
+    compile_circuit,
+    prune,
+    prune_many,
+)
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning import choose_nodes, refined
 from tl_sparse.circuits.pruning_run import set_up, set_up_many
@@ -279,7 +286,7 @@ def test_a_circuit_with_nodes_at_the_ends_is_not_compiled(planted, marks, random
     circuit = prune(model, marks, search, means=means, progress=False)
     batch = marks.batch(8, split="held_out", seed=0)
     with pytest.raises(ValueError, match="nodes at embed, final_resid cannot be compiled: only"):
-        circuit.compile(model, batch)
+        compile_circuit(circuit, model, batch)
 
 
 @pytest.mark.parametrize("change", [{"freeze_norm": True}, {"ablation": "resample"}])
@@ -292,4 +299,4 @@ def test_a_circuit_whose_hooks_depend_on_the_prompts_is_not_compiled(
     search = replace(SEARCH, steps=2, target_loss=0.5, **change)
     circuit = prune(model, marks, search, means=means, sources=donors, progress=False)
     with pytest.raises(ValueError, match="its hooks depend on the prompts"):
-        circuit.compile(model, marks.batch(8, split="held_out", seed=0))
+        compile_circuit(circuit, model, marks.batch(8, split="held_out", seed=0))

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import torch
 
-from tl_sparse.faithfulness import head_circuit
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.necessity import NULLS
 from tl_sparse.faithfulness.controls import few, hook_of_unit, random_units, short_of
 
@@ -13,7 +13,7 @@ def generator(seed=0):
 
 def test_random_sets_have_as_many_units_at_every_hook(whole, chain, random_tokens, subject_of):
     model, task, _ = chain
-    heads = subject_of(model, task, head_circuit(model, task.name, [(0, 1)], random_tokens))
+    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 1)], random_tokens))
     for subject in (whole, heads):
         group = hook_of_unit(subject)
         for kind in ("anywhere", *NULLS):
@@ -26,7 +26,7 @@ def test_random_sets_have_as_many_units_at_every_hook(whole, chain, random_token
                 if kind != "anywhere":
                     assert not bool((mask & subject.kept_units).any())
     assert short_of(heads) == 0
-    both = head_circuit(model, task.name, [(0, 0), (0, 1)], random_tokens)
+    both = circuit_of_heads(model, task.name, [(0, 0), (0, 1)], random_tokens)
     assert short_of(subject_of(model, task, both)) == 2
 
 
@@ -41,9 +41,9 @@ def test_no_random_set_is_the_circuit_itself_where_there_are_others(
 ):
     """Of two heads a layer, every second draw would be."""
     model, task, _ = chain
-    heads = subject_of(model, task, head_circuit(model, task.name, [(0, 1)], random_tokens))
+    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 1)], random_tokens))
     drawn = random_units(heads, "anywhere", 10)
     assert drawn.tolist() == [[True, False, False, False]] * 10
     every = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    all_heads = subject_of(model, task, head_circuit(model, task.name, every, random_tokens))
+    all_heads = subject_of(model, task, circuit_of_heads(model, task.name, every, random_tokens))
     assert bool(random_units(all_heads, "anywhere", 3).all())

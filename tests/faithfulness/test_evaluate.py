@@ -5,13 +5,13 @@ import pandas as pd
 import pytest
 import torch
 
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
 from tl_sparse.faithfulness import (
     EvaluationConfig,
     FaithfulnessReport,
     Thresholds,
     evaluate,
-    head_circuit,
 )
 from tl_sparse.faithfulness.config import PARTS
 from tl_sparse.faithfulness.evaluate import RUNS
@@ -79,7 +79,7 @@ def test_the_empty_circuit_and_the_whole_model_have_reports_too(chain, random_to
 
 def test_circuits_of_heads_and_of_dense_models_have_reports(dense_planted, marks, random_tokens):
     model, _ = dense_planted
-    heads = head_circuit(model, marks.name, [(0, 0)], random_tokens)
+    heads = circuit_of_heads(model, marks.name, [(0, 0)], random_tokens)
     report = evaluate(
         model, heads, marks, replace(SMALL, parts="ABCDEI"), tokens=random_tokens, progress=False
     )

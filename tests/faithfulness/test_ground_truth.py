@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tl_sparse import ground_truth
-from tl_sparse.circuits import PruningConfig
-from tl_sparse.faithfulness import EvaluationConfig, Thresholds, head_circuit, subject
+from tl_sparse.circuits import PruningConfig, circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig, Thresholds, subject
 from tl_sparse.faithfulness.checks.mechanism import mechanism
 from tl_sparse.faithfulness.checks.necessity import necessity
 from tl_sparse.faithfulness.checks.norms import norms
@@ -89,7 +89,7 @@ def test_the_heads_of_compiled_programs_are_needed_and_enough(name):
     model = ground_truth.compiled(name)
 
     def of(heads):
-        circuit = head_circuit(model.model, model.task.name, heads, model.text)
+        circuit = circuit_of_heads(model.model, model.task.name, heads, model.text)
         whom = subject(model.model, circuit, model.task, SMALL, model.text[:32])
         return circuit, whom
 
@@ -126,7 +126,7 @@ def test_ranked_by_exact_removal_all_true_nodes_come_first(name):
 @pytest.mark.parametrize("name", ["reversing", "proportion", "induction"])
 def test_ranked_by_exact_removal_all_true_heads_come_first(name):
     model = ground_truth.compiled(name)
-    circuit = head_circuit(model.model, model.task.name, model.heads, model.text)
+    circuit = circuit_of_heads(model.model, model.task.name, model.heads, model.text)
     whom = subject(model.model, circuit, model.task, SMALL)
     assert whom.n_units == 6
     assert staircase_area(roc_points(removal_effects(whom), whom.kept_units)) == pytest.approx(1)

@@ -5,8 +5,9 @@ import torch
 
 from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import circuit_of_channels, circuit_of_heads
 from tl_sparse.circuits.pruning_run import selection_and_training
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, hook_circuit, subject
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.subject import pruning_config_of
 
 
@@ -61,7 +62,7 @@ def test_with_everything_removed_all_prompts_look_the_same(whole):
 
 def test_a_head_is_kept_or_removed_whole(planted, marks, random_tokens):
     model, _ = planted()
-    heads = head_circuit(model, "marked", [(0, 0)], random_tokens)
+    heads = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
     found = subject(model, heads, marks, EvaluationConfig(pairs=4))
     assert found.n_units == 4
     assert found.kept_units.tolist() == [True, False, False, False]
@@ -89,7 +90,7 @@ def replaced(values, keep):
 def test_features_of_any_hook_make_a_circuit(planted, marks, random_tokens):
     model, _ = planted()
     kept = {"blocks.1.mlp.hook_post": torch.arange(12) == 5}
-    circuit = hook_circuit(model, "marked", kept, random_tokens)
+    circuit = circuit_of_channels(model, "marked", kept, random_tokens)
     found = subject(model, circuit, marks, EvaluationConfig(pairs=4))
     # neuron 5 is the chain's; without the other neurons the task is done
     assert bool((found.circuit_logit_diffs > 0).all())
@@ -99,15 +100,15 @@ def test_features_of_any_hook_make_a_circuit(planted, marks, random_tokens):
 def test_wrong_heads_hooks_and_groups_are_refused(planted, random_tokens):
     model, _ = planted()
     with pytest.raises(ValueError, match=r"head 0\.7: the model has layers 0 to 1 and"):
-        head_circuit(model, "t", [(0, 7)], random_tokens)
+        circuit_of_heads(model, "t", [(0, 7)], random_tokens)
     with pytest.raises(ValueError, match="no hook 'nowhere'"):
-        hook_circuit(model, "t", {"nowhere": torch.ones(3, dtype=torch.bool)}, random_tokens)
+        circuit_of_channels(model, "t", {"nowhere": torch.ones(3, dtype=torch.bool)}, random_tokens)
     with pytest.raises(ValueError, match="hook_z has 8 channels, not 4"):
-        hook_circuit(model, "t", {"blocks.0.attn.hook_z": torch.ones(4) > 0}, random_tokens)
+        circuit_of_channels(model, "t", {"blocks.0.attn.hook_z": torch.ones(4) > 0}, random_tokens)
     half = {"blocks.0.attn.hook_z": torch.arange(8) < 2}
     group = {"blocks.0.attn.hook_z": torch.arange(8) // 4}
     with pytest.raises(ValueError, match="kept in part"):
-        hook_circuit(model, "t", half, random_tokens, groups=group, d_head=4)
+        circuit_of_channels(model, "t", half, random_tokens, groups=group, d_head=4)
 
 
 @pytest.mark.parametrize(

@@ -479,7 +479,7 @@ def circuit(tmp_path):
         losses_calibrated=torch.rand(5), correct=torch.rand(5) < 0.5, calibration=Calibration(),
         selection_loss=0.1, model_loss=0.1, target_loss=0.15, n_active=3, seed=0,
         config={"seed": 0}, model_name="SparseTransformer",
-        model_fingerprint=means.model_fingerprint, seconds=1.5,
+         seconds=1.5,
         size_curve=pd.DataFrame({"n_nodes": [0, 5, 9], "loss": [0.7, 0.2, 0.1]}),
     )  # fmt: skip
     made.save(tmp_path / "circuit")

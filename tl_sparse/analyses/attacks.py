@@ -24,7 +24,6 @@ from tl_sparse.analyses.runs import (
     CHUNK_PAIRS,
     Node,
     channels,
-    check_belongs,
     places,
     prompt_logit_diffs,
 )
@@ -372,7 +371,7 @@ def _summaries(
 def _runs(model: nn.Module, circuit: Circuit | None) -> list[tuple[str, list[FwdHook]]]:
     if circuit is None:
         return [("model", [])]
-    check_belongs(model, circuit)
+    circuit.check_model(model)
     return [("model", []), ("circuit", circuit.hooks())]
 
 

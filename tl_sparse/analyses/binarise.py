@@ -22,7 +22,7 @@ from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.figures import binarise_figure
-from tl_sparse.analyses.runs import CHANCE, accuracy, channels, check_belongs, prompt_logit_diffs
+from tl_sparse.analyses.runs import CHANCE, accuracy, channels, prompt_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
@@ -169,7 +169,7 @@ def binarise(
         ValueError: a circuit of another model, or one without nodes or without plain hooks.
     """
     config = config or BinariseConfig()
-    check_belongs(model, circuit)
+    circuit.check_model(model)
     places = torch.nonzero(circuit.kept.cpu()).flatten()
     if not len(places):
         raise ValueError(f"the circuit of {circuit.task} keeps no node: nothing to binarise")

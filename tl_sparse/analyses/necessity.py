@@ -22,7 +22,7 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.analyses.figures import necessity_figure
-from tl_sparse.analyses.runs import accuracy, check_belongs
+from tl_sparse.analyses.runs import accuracy
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edges import input_major
 from tl_sparse.sites import SITES, NodeIndex
@@ -144,7 +144,7 @@ def necessity(
     """
     if n_controls < 1:
         raise ValueError(f"n_controls={n_controls} must be at least 1")
-    check_belongs(model, circuit)
+    circuit.check_model(model)
     index, kept = circuit.index, circuit.kept.cpu()
     values = (circuit.means.values if values is None else values).cpu()
     batch = task.batch(pairs, split=split, seed=seed)

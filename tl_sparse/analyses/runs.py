@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
-from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import TaskBatch
 
 Node = tuple[int, str, int]
@@ -91,15 +89,6 @@ def token_losses(
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are."""
     return next(model.parameters()).device
-
-
-def check_belongs(model: nn.Module, circuit: Circuit) -> None:
-    """Raise ValueError unless the circuit was found in this model."""
-    if fingerprint(model) != circuit.model_fingerprint:
-        raise ValueError(
-            f"the circuit of {circuit.task} belongs to another {circuit.model_name} than this "
-            f"{type(model).__name__}"
-        )
 
 
 def accuracy(losses: Float[Tensor, " prompt"]) -> float:

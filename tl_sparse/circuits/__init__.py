@@ -2,11 +2,15 @@
 
 from tl_sparse.circuits.baselines import circuit_from_ranking as circuit_from_ranking
 from tl_sparse.circuits.baselines import rank_nodes as rank_nodes
+from tl_sparse.circuits.by_hand import circuit_of_channels as circuit_of_channels
+from tl_sparse.circuits.by_hand import circuit_of_heads as circuit_of_heads
+from tl_sparse.circuits.by_hand import circuit_of_nodes as circuit_of_nodes
+from tl_sparse.circuits.by_hand import head_nodes as head_nodes
 from tl_sparse.circuits.calibration import Calibration as Calibration
 from tl_sparse.circuits.circuit import Circuit as Circuit
 from tl_sparse.circuits.compiled import CompiledCircuit as CompiledCircuit
+from tl_sparse.circuits.compiled import compile_circuit as compile_circuit
 from tl_sparse.circuits.edge_pruning import prune_edges as prune_edges
-from tl_sparse.circuits.edge_result import EdgePruning as EdgePruning
 from tl_sparse.circuits.edge_search import EdgePruningConfig as EdgePruningConfig
 from tl_sparse.circuits.edges import circuit_edges as circuit_edges
 from tl_sparse.circuits.edges import count_edges as count_edges
@@ -30,7 +34,6 @@ __all__ = [
     "Circuit",
     "CircuitPayload",
     "CompiledCircuit",
-    "EdgePruning",
     "EdgePruningConfig",
     "NodeScores",
     "PruningConfig",
@@ -41,8 +44,13 @@ __all__ = [
     "circuit_edges",
     "circuit_from_openai",
     "circuit_from_ranking",
+    "circuit_of_channels",
+    "circuit_of_heads",
+    "circuit_of_nodes",
+    "compile_circuit",
     "count_edges",
     "hard_concrete",
+    "head_nodes",
     "prune",
     "prune_edges",
     "prune_many",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tl_sparse.ablation import (
@@ -26,35 +23,31 @@ from tl_sparse.ablation import (
     frozen_norm_hooks,
 )
 from tl_sparse.circuits.calibration import Calibration
-from tl_sparse.circuits.edges import COLUMNS
-from tl_sparse.circuits.stored import check_tensors, checked_record, stored_index
-from tl_sparse.sites import MATRICES, SITES, NodeIndex
-from tl_sparse.storage.atomic_write import atomic_folder
+from tl_sparse.circuits.edge_weights import edges_removed
+from tl_sparse.circuits.edges import no_removed_edges
+from tl_sparse.circuits.stored import read_circuit, write_circuit
+from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
-from tl_sparse.storage.json_files import read_json
-from tl_sparse.storage.tensor_files import read_tensors
 from tl_sparse.views import CircuitTable, circuit_figure, circuit_html
 
 if TYPE_CHECKING:
+    import networkx as nx
     import plotly.graph_objects as go
 
-    from tl_sparse.circuits.compiled import CompiledCircuit
-    from tl_sparse.tasks import TaskBatch
 
-SCHEMA_VERSION = 2
-TENSORS, RECORD = "circuit.safetensors", "circuit.json"
-SCALARS = (
-    "task", "selection_loss", "model_loss", "target_loss", "n_active", "seed", "model_name",
-    "model_fingerprint", "seconds",
-)  # fmt: skip
-RESULTS = ("kept", "tau", "losses", "losses_calibrated", "correct")
-STORED = (*RESULTS, "edges", "edge_weights", "means")
-MATRIX_NAMES = tuple(matrix for matrix, _, _ in MATRICES)
+CURVE = {"n_nodes": "int64", "loss": "float64"}
+"""Columns of a circuit's ``size_curve``, and their types."""
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Kept nodes, edges between them, and the circuit's held-out results, bound to one model."""
+    """Nodes that are kept, the edges between them, and the circuit's held-out results.
+
+    A node is a channel of any hook: of the sites of :data:`~tl_sparse.sites.SITES`, of ``hook_z``,
+    of a dictionary's features. Nodes may come in groups, such as heads, and edges may have been
+    removed as well (:func:`~tl_sparse.circuits.prune_edges`). A circuit belongs to one model. What
+    nobody measured, as of a circuit named by hand, is empty or NaN.
+    """
 
     task: str
     """Name of the task."""
@@ -62,57 +55,69 @@ class Circuit:
     """The nodes it was chosen from."""
     kept: Bool[Tensor, " node"]
     """Which nodes are kept; all others are set to their means."""
-    tau: Float[Tensor, " node"]
-    """The learned mask parameter of every node, in [-1, 1]."""
     means: ActivationMeans
     """What removed nodes are set to, and where that was measured."""
     edges: pd.DataFrame
-    """A row per nonzero weight between kept nodes: layer, source_site, source, target_site, target,
-    matrix, weight."""
-    losses: Float[Tensor, " prompt"]
-    """Two-way cross-entropy (nats) of each held-out prompt, circuit only; chance is ln 2."""
-    losses_calibrated: Float[Tensor, " prompt"]
-    """The same after calibration."""
-    correct: Bool[Tensor, " prompt"]
-    """Whether each held-out prompt's right answer got the higher logit."""
-    calibration: Calibration
-    """Scale and shift of the answer pair's logit difference."""
-    selection_loss: float
-    """Loss on the pairs on which the number of nodes was chosen (apart from the held-out ones)."""
-    model_loss: float
-    """The full model's loss on the held-out prompts."""
-    target_loss: float
-    """The loss that the circuit had to reach on the selection pairs."""
-    n_active: int
-    """Nodes whose gate was open at the end of mask training, before bisection; -1 if unknown."""
-    seed: int
-    """Seed of masks and prompts; -1 if unknown (a released circuit)."""
-    config: Mapping[str, Any]
-    """The pruning config."""
+    """A row per nonzero weight between kept nodes that is not removed: layer, source_site, source,
+    target_site, target, matrix, weight; and score (τ, or what removing it alone would add to the
+    loss in nats, to first order) where edges were pruned."""
     model_name: str
     """Class of the model."""
-    model_fingerprint: str
-    """SHA-256 of the model's tensors; the circuit belongs to it alone."""
+    removed_edges: pd.DataFrame = field(default_factory=no_removed_edges)
+    """Removed edges in the same columns, and for each the constant that its target receives in
+    place of weight times activation. Their nodes need not be kept."""
+    groups: Int[Tensor, " node"] | None = None
+    """The component of every node, where nodes are kept and removed together, as the channels of a
+    head are; None: every node is a component."""
+    tau: Float[Tensor, " node"] | None = None
+    """The learned mask parameter of every node, in [-1, 1]; None if nodes were not ranked."""
+    losses: Float[Tensor, " prompt"] = field(default_factory=lambda: torch.zeros(0))
+    """Two-way cross-entropy (nats) of each held-out prompt, circuit only; chance is ln 2."""
+    losses_calibrated: Float[Tensor, " prompt"] = field(default_factory=lambda: torch.zeros(0))
+    """The same after calibration."""
+    correct: Bool[Tensor, " prompt"] = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.bool)
+    )
+    """Whether each held-out prompt's correct token got the higher logit."""
+    calibration: Calibration | None = None
+    """Scale and shift of the logit difference; None if none was fitted."""
+    selection_loss: float = math.nan
+    """Loss on the pairs on which nodes or edges were chosen (apart from the held-out ones)."""
+    model_loss: float = math.nan
+    """The full model's loss on the held-out prompts."""
+    target_loss: float = math.nan
+    """The loss that the circuit had to reach on the selection pairs."""
+    n_active: int = -1
+    """Nodes whose gate was open at the end of mask training, before bisection; -1 if unknown."""
+    seed: int = -1
+    """Seed of masks and prompts; -1 if unknown."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The pruning config; of edges that were pruned too, theirs under ``edge_pruning``."""
     seconds: float = math.nan
     """Seconds that the search took; of masks trained together, this one's share."""
     size_curve: pd.DataFrame = field(
-        default_factory=lambda: pd.DataFrame(columns=["n_nodes", "loss"])
+        default_factory=lambda: pd.DataFrame(columns=["n_nodes", "loss"]).astype(CURVE)
     )
     """Loss on the selection pairs (``loss``) of the first so many nodes (``n_nodes``), as tried."""
 
     @property
+    def model_fingerprint(self) -> str:
+        """SHA-256 of the model; the circuit belongs to it alone."""
+        return self.means.model_fingerprint
+
+    @property
     def loss(self) -> float:
-        """Mean held-out loss in nats."""
+        """Mean held-out loss in nats; NaN if it was not measured."""
         return float(self.losses.mean())
 
     @property
     def loss_calibrated(self) -> float:
-        """Mean held-out loss after calibration."""
+        """Mean held-out loss after calibration; NaN if it was not measured."""
         return float(self.losses_calibrated.mean())
 
     @property
     def accuracy(self) -> float:
-        """Share of held-out prompts answered right."""
+        """Share of held-out prompts answered correctly; NaN if it was not measured."""
         return float(self.correct.float().mean())
 
     @property
@@ -122,32 +127,48 @@ class Circuit:
 
     @property
     def n_edges(self) -> int:
-        """Nonzero weights between kept nodes."""
+        """Edges: nonzero weights between kept nodes that are not removed."""
         return len(self.edges)
+
+    @property
+    def n_components(self) -> int:
+        """Kept components."""
+        return len(self.component[self.kept].unique())
+
+    @cached_property
+    def component(self) -> Int[Tensor, " node"]:
+        """The component of every node, from 0 on."""
+        return torch.arange(self.index.n_nodes) if self.groups is None else self.groups.cpu()
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
         """A row per kept node: layer, site, channel, head, head_channel, hook, tau, mean."""
         frame = self.index.nodes(self.kept)
         where = torch.nonzero(self.kept.cpu()).flatten()
-        frame["tau"] = self.tau.cpu()[where].numpy()
+        frame["tau"] = math.nan if self.tau is None else self.tau.cpu()[where].numpy()
         frame["mean"] = self.means.values.cpu()[where].numpy()
         return frame
+
+    @cached_property
+    def components(self) -> pd.DataFrame:
+        """A row per kept component: the columns of its first node, component, n_nodes."""
+        number = pd.Series(self.component[self.kept.cpu()].numpy(), index=self.nodes.index)
+        first = self.nodes[~number.duplicated()].assign(component=number)
+        return first.assign(n_nodes=first["component"].map(number.value_counts()))
+
+    # ----------------------------------------------------------------------------------------------
+    # in its model
 
     def hooks(self) -> list[FwdHook]:
         """``(hook name, function)`` pairs that set every node outside the circuit to its value.
 
         Raises:
-            ValueError: it was pruned under resampling or with frozen norms, for which hooks depend
-                on the prompts: see :meth:`hooks_for`.
+            ValueError: hooks cannot say it: edges are removed, for which weights change (see
+                :meth:`applied`), or it was pruned under resampling or with frozen norms, for which
+                hooks depend on the prompts (see :meth:`hooks_for`).
         """
-        if self.config.get("ablation") == "resample" or self.config.get("freeze_norm"):
-            raise ValueError(
-                f"this circuit was pruned with ablation={self.config.get('ablation')!r} and "
-                f"freeze_norm={self.config.get('freeze_norm')!r}, so its hooks depend on the "
-                "prompts: use hooks_for(model, tokens)"
-            )
-        return ablation_hooks(self.index, self.kept, self.means.values)
+        self._check_edges()
+        return self._fixed_hooks()
 
     def hooks_for(
         self,
@@ -161,8 +182,10 @@ class Circuit:
         removed nodes of sequence i from ``sources``' sequence i, if the circuit was pruned so.
 
         Raises:
-            ValueError: sources for a circuit that resamples nothing, or none for one that does.
+            ValueError: sources for a circuit that resamples nothing, or none for one that does; or
+                edges are removed.
         """
+        self._check_edges()
         if (sources is None) == (self.config.get("ablation") == "resample"):
             raise ValueError(
                 "sources= belong to circuits pruned with ablation='resample', and to no others "
@@ -172,25 +195,49 @@ class Circuit:
         norms = frozen_norm_hooks(model, tokens) if self.config.get("freeze_norm") else []
         return [*norms, *ablation_hooks(self.index, self.kept, values)]
 
-    def compile(
-        self,
-        model: nn.Module,
-        batch: TaskBatch,
-        *,
-        token_ids: Sequence[int] | None = None,
-        exact_topk: bool = True,
-        tolerance: float = 1e-5,
-    ) -> CompiledCircuit:
-        """The circuit as a small hooked model of its own with the same logits, checked on
-        ``batch``.
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Let the model compute the circuit inside the block, for any tool.
 
-        See :func:`~tl_sparse.circuits.compiled.compile_circuit` for arguments and errors.
+        Nodes outside the circuit are ablated by permanent hooks, which ``reset_hooks`` leaves.
+        Where edges are removed, their weights are zero and their constants are in the biases.
+        Afterwards the model is what it was, to the bit, also if the block raises.
+
+        Raises:
+            ValueError: it is not the circuit's model, or it was changed since; or the circuit's
+                hooks depend on the prompts.
         """
-        from tl_sparse.circuits.compiled import compile_circuit
+        self.check_model(model)
+        hooks = self._fixed_hooks()
+        with edges_removed(model, self.index, self.removed_edges), permanent(model, hooks):
+            yield model
 
-        return compile_circuit(
-            self, model, batch, token_ids=token_ids, exact_topk=exact_topk, tolerance=tolerance
-        )
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless the circuit was found in this model, and it is unchanged."""
+        if (mine := fingerprint(model)) != self.model_fingerprint:
+            raise ValueError(
+                f"the circuit of {self.task} belongs to another model ({self.model_name} "
+                f"{self.model_fingerprint[:12]}) than this {type(model).__name__} {mine[:12]}"
+            )
+
+    def _fixed_hooks(self) -> list[FwdHook]:
+        if self.config.get("ablation") == "resample" or self.config.get("freeze_norm"):
+            raise ValueError(
+                f"this circuit was pruned with ablation={self.config.get('ablation')!r} and "
+                f"freeze_norm={self.config.get('freeze_norm')!r}, so its hooks depend on the "
+                "prompts: use hooks_for(model, tokens)"
+            )
+        return ablation_hooks(self.index, self.kept, self.means.values)
+
+    def _check_edges(self) -> None:
+        if len(self.removed_edges):
+            raise ValueError(
+                f"{len(self.removed_edges)} edges of this circuit are removed, which hooks cannot "
+                "do: run it inside `with circuit.applied(model):`"
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # as tables, graphs and pictures
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per held-out prompt: loss, loss_calibrated, correct."""
@@ -208,6 +255,8 @@ class Circuit:
 
         Residual links (a write and a later read of one channel) are edges of ``kind="residual"``.
         """
+        import networkx as nx
+
         graph = nx.DiGraph(task=self.task, loss=self.loss)
         names = list(self.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
         for name, tau, mean in zip(names, self.nodes["tau"], self.nodes["mean"], strict=True):
@@ -241,9 +290,10 @@ class Circuit:
         return graph
 
     def table(self) -> CircuitTable:
-        """What a picture of the circuit needs to know: for :mod:`tl_sparse.views`."""
+        """What a picture needs to know, for :mod:`tl_sparse.views`: of groups a row each."""
         return CircuitTable(
-            self.task, self.nodes, self.edges, self.model_name, self.seed, self.loss,
+            self.task, self.nodes if self.groups is None else self.components, self.edges,
+            self.model_name, None if self.seed < 0 else self.seed, self.loss,
             self.loss_calibrated, self.target_loss, self.accuracy,
         )  # fmt: skip
 
@@ -255,45 +305,25 @@ class Circuit:
         return circuit_html(self.table())
 
     def __repr__(self) -> str:
-        return (
-            f"Circuit({self.task!r}, {self.n_nodes} nodes, {self.n_edges} edges, held-out loss "
-            f"{self.loss:.3f} (calibrated {self.loss_calibrated:.3f}), "
-            f"accuracy {self.accuracy:.2f})"
-        )
+        parts = [f"{self.n_nodes} nodes"]
+        if self.groups is not None:
+            parts = [f"{self.n_components} components of {self.n_nodes} nodes"]
+        parts.append(f"{self.n_edges} edges")
+        if len(self.removed_edges):
+            parts[-1] += f" ({len(self.removed_edges)} removed)"
+        if len(self.losses):
+            parts += [
+                f"held-out loss {self.loss:.3f} (calibrated {self.loss_calibrated:.3f})",
+                f"accuracy {self.accuracy:.2f}",
+            ]
+        return f"Circuit({self.task!r}, {', '.join(parts)})"
 
     # ----------------------------------------------------------------------------------------------
     # on disk
 
     def save(self, folder: str | Path) -> None:
         """Write the circuit to a folder, all or nothing; :meth:`load` restores it exactly."""
-        record = {name: getattr(self, name) for name in SCALARS}
-        record |= {
-            "schema_version": SCHEMA_VERSION,
-            "tl_sparse_version": version("tl-sparse"),
-            "config": dict(self.config),
-            "calibration": asdict(self.calibration),
-            "size_curve": self.size_curve[["n_nodes", "loss"]].values.tolist(),
-            "index": {f.name: getattr(self.index, f.name) for f in fields(self.index)},
-            "means": {
-                "n_tokens": self.means.n_tokens,
-                "tokens_hash": self.means.tokens_hash,
-                "model_fingerprint": self.means.model_fingerprint,
-            },
-        }
-        # copies: safetensors refuses tensors that share memory
-        tensors = {name: getattr(self, name).cpu().contiguous().clone() for name in RESULTS}
-        sites = list(self.index.sites)
-        matrix = self.edges["matrix"].map(MATRIX_NAMES.index)
-        ends = [self.edges[f"{end}_site"].map(sites.index) for end in ("source", "target")]
-        columns = [self.edges["layer"], matrix, ends[0], self.edges["source"], ends[1],
-                   self.edges["target"]]  # fmt: skip
-        tensors["edges"] = torch.tensor([c.tolist() for c in columns], dtype=torch.int64).T
-        tensors["edges"] = tensors["edges"].contiguous()
-        tensors["edge_weights"] = torch.tensor(self.edges["weight"].tolist(), dtype=torch.float32)
-        tensors["means"] = self.means.values.cpu().contiguous()
-        with atomic_folder(folder) as work:
-            save_file(tensors, work / TENSORS)
-            (work / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_circuit(folder, {f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module) -> Circuit:
@@ -303,42 +333,22 @@ class Circuit:
             FileNotFoundError: a file is missing.
             ValueError: the model is another one, the schema another version, or a file is broken.
         """
-        record = read_json(Path(folder) / RECORD)
-        if record.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{folder} has circuit schema_version {record.get('schema_version')!r}; this "
-                f"version of tl_sparse reads {SCHEMA_VERSION}"
-            )
-        record = checked_record(record, str(Path(folder) / RECORD))
-        if (mine := fingerprint(model)) != record["model_fingerprint"]:
-            raise ValueError(
-                f"{folder} is a circuit of a {record['model_name']} with fingerprint "
-                f"{record['model_fingerprint'][:12]}, not of this model ({mine[:12]}): load the "
-                "model it was pruned from"
-            )
-        tensors = read_tensors(Path(folder) / TENSORS)
-        if set(tensors) != set(STORED):
-            raise ValueError(
-                f"{Path(folder) / TENSORS} must hold {', '.join(STORED)}, not {', '.join(tensors)}"
-            )
-        index = stored_index(record["index"], model, f"the index in {Path(folder) / RECORD}")
-        check_tensors(tensors, index, str(Path(folder) / TENSORS))
-        layer, matrix, source_site, source, target_site, target = tensors.pop("edges").T.numpy()
-        edges = pd.DataFrame(
-            {
-                "layer": layer,
-                "source_site": [index.sites[i] for i in source_site],
-                "source": source,
-                "target_site": [index.sites[i] for i in target_site],
-                "target": target,
-                "matrix": [MATRIX_NAMES[i] for i in matrix],
-                "weight": tensors.pop("edge_weights").numpy(),
-            }
-        ).astype(COLUMNS)
-        means = ActivationMeans(index, tensors.pop("means"), **record["means"])
-        calibration = Calibration(**record["calibration"])
-        rest: dict[str, Any] = {name: record[name] for name in (*SCALARS, "config")}
-        rest |= tensors
-        curve = pd.DataFrame(record["size_curve"], columns=["n_nodes", "loss"])
-        rest["size_curve"] = curve.astype({"n_nodes": "int64", "loss": "float64"})
-        return cls(index=index, means=means, edges=edges, calibration=calibration, **rest)
+        return cls(**read_circuit(folder, model))
+
+
+@contextmanager
+def permanent(model: nn.Module, hooks: list[FwdHook]) -> Iterator[None]:
+    """Hooks that ``reset_hooks`` leaves alone, removed at the end."""
+    points: Any = model
+    handles = []
+    try:
+        for name, function in hooks:
+            point = points.hook_dict[name]
+            point.add_hook(function, is_permanent=True)
+            handles.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in handles:
+            handle.hook.remove()
+            # reset_hooks inside the block put another list in the place of the first
+            point.fwd_hooks = [held for held in point.fwd_hooks if held is not handle]

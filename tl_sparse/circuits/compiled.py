@@ -9,7 +9,7 @@ says what a circuit computes; this is the same computation without what it does 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,16 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.logit_diff import last_logits, trimmed
+from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.compiled_parts import Read, Where, pick, rows
 from tl_sparse.circuits.folding import Folding
 from tl_sparse.compat import HookedRootModule, HookPoint
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_SITES
-from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import TaskBatch
-
-if TYPE_CHECKING:
-    from tl_sparse.circuits.circuit import Circuit
 
 CHUNK = 256  # prompts per forward pass of the full model in the check
 
@@ -219,13 +216,12 @@ def compile_circuit(
     Raises:
         TypeError: the model is no SparseTransformer.
         ValueError: the circuit is another model's, has nodes at the embedding or the final stream,
-            or was found under resampling or frozen norms; AbsTopK or ReLU acts on the stream
-            itself; an unknown token; or the logits deviate by more than ``tolerance``.
+            has removed edges, or was found under resampling or frozen norms; AbsTopK or ReLU acts
+            on the stream itself; an unknown token; or the logits deviate by more than ``tolerance``.
     """
     if not isinstance(model, SparseTransformer):
         raise TypeError(f"only a SparseTransformer can be compiled, not a {type(model).__name__}")
-    if fingerprint(model) != circuit.model_fingerprint:
-        raise ValueError("the circuit belongs to another model: compile it with the one it is of")
+    circuit.check_model(model)
     if outside := sorted(set(circuit.index.sites) - set(BLOCK_SITES)):
         raise ValueError(
             f"a circuit with nodes at {', '.join(outside)} cannot be compiled: only the sites "

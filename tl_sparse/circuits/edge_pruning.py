@@ -9,9 +9,8 @@ channels outside the circuit are dropped; that is no edge, and stays.)
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -22,7 +21,6 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.calibration import calibrate, calibrated
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.edge_result import EdgePruning, check_model
 from tl_sparse.circuits.edge_search import (
     EdgePruningConfig,
     choose_open,
@@ -38,9 +36,10 @@ from tl_sparse.circuits.edge_weights import (
     packed_if_possible,
     some_pairs,
 )
+from tl_sparse.circuits.edges import edge_ends
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import selection_and_training
-from tl_sparse.sites import MATRICES, NodeIndex
+from tl_sparse.sites import MATRICES
 from tl_sparse.tasks import Task, TaskBatch
 
 SCORED_PAIRS = 64  # training pairs over which importances are averaged
@@ -53,24 +52,28 @@ def prune_edges(
     config: EdgePruningConfig | None = None,
     *,
     progress: bool = True,
-) -> EdgePruning:
+) -> Circuit:
     """Remove edges between a circuit's nodes as long as its loss stays at most the target.
 
     Edges are judged on fixed prompts of the train split and reported on held-out ones. Nodes that
     no longer have an edge to act through, or none at all, are dropped as well if the loss allows
-    it.
+    it. The circuit that is left says under ``config["edge_pruning"]`` how edges were chosen,
+    whether each edge that is left was tried alone and cannot go (``minimal``), and the held-out
+    loss with all edges on the same prompts (``loss_before``); ``seconds`` are those of this stage.
 
     Raises:
         ValueError: the circuit belongs to another model or task, its removed nodes have no fixed
-            values (resampled, or under frozen norms), it has no edges, or it misses the target loss
-            itself.
+            values (resampled, or under frozen norms), it has no edges or lost some already, nodes
+            come in groups, or it misses the target loss itself.
     """
     config = config or EdgePruningConfig()
-    check_model(circuit, model)
+    circuit.check_model(model)
     if task.name != circuit.task:
         raise ValueError(f"this is a circuit of task {circuit.task}, not of {task.name}")
     if not len(circuit.edges):
         raise ValueError("the circuit has no edges: there is nothing to prune")
+    if circuit.groups is not None:
+        raise ValueError("edges join nodes, and this circuit's nodes come in groups")
     with eval_mode(model):
         return EdgeProblem.of(model, circuit, task, config).solved(progress)
 
@@ -151,7 +154,7 @@ class EdgeProblem:
         loss = F.softplus(-self.logit_diffs(batch, gates, self.circuit.kept)).mean()
         return -torch.autograd.grad(loss, gates)[0]
 
-    def solved(self, progress: bool) -> EdgePruning:
+    def solved(self, progress: bool) -> Circuit:
         """Choose edges, drop nodes, and measure on held-out prompts.
 
         Raises:
@@ -237,41 +240,34 @@ class EdgeProblem:
         nodes: Bool[Tensor, " node"],
         score: Float[Tensor, " edge"],
         minimal: bool,
-    ) -> EdgePruning:
+    ) -> Circuit:
         """The result, measured on held-out prompts."""
         chosen = self.logit_diffs(self.selection, keep.float(), nodes)
         logit_diffs = self.logit_diffs(self.report, keep.float(), nodes)
         before = task_logit_diffs(self.model, self.report, self.circuit.hooks())
         calibration = calibrate(chosen)
-        return EdgePruning(
-            circuit=self.circuit,
-            edges=self.circuit.edges.assign(
-                kept=self.joining(keep, nodes).numpy(),
-                removed=~keep.cpu().numpy(),
-                score=score.detach().cpu().numpy(),
-            ),
-            kept_nodes=nodes,
-            weights=self.weights,
+        edges = self.circuit.edges.assign(score=score.detach().cpu().numpy())
+        removed = edges.assign(constant=self.weights.constant.double().cpu().numpy())
+        return replace(
+            self.circuit,
+            kept=nodes,
+            edges=edges[self.joining(keep, nodes).numpy()].reset_index(drop=True),
+            removed_edges=removed[~keep.cpu().numpy()].reset_index(drop=True),
             losses=F.softplus(-logit_diffs).cpu(),
             losses_calibrated=F.softplus(-calibrated(logit_diffs, calibration)).cpu(),
             correct=(logit_diffs > 0).cpu(),
             calibration=calibration,
             selection_loss=float(F.softplus(-chosen).mean()),
-            circuit_loss=float(F.softplus(-before).mean()),
+            model_loss=float(F.softplus(-task_logit_diffs(self.model, self.report)).mean()),
             target_loss=self.target,
-            minimal=minimal,
             seconds=time.perf_counter() - self.started,
-            config=self.config,
+            config={
+                **self.circuit.config,
+                "edge_pruning": {
+                    **asdict(self.config),
+                    "seed": self.seed,
+                    "minimal": minimal,
+                    "loss_before": float(F.softplus(-before).mean()),
+                },
+            },
         )
-
-
-def edge_ends(index: NodeIndex, edges: pd.DataFrame) -> Int[Tensor, "edge 2"]:
-    """Source and target of each edge as places among all nodes."""
-    columns = []
-    for end in ("source", "target"):
-        starts = [
-            index.slices[index.hook(layer, name)].start
-            for layer, name in zip(edges["layer"], edges[f"{end}_site"], strict=True)
-        ]
-        columns.append(torch.tensor(starts) + torch.tensor(edges[end].to_numpy()))
-    return torch.stack(columns, dim=1)

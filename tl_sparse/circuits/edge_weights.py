@@ -7,7 +7,8 @@ to the bias of j. AbsTopK, norms and attention patterns stay as the model has th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +99,49 @@ def gated_logit_diffs(
     edges: EdgeWeights,
     gates: Float[Tensor, " edge"],
 ) -> Float[Tensor, " prompt"]:
-    """logit(correct) - logit(incorrect) of every prompt with edges gated, on the model's own forward
-    pass; differentiable in the gates."""
+    """logit(correct) - logit(incorrect) of every prompt with edges gated, on the model's own
+    forward pass; differentiable in the gates."""
     changed = {f"model.{name}": x for name, x in edges.gated(model, gates).items()}
     return functional_call(_Margins(model), changed, (prompts, hooks))
+
+
+@contextmanager
+def edges_removed(model: nn.Module, index: NodeIndex, edges: pd.DataFrame) -> Iterator[None]:
+    """Inside the block the model's weights are without these edges, whose constants are in the
+    biases. Afterwards it is what it was, to the bit.
+
+    Args:
+        model: The model, whose tensors are written.
+        index: Its nodes.
+        edges: The edges, with the column ``constant``; of none nothing is changed.
+
+    Raises:
+        ValueError: the weights are others than the table's.
+    """
+    if not len(edges):
+        yield
+        return
+    weights, own = locate(model, index, edges), tensors_of(model)
+    stored = torch.tensor(edges["weight"].to_numpy())
+    if not torch.equal(weights.weight.float().cpu(), stored):
+        raise ValueError(
+            "the edges' weights are not the model's: they are removed already, or it changed"
+        )
+    with torch.no_grad():
+        changed = weights.gated(model, torch.zeros(len(edges)))
+    saved = {name: own[name].detach().clone() for name in changed}
+    try:
+        write(own, changed)
+        yield
+    finally:
+        write(own, saved)
+
+
+@torch.no_grad()
+def write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into a model's tensors of the same names."""
+    for name, value in values.items():
+        own[name].copy_(value)
 
 
 def packed_if_possible(model: nn.Module, batch: TaskBatch) -> Prompts:
@@ -118,7 +158,10 @@ def some_pairs(prompts: Prompts, start: int, stop: int) -> Prompts:
 
 
 def locate(
-    model: nn.Module, index: NodeIndex, edges: pd.DataFrame, reads: Float[Tensor, " node"]
+    model: nn.Module,
+    index: NodeIndex,
+    edges: pd.DataFrame,
+    reads: Float[Tensor, " node"] | None = None,
 ) -> EdgeWeights:
     """Find a circuit's edges in a model's tensors.
 
@@ -126,7 +169,8 @@ def locate(
         model: The model.
         index: Its nodes.
         edges: A row an edge, as :func:`~tl_sparse.circuits.edges.circuit_edges` gives them.
-        reads: What a matrix reads from each node once it is ablated; see :func:`ablated_reads`.
+        reads: What a matrix reads from each node once it is ablated (see :func:`ablated_reads`),
+            for the constants; by default they are the column ``constant`` of ``edges``.
 
     Raises:
         ValueError: the model computes a matrix, or has no bias to take up a constant.
@@ -148,7 +192,10 @@ def locate(
             weights.append(Entries(owner, which[chosen], place))
             weight[which[chosen]] = tensors_of(model)[owner].detach().flatten()[place].cpu()
         piece = index.slices[index.hook(layer, rows["source_site"].iloc[0])]
-        constant[which] = weight[which] * reads.cpu()[piece][source].to(weight.dtype)
+        if reads is None:
+            constant[which] = torch.tensor(rows["constant"].to_numpy()).to(weight.dtype)
+        else:
+            constant[which] = weight[which] * reads.cpu()[piece][source].to(weight.dtype)
         bias = getattr(getattr(blocks[layer], part), BIAS_OF[name], None)
         taker = None if bias is None else places.get(bias.untyped_storage().data_ptr())
         if bias is not None and taker is not None:

@@ -228,7 +228,7 @@ def restoration_importance(
     scores = torch.zeros(index.n_nodes, device=values.device)
     none = torch.zeros(1, index.n_nodes, dtype=torch.bool, device=values.device)
     with eval_mode(model):
-        whole = resample_sources(model, batch.tokens, index.sites).activations
+        whole = resample_sources(model, batch.tokens, index=index).activations
         hooks: list[FwdHook] = [*frozen_norms_of(model, batch)] if freeze_norm else []
         # every node is put at what it is in the full model first, then all but one are removed
         hooks += [(name, Intervention(source=activation)) for name, activation in whole.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import ActivationMeans
 from tl_sparse.checkpoints.openai_files import local_folder
-from tl_sparse.circuits import Calibration, Circuit, circuit_edges
+from tl_sparse.circuits.by_hand import circuit_of_nodes
+from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.sites import BLOCK_SITES, NodeIndex
-from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.torch_files import check_plain, read_pt
 
 PAYLOAD = "viz_data.pt"
@@ -208,9 +208,8 @@ def circuit_from_openai(
     """A released circuit as a ``Circuit`` of the model that it was found in.
 
     Its edges are the model's own nonzero weights between kept nodes. ``selection_loss`` and
-    ``model_loss`` are the payload's. What a payload does not hold is marked as unknown: there are
-    no held-out prompts (``losses`` and ``correct`` are empty, ``loss`` and ``accuracy`` NaN), τ and
-    ``target_loss`` are NaN, ``n_active`` and ``seed`` are -1.
+    ``model_loss`` are the payload's; what a payload does not hold stays unknown, as in a circuit
+    named by hand (:func:`~tl_sparse.circuits.circuit_of_nodes`).
 
     Args:
         payload: a payload, or where its file is (see :func:`read_payload`).
@@ -228,8 +227,6 @@ def circuit_from_openai(
         payload = read_payload(payload)
     index = NodeIndex.of(model, payload.sites)
     check_model(payload, model, index)
-    if means.model_fingerprint != fingerprint(model):
-        raise ValueError("means belong to another model: compute them with activation_means")
     if means.index != index:
         raise ValueError(
             f"the means are of {', '.join(means.index.sites)}, where the payload has nodes at "
@@ -244,26 +241,11 @@ def circuit_from_openai(
             else index.hook(int(layer), PLACES[place])
         )
         kept[index.slices[hook].start + channels] = True
-    nothing = torch.zeros(0)
-    return Circuit(
-        task=task,
-        index=index,
-        kept=kept,
-        tau=torch.full((index.n_nodes,), math.nan),
-        means=means,
-        edges=circuit_edges(model, index, kept),
-        losses=nothing,
-        losses_calibrated=nothing,
-        correct=nothing.bool(),
-        calibration=Calibration(),
+    return replace(
+        circuit_of_nodes(model, task, kept, means),
         selection_loss=payload.circuit_loss,
         model_loss=payload.model_loss,
-        target_loss=math.nan,
-        n_active=-1,
-        seed=-1,
         config=payload.prune_config,
-        model_name=type(model).__name__,
-        model_fingerprint=means.model_fingerprint,
     )
 
 

@@ -38,6 +38,7 @@ def prune(
     means: ActivationMeans,
     sources: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | None = None,
+    groups: Int[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Learn which nodes a task needs, with every other node set to its mean.
@@ -56,6 +57,8 @@ def prune(
             the sites that nodes are chosen from.
         sources: What ``ablation="resample"`` takes removed nodes from, from ``resample_sources``.
         exclude: Nodes that the circuit may not have.
+        groups: The component of every node, from 0 on, where nodes are kept and removed together,
+            as the channels of a head are (see ``head_nodes``).
         progress: Whether to show a progress bar.
 
     Raises:
@@ -66,7 +69,7 @@ def prune(
     """
     (found,) = prune_many(
         model, [(task, config or PruningConfig())], means=means, sources=sources, exclude=exclude,
-        progress=progress,
+        groups=groups, progress=progress,
     )  # fmt: skip
     if isinstance(found, PruningFailed):
         raise found

@@ -29,7 +29,7 @@ from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits.bisection import bisect, evenly
 from tl_sparse.circuits.calibration import calibrate, calibrated
-from tl_sparse.circuits.circuit import Circuit
+from tl_sparse.circuits.circuit import CURVE, Circuit
 from tl_sparse.circuits.components import component_ranks, components, ranked_components
 from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.pruning_config import PruningConfig
@@ -196,7 +196,7 @@ def set_up(
     report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
     with eval_mode(model):
         if config.ablation == "task_mean":
-            means = activation_means(model, train.tokens, index.sites, last=train.last)
+            means = activation_means(model, train.tokens, last=train.last, index=index)
         elif config.ablation == "zero":
             means = replace(means, values=torch.zeros_like(means.values))
         values: Replacement = means.values.to(device)
@@ -366,7 +366,7 @@ def build_circuit(
         seed=task_config.seed,
         config=asdict(task_config) if config is None else config,
         model_name=type(model).__name__,
-        model_fingerprint=means.model_fingerprint,
+        groups=None if run.groups is None else run.groups.cpu(),
         seconds=time.perf_counter() - run.started if seconds is None else seconds,
-        size_curve=pd.DataFrame(columns=["n_nodes", "loss"]) if curve is None else curve,
+        size_curve=pd.DataFrame(columns=list(CURVE)).astype(CURVE) if curve is None else curve,
     )

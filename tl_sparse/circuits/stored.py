@@ -1,42 +1,158 @@
-"""What a saved circuit's files must hold: every field is checked before it is used."""
+"""A circuit's two files: what they hold, and every check before a value of them is used.
+
+Edges are not stored but read from the model: they are its nonzero weights between kept nodes, less
+those whose numbers are stored as removed.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tl_sparse.sites import MATRICES, NodeIndex
-from tl_sparse.storage.json_dataclass import convert
+from tl_sparse.ablation import ActivationMeans, resample_sources
+from tl_sparse.circuits.calibration import Calibration
+from tl_sparse.circuits.edges import circuit_edges, edge_ends, edges_at, without
+from tl_sparse.sites import SITE_NAMES, NodeIndex
+from tl_sparse.storage.atomic_write import atomic_folder
+from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.storage.json_dataclass import dataclass_from_json
+from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.tensor_files import read_tensors
 
-FIELDS: dict[str, Any] = {
-    "task": str, "selection_loss": float, "model_loss": float, "target_loss": float,
-    "n_active": int, "seed": int, "model_name": str, "model_fingerprint": str,
-    "config": Mapping[str, Any], "seconds": float,
-}  # fmt: skip
-PARTS: dict[str, dict[str, Any]] = {
-    "calibration": {"scale": float, "shift": float},
-    "means": {"n_tokens": int, "tokens_hash": str, "model_fingerprint": str},
-}
+SCHEMA_VERSION = 3
+TENSORS, RECORD = "circuit.safetensors", "circuit.json"
+SCALARS = (
+    "task", "model_name", "selection_loss", "model_loss", "target_loss", "n_active", "seed",
+    "seconds",
+)  # fmt: skip
+RESULTS = ("kept", "losses", "losses_calibrated", "correct")
+OPTIONAL = ("tau", "groups", "removed", "removed_constants", "edge_scores")
 
 
-def checked_record(record: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """A circuit's JSON record with all its fields, each of its type; ValueError otherwise."""
-    if missing := sorted({*FIELDS, *PARTS, "index", "size_curve"} - set(record)):
-        raise ValueError(f"{origin} lacks {', '.join(missing)}")
+@dataclass(frozen=True)
+class MeansRecord:
+    """Where a circuit's means were measured."""
+
+    n_tokens: int
+    tokens_hash: str
+    model_fingerprint: str
+
+
+@dataclass(frozen=True)
+class CircuitRecord:
+    """What ``circuit.json`` holds."""
+
+    schema_version: int
+    tl_sparse_version: str
+    task: str
+    model_name: str
+    selection_loss: float
+    model_loss: float
+    target_loss: float
+    n_active: int
+    seed: int
+    seconds: float
+    config: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None
+    size_curve: Any
+    index: Mapping[str, Any]
+    means: MeansRecord
+
+
+def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
+    """Write a circuit's fields to a folder, all or nothing."""
+    index, means, calibration = values["index"], values["means"], values["calibration"]
+    record = {name: values[name] for name in SCALARS} | {
+        "schema_version": SCHEMA_VERSION,
+        "tl_sparse_version": version("tl-sparse"),
+        "config": dict(values["config"]),
+        "calibration": None if calibration is None else asdict(calibration),
+        "size_curve": values["size_curve"][["n_nodes", "loss"]].values.tolist(),
+        "index": plain_index(index),
+        "means": {f.name: getattr(means, f.name) for f in fields(MeansRecord)},
+    }
+    tensors = {name: values[name] for name in RESULTS} | {"means": means.values}
+    tensors |= {name: values[name] for name in ("tau", "groups") if values[name] is not None}
+    edges, removed = values["edges"], values["removed_edges"]
+    if len(removed):
+        tensors["removed"] = edge_ends(index, removed)
+        tensors["removed_constants"] = torch.tensor(removed["constant"].to_numpy())
+    if "score" in edges:
+        scores = pd.concat([edges["score"], removed["score"]])
+        tensors["edge_scores"] = torch.tensor(scores.to_numpy())
+    with atomic_folder(folder) as work:
+        # copies: safetensors refuses tensors that share memory
+        copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+        save_file(copies, work / TENSORS)
+        (work / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def read_circuit(folder: str | Path, model: nn.Module) -> dict[str, Any]:
+    """A saved circuit's fields, for the model that it was found in.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the model is another one, the schema another version, or a file is broken.
+    """
+    record = checked_record(Path(folder) / RECORD)
+    if (mine := fingerprint(model)) != record.means.model_fingerprint:
+        raise ValueError(
+            f"{folder} is a circuit of a {record.model_name} with fingerprint "
+            f"{record.means.model_fingerprint[:12]}, not of this model ({mine[:12]}): load the "
+            "model it was pruned from"
+        )
+    path = Path(folder) / TENSORS
+    tensors = read_tensors(path)
+    required = (*RESULTS, "means")
+    if not set(required) <= set(tensors) <= {*required, *OPTIONAL}:
+        raise ValueError(
+            f"{path} must hold {', '.join(required)} and may hold {', '.join(OPTIONAL)}, not "
+            f"{', '.join(tensors)}"
+        )
     try:
-        out = {name: convert(hint, record[name], name) for name, hint in FIELDS.items()}
-        for part, hints in PARTS.items():
-            values = convert(Mapping[str, Any], record[part], part)
-            if set(values) != set(hints):
-                raise ValueError(f"{part} must hold {', '.join(hints)}, not {', '.join(values)}")
-            out[part] = {n: convert(hint, values[n], f"{part}.{n}") for n, hint in hints.items()}
-        out["size_curve"] = checked_curve(record["size_curve"])
-        return out | {"index": convert(Mapping[str, Any], record["index"], "index")}
+        index = stored_index(record.index, model)
+        check_tensors(tensors, index.n_nodes)
+        edges = stored_edges(tensors, model, index)
     except ValueError as error:
-        raise ValueError(f"{origin} is broken: {error}") from error
+        raise ValueError(f"{folder} is broken: {error}") from error
+    curve = pd.DataFrame(record.size_curve, columns=["n_nodes", "loss"])
+    return {name: getattr(record, name) for name in SCALARS} | {
+        **{name: tensors[name] for name in RESULTS},
+        **{name: tensors.get(name) for name in ("tau", "groups")},
+        **edges,
+        "index": index,
+        "means": ActivationMeans(index, tensors["means"], **asdict(record.means)),
+        "config": record.config,
+        "calibration": None if record.calibration is None else Calibration(**record.calibration),
+        "size_curve": curve.astype({"n_nodes": "int64", "loss": "float64"}),
+    }
+
+
+def checked_record(path: Path) -> CircuitRecord:
+    """A circuit's JSON record with all its fields, each of its type; ValueError otherwise."""
+    values = read_json(path)
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has circuit schema_version {values.get('schema_version')!r:.80}; this version "
+            f"of tl_sparse reads {SCHEMA_VERSION}"
+        )
+    try:
+        record: CircuitRecord = dataclass_from_json(CircuitRecord, values)
+        if record.calibration is not None:
+            dataclass_from_json(Calibration, record.calibration)
+        curve = checked_curve(values["size_curve"])  # a list, as it was read
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    return replace(record, size_curve=curve)
 
 
 def checked_curve(rows: Any) -> list[tuple[int, float]]:
@@ -55,55 +171,106 @@ def checked_curve(rows: Any) -> list[tuple[int, float]]:
     return [(int(n), float(loss)) for n, loss in rows]
 
 
-def stored_index(plain: Mapping[str, Any], model: nn.Module, origin: str) -> NodeIndex:
-    """The node index of the model at the stored sites; ValueError unless it is the stored one."""
-    sites = plain.get("sites")
+def plain_index(index: NodeIndex) -> dict[str, Any]:
+    """A node index in JSON's types."""
+    return json.loads(json.dumps({f.name: getattr(index, f.name) for f in fields(index)}))
+
+
+def stored_index(plain: Mapping[str, Any], model: nn.Module) -> NodeIndex:
+    """The index of the model's nodes at the stored sites or hooks.
+
+    Raises:
+        ValueError: it is not the stored one, or the model has no such nodes.
+    """
+    sites, widths, d_head = (plain.get(name) for name in ("sites", "widths", "d_head"))
     if not isinstance(sites, list) or not all(isinstance(name, str) for name in sites):
-        raise ValueError(f"{origin} must name its sites, not {sites!r:.80}")
-    index = NodeIndex.of(model, tuple(sites))
-    own = {
-        "n_layers": index.n_layers,
-        "sites": list(index.sites),
-        "hooks": [list(layer) for layer in index.hooks],
-        "widths": list(index.widths),
-        "d_head": index.d_head,
-    }
-    if dict(plain) != own:
-        raise ValueError(f"{origin} numbers other nodes than this model has")
+        raise ValueError(f"the index must name its sites, not {sites!r:.80}")
+    if set(sites) <= set(SITE_NAMES):
+        index = NodeIndex.of(model, tuple(sites))
+    else:
+        numbers = [d_head, *(widths if isinstance(widths, list) else [])]
+        if len(numbers) != 1 + len(sites) or not all(
+            isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31 for x in numbers
+        ):
+            raise ValueError(f"the index must give its hooks' widths, not {widths!r:.80}")
+        index = NodeIndex.over(model, dict(zip(sites, numbers[1:], strict=True)), numbers[0])
+        check_widths(model, index)
+    if dict(plain) != plain_index(index):
+        raise ValueError("the index numbers other nodes than this model has")
     return index
 
 
-def check_tensors(tensors: Mapping[str, Tensor], index: NodeIndex, origin: str) -> None:
-    """ValueError unless a circuit's tensors have their shapes and types, and its edges exist."""
-    n_prompts, n_edges = len(tensors["losses"].flatten()), len(tensors["edge_weights"].flatten())
+def check_widths(model: nn.Module, index: NodeIndex) -> None:
+    """ValueError unless every hook has as many channels as the index says."""
+    found = resample_sources(model, torch.zeros(1, 1, dtype=torch.int64), index=index)
+    for name, piece in index.slices.items():
+        width = found.activations[name].flatten(2).shape[2]
+        if width != piece.stop - piece.start:
+            raise ValueError(f"{name} has {width} channels, not {piece.stop - piece.start}")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], n_nodes: int) -> None:
+    """ValueError unless a circuit's tensors have their types and shapes, and groups are whole."""
+    n_prompts = len(tensors["losses"].flatten())
+    n_removed = len(tensors.get("removed", torch.zeros(0)).flatten()) // 2
     expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
-        "kept": (torch.bool, (index.n_nodes,)),
-        "tau": (None, (index.n_nodes,)),
-        "means": (None, (index.n_nodes,)),
+        "kept": (torch.bool, (n_nodes,)),
+        "tau": (None, (n_nodes,)),
+        "groups": (torch.int64, (n_nodes,)),
+        "means": (None, (n_nodes,)),
         "losses": (None, (n_prompts,)),
         "losses_calibrated": (None, (n_prompts,)),
         "correct": (torch.bool, (n_prompts,)),
-        "edges": (torch.int64, (n_edges, 6)),
-        "edge_weights": (torch.float32, (n_edges,)),
+        "removed": (torch.int64, (n_removed, 2)),
+        "removed_constants": (torch.float64, (n_removed,)),
     }
-    for name, (dtype, shape) in expected.items():
-        tensor = tensors[name]
+    for name in sorted(set(tensors) & set(expected)):
+        (dtype, shape), tensor = expected[name], tensors[name]
         right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
         if not right or tensor.shape != shape:
             raise ValueError(
-                f"{name} in {origin} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"{'floating point' if dtype is None else dtype} {shape}"
             )
-    widths = torch.tensor(index.widths)
-    edges = tensors["edges"]
-    limits = [index.n_layers, len(MATRICES), len(widths), None, len(widths), None]
-    sized = all(
-        limit is None or bool((column < limit).all())
-        for column, limit in zip(edges.T, limits, strict=True)
-    )
-    if (
-        not sized
-        or bool((edges < 0).any())
-        or not all(bool((edges[:, end + 1] < widths[edges[:, end]]).all()) for end in (2, 4))
-    ):
-        raise ValueError(f"edges in {origin} join nodes that this model does not have")
+    if ("removed" in tensors) != ("removed_constants" in tensors):
+        raise ValueError("removed and removed_constants belong together")
+    if "groups" in tensors:
+        check_groups(tensors["groups"], tensors["kept"])
+
+
+def check_groups(groups: Tensor, kept: Tensor) -> None:
+    """ValueError unless groups are numbered from 0 on, and each is kept whole or not at all."""
+    present, sizes = groups.unique(return_counts=True)
+    if not torch.equal(present, torch.arange(len(present))):
+        raise ValueError("groups must be numbered from 0 on, none of them empty")
+    shares = torch.zeros(len(present)).index_add(0, groups, kept.float())
+    if not bool(((shares == 0) | (shares == sizes)).all()):
+        raise ValueError("a group is kept in part: keep all of its channels or none")
+
+
+def stored_edges(
+    tensors: Mapping[str, Tensor], model: nn.Module, index: NodeIndex
+) -> dict[str, pd.DataFrame]:
+    """The circuit's edges and the removed ones, as the model has them.
+
+    Raises:
+        ValueError: the model has no weight where one is removed, or scores of other edges.
+    """
+    edges = circuit_edges(model, index, tensors["kept"])
+    ends = tensors.get("removed", torch.zeros(0, 2, dtype=torch.int64))
+    removed = edges_at(model, index, ends)
+    edges = without(index, edges, ends)
+    if "edge_scores" in tensors:
+        scores, n_edges = tensors["edge_scores"], len(edges) + len(removed)
+        if not scores.is_floating_point() or scores.shape != (n_edges,):
+            raise ValueError(
+                f"edge_scores is {scores.dtype} {tuple(scores.shape)}, expected one for each of "
+                f"{n_edges} edges"
+            )
+        edges["score"], removed["score"] = (
+            part.numpy() for part in scores.split([len(edges), len(removed)])
+        )
+    if "removed" not in tensors:
+        return {"edges": edges}
+    removed["constant"] = tensors["removed_constants"].numpy()
+    return {"edges": edges, "removed_edges": removed}

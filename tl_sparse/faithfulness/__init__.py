@@ -16,17 +16,14 @@ from tl_sparse.faithfulness.faithful import faithful_prune as faithful_prune
 from tl_sparse.faithfulness.measure import Measure as Measure
 from tl_sparse.faithfulness.measure import PartResult as PartResult
 from tl_sparse.faithfulness.report import FaithfulnessReport as FaithfulnessReport
-from tl_sparse.faithfulness.subject import HookCircuit as HookCircuit
 from tl_sparse.faithfulness.subject import Subject as Subject
-from tl_sparse.faithfulness.subject import head_circuit as head_circuit
-from tl_sparse.faithfulness.subject import hook_circuit as hook_circuit
 from tl_sparse.faithfulness.subject import subject as subject
 from tl_sparse.faithfulness.verdict import Check as Check
 from tl_sparse.faithfulness.verdict import Thresholds as Thresholds
 
 __all__ = [
-    "Check", "EvaluationConfig", "FaithfulConfig", "FaithfulnessReport", "HookCircuit", "Measure",
+    "Check", "EvaluationConfig", "FaithfulConfig", "FaithfulnessReport", "Measure",
     "PartResult", "Subject", "Thresholds", "arbitrary_map", "constant_answer", "evaluate",
-    "faithful_prune", "head_circuit", "hook_circuit", "label_swap", "reinitialised",
+    "faithful_prune", "label_swap", "reinitialised",
     "shuffled_weights", "subject",
 ]  # fmt: skip

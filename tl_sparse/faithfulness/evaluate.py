@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_sparse.circuits import Circuit
+from tl_sparse.circuits.edges import joined
 from tl_sparse.compat import transformer_lens_version
 from tl_sparse.faithfulness.checks.generalisation import generalisation
 from tl_sparse.faithfulness.checks.meaning import meaning
@@ -27,7 +29,7 @@ from tl_sparse.faithfulness.checks.sufficiency import sufficiency
 from tl_sparse.faithfulness.config import PARTS, EvaluationConfig
 from tl_sparse.faithfulness.measure import PartResult
 from tl_sparse.faithfulness.report import FaithfulnessReport
-from tl_sparse.faithfulness.subject import HookCircuit, Subject, subject
+from tl_sparse.faithfulness.subject import Subject, subject
 from tl_sparse.faithfulness.verdict import Thresholds
 from tl_sparse.tasks import Task
 
@@ -39,7 +41,7 @@ RUNS: dict[str, Callable[[Subject], PartResult]] = {
 
 def evaluate(
     model: nn.Module,
-    circuit: Circuit | HookCircuit,
+    circuit: Circuit,
     task: Task,
     config: EvaluationConfig | None = None,
     *,
@@ -50,7 +52,7 @@ def evaluate(
     """Is a circuit faithful? All parts of the suite, each with its nulls and intervals.
 
     Works for circuits of nodes of a SparseTransformer or any TransformerLens model, and for those
-    of heads or features (:func:`head_circuit`, :func:`hook_circuit`). Prompts are held out, and
+    of heads or features (``circuit_of_heads``, ``circuit_of_channels``). Prompts are held out, and
     none of them was used to find the circuit. About two minutes on two cores with the default
     config; ``EvaluationConfig(parts="ABCDEI")`` leaves out what searches for circuits anew, which
     takes most of it.
@@ -81,15 +83,14 @@ def evaluate(
             result = PartResult(letter, (), notes=(f"not measured: {error}",))
         notes = (*said, *result.notes)
         found.append(replace(result, notes=notes, seconds=time.perf_counter() - began))
-    edges = circuit.n_edges if isinstance(circuit, Circuit) else None
     return FaithfulnessReport(
         task=task.name,
         model_name=type(model).__name__,
         model_fingerprint=circuit.model_fingerprint,
         n_units=int(whom.kept_units.sum()),
         n_universe=whom.n_units,
-        n_edges=edges,
-        target_loss=circuit.target_loss if isinstance(circuit, Circuit) else None,
+        n_edges=circuit.n_edges if joined(circuit.index) else None,
+        target_loss=None if math.isnan(circuit.target_loss) else circuit.target_loss,
         prompts=whom.batch.prompts,
         parts=tuple(found),
         config=whom.config,
@@ -105,10 +106,14 @@ def evaluate(
 def caveats(subject: Subject) -> tuple[str, ...]:
     """What every number of the report has to be read with."""
     found = []
-    config = getattr(subject.circuit, "config", {})
-    if config.get("ablation") == "resample":
+    if subject.circuit.config.get("ablation") == "resample":
         found.append(
             "the circuit was found by resampling removed nodes; here they are held at their means"
+        )
+    if len(subject.circuit.removed_edges):
+        found.append(
+            "edges are removed as well: runs that keep nodes of the circuit alone are without "
+            "them, at the same constants under every ablation; all other runs have all edges"
         )
     if len(subject.batch) < 2 * subject.config.pairs:
         found.append(f"{len(subject.batch) // 2} of {subject.config.pairs} pairs: no more are left")

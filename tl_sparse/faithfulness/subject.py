@@ -8,137 +8,31 @@ the channels of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_sparse.ablation import (
-    ActivationMeans,
     FwdHook,
     Replacement,
-    activation_means,
-    resample_sources,
 )
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig
+from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
-from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import Task, TaskBatch
 
 SPARE = 4  # times as many held-out pairs are drawn as are wanted: some may be discovery prompts
-
-
-@dataclass(frozen=True, eq=False)
-class HookCircuit:
-    """A circuit of anything that has a hook: heads, neurons, features of a dictionary.
-
-    Made by :func:`head_circuit` and :func:`hook_circuit`.
-    """
-
-    task: str
-    """Name of the task."""
-    index: NodeIndex
-    """The channels of its hooks."""
-    unit: Int[Tensor, " node"]
-    """The unit of every channel: channels of one unit are kept and removed together."""
-    kept: Bool[Tensor, " node"]
-    """Which channels are kept."""
-    means: ActivationMeans
-    """What removed channels are set to."""
-
-    @property
-    def model_fingerprint(self) -> str:
-        """Fingerprint of the model."""
-        return self.means.model_fingerprint
-
-
-def hook_circuit(
-    model: nn.Module,
-    task: str,
-    kept: Mapping[str, Bool[Tensor, " channel"]],
-    tokens: Int[Tensor, "sequence pos"],
-    groups: Mapping[str, Int[Tensor, " channel"]] | None = None,
-    d_head: int = 1,
-) -> HookCircuit:
-    """A circuit over the channels of any hooks, such as a dictionary's features.
-
-    Args:
-        model: Any model of TransformerLens' kind.
-        task: Name of the task.
-        kept: Hook name → which of its channels are kept; its hooks are the universe.
-        tokens: Text over which the means are taken that removed channels are set to.
-        groups: Hook name → the group of every channel, where groups are kept or removed together.
-        d_head: Channels of each head, where a hook comes by head.
-
-    Raises:
-        ValueError: an unknown hook, a mask of another width, or a group that is kept in part.
-    """
-    index = NodeIndex.over(model, {name: len(mask) for name, mask in kept.items()}, d_head)
-    check_widths(model, index, tokens)
-    if unknown := sorted(set(groups or {}) - set(kept)):
-        raise ValueError(f"groups of {', '.join(unknown)}, which are none of {', '.join(kept)}")
-    unit, start = [], 0
-    for name, mask in kept.items():
-        group = torch.arange(len(mask)) if groups is None else groups.get(name)
-        group = torch.arange(len(mask)) if group is None else group.unique(return_inverse=True)[1]
-        unit.append(start + group)
-        start += int(group.max()) + 1
-    flat = index.flat({name: mask.cpu() for name, mask in kept.items()})
-    means = activation_means(model, tokens, index=index)
-    units = torch.cat(unit)
-    shares = torch.bincount(units, flat.double()) / torch.bincount(units)
-    if not bool(((shares == 0) | (shares == 1)).all()):
-        raise ValueError("a group is kept in part: keep all of its channels or none")
-    return HookCircuit(task, index, units, flat, means)
-
-
-def check_widths(model: nn.Module, index: NodeIndex, tokens: Int[Tensor, "sequence pos"]) -> None:
-    """ValueError unless every hook has as many channels as the index says."""
-    found = resample_sources(model, tokens[:1], index=index)
-    for name, piece in index.slices.items():
-        width = found.activations[name].flatten(2).shape[2]
-        if width != piece.stop - piece.start:
-            raise ValueError(f"{name} has {width} channels, not {piece.stop - piece.start}")
-
-
-def head_circuit(
-    model: nn.Module,
-    task: str,
-    heads: Sequence[tuple[int, int]],
-    tokens: Int[Tensor, "sequence pos"],
-) -> HookCircuit:
-    """A circuit of attention heads, each (layer, head), among all heads of the model.
-
-    A removed head's outputs (``hook_z``) are set to their means over ``tokens``.
-
-    Raises:
-        ValueError: a head that the model does not have.
-    """
-    cfg: Any = model.cfg
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(cfg.n_layers)]
-    kept = {name: torch.zeros(cfg.n_heads, cfg.d_head, dtype=torch.bool) for name in names}
-    for layer, head in heads:
-        if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
-            raise ValueError(
-                f"head {layer}.{head}: the model has layers 0 to {cfg.n_layers - 1} and heads 0 "
-                f"to {cfg.n_heads - 1}"
-            )
-        kept[names[layer]][head] = True
-    group = torch.arange(cfg.n_heads).repeat_interleave(cfg.d_head)
-    return hook_circuit(
-        model, task, {name: mask.flatten() for name, mask in kept.items()}, tokens,
-        groups=dict.fromkeys(names, group), d_head=cfg.d_head,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +43,8 @@ class Subject:
     """The model."""
     task: Task
     """The task."""
-    circuit: Circuit | HookCircuit
+    circuit: Circuit
     """What is tested."""
-    unit: Int[Tensor, " node"]
-    """The unit of every node."""
     batch: TaskBatch
     """Held-out prompts, none of which the circuit was found on."""
     discovery: TaskBatch
@@ -178,6 +70,11 @@ class Subject:
         return self.circuit.means.values.cpu()
 
     @property
+    def unit(self) -> Int[Tensor, " node"]:
+        """The unit of every node."""
+        return self.circuit.component
+
+    @property
     def n_units(self) -> int:
         """Units of the universe."""
         return int(self.unit.max()) + 1
@@ -192,8 +89,19 @@ class Subject:
     @cached_property
     def norms(self) -> tuple[FwdHook, ...]:
         """Hooks that hold the norms' scales on ``batch``, of a circuit that was found so."""
-        config = getattr(self.circuit, "config", {})
-        return frozen_norms_of(self.model, self.batch) if config.get("freeze_norm") else ()
+        frozen = self.circuit.config.get("freeze_norm")
+        return frozen_norms_of(self.model, self.batch) if frozen else ()
+
+    def within(self, keep: Shaped[Tensor, "mask node"]) -> Bool[Tensor, " mask"]:
+        """Which masks (or gates) keep nodes of the circuit alone."""
+        return ~(keep.cpu().bool() & ~self.kept).any(1)
+
+    def edges_of(self, keep: Shaped[Tensor, "mask node"]) -> AbstractContextManager[None]:
+        """Inside the block the model has the edges that belong to these masks: where each of them
+        keeps nodes of the circuit alone it is without the circuit's removed edges."""
+        removed = self.circuit.removed_edges
+        whole = not bool(self.within(keep).all())
+        return edges_removed(self.model, self.index, removed[:0] if whole else removed)
 
     def nodes(self, units: Bool[Tensor, "mask unit"]) -> Bool[Tensor, "mask node"]:
         """Masks over units as masks over nodes."""
@@ -208,14 +116,24 @@ class Subject:
         """logit(correct) - logit(incorrect) of the test prompts under node masks, on the CPU.
 
         ``values`` replace removed nodes, by default the circuit's means; ``hooks`` run before, by
-        default those under which the circuit was found.
+        default those under which the circuit was found. A mask that keeps nodes of the circuit
+        alone runs without the circuit's removed edges, any other mask on all edges.
         """
+
+        values = self.values if values is None else values
+        hooks = self.norms if hooks is None else hooks
+        within = self.within(keep)
+        groups = [torch.ones_like(within)]
+        if len(self.circuit.removed_edges):
+            groups = [within, ~within]
+        found = torch.zeros(len(keep), len(self.batch))
         with eval_mode(self.model):
-            return masked_logit_diffs(
-                self.model, self.batch, self.index, keep,
-                self.values if values is None else values,
-                hooks=self.norms if hooks is None else hooks,
-            ).cpu()  # fmt: skip
+            for rows in groups:
+                with self.edges_of(keep[rows]):
+                    found[rows] = masked_logit_diffs(
+                        self.model, self.batch, self.index, keep[rows], values, hooks=hooks
+                    ).cpu()
+        return found
 
     def losses(
         self,
@@ -229,7 +147,11 @@ class Subject:
     @cached_property
     def model_logit_diffs(self) -> Float[Tensor, " prompt"]:
         """Margins of the full model, without any hook."""
-        return self.logit_diffs(torch.ones(1, self.index.n_nodes, dtype=torch.bool), hooks=())[0]
+        every = torch.ones(1, self.index.n_nodes, dtype=torch.bool)
+        with eval_mode(self.model):
+            return masked_logit_diffs(
+                self.model, self.batch, self.index, every, self.values
+            )[0].cpu()  # fmt: skip
 
     @cached_property
     def circuit_logit_diffs(self) -> Float[Tensor, " prompt"]:
@@ -244,7 +166,7 @@ class Subject:
 
 def subject(
     model: nn.Module,
-    circuit: Circuit | HookCircuit,
+    circuit: Circuit,
     task: Task,
     config: EvaluationConfig | None = None,
     tokens: Int[Tensor, "sequence pos"] | None = None,
@@ -256,20 +178,18 @@ def subject(
             discovery prompts.
     """
     config = config or EvaluationConfig()
-    if fingerprint(model) != circuit.model_fingerprint:
-        raise ValueError(
-            f"the circuit of {circuit.task} belongs to another model than this "
-            f"{type(model).__name__}"
-        )
+    circuit.check_model(model)
     if circuit.task != task.name:
         raise ValueError(f"the circuit is one of {circuit.task!r}, not of {task.name!r}")
-    if isinstance(circuit, HookCircuit):
-        unit, found_with = circuit.unit, PruningConfig(seed=config.seed)
-    else:
-        unit = torch.arange(circuit.index.n_nodes)
-        found_with = pruning_config_of(circuit)
+    found_with = pruning_config_of(circuit)
+    if circuit.seed < 0:  # nobody knows on which prompts it was found, if on any
+        found_with = replace(found_with, seed=config.seed)
     selection, training = selection_and_training(task, found_with)
     seen = set(training.prompts) | set(selection.prompts)
+    if edges := circuit.config.get("edge_pruning"):
+        names = ("steps", "batch_pairs", "selection_pairs", "seed")
+        judged_on = PruningConfig(**{name: edges[name] for name in names})
+        seen |= {p for part in selection_and_training(task, judged_on) for p in part.prompts}
     # another seed than the one whose held-out prompts were reported at discovery
     seed = found_with.seed + 1 + config.seed
     drawn = task.batch(SPARE * config.pairs, split="held_out", seed=seed)
@@ -283,7 +203,7 @@ def subject(
         raise ValueError(
             f"all held-out prompts of {task.name} were seen in discovery: none is left to test on"
         )
-    return Subject(model, task, circuit, unit, drawn.select(chosen), training, tokens, config)
+    return Subject(model, task, circuit, drawn.select(chosen), training, tokens, config)
 
 
 def pruning_config_of(circuit: Circuit) -> PruningConfig:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.faithfulness.slow import fixed, loss, slow_logit_diffs
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
+from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.checks.generalisation import (
     above_diagonal,
     generalisation,
@@ -121,7 +122,7 @@ def test_prompts_of_the_tasks_variants_are_unseen_and_harder(quick):
 
 def test_no_target_is_a_note_and_losses_are_still_measured(planted, marks, random_tokens):
     model, _ = planted()
-    circuit = head_circuit(model, "marked", [], random_tokens)
+    circuit = circuit_of_heads(model, "marked", [], random_tokens)
     empty = subject(model, circuit, marks, EvaluationConfig(pairs=4, draws=50, controls=2))
     found = generalisation(empty)
     assert {m.name for m in found.measures} == {"loss", "model_loss"}
@@ -130,7 +131,7 @@ def test_no_target_is_a_note_and_losses_are_still_measured(planted, marks, rando
 
 def test_heads_are_compared_as_heads(planted, marks, random_tokens):
     model, _ = planted()
-    circuit = head_circuit(model, "marked", [(0, 0)], random_tokens)
+    circuit = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
     config = EvaluationConfig(pairs=4, draws=50, controls=4, **QUICK | {"seeds": 2})
     found = generalisation(subject(model, circuit, marks, config, random_tokens))
     assert found.measure("jaccard").value == found.measure("overlap").value == 1

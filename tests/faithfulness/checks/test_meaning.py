@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.analyses.conftest import last_word, two_valued
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
+from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.checks.meaning import (
     candidates,
     donors,
@@ -130,7 +131,7 @@ def test_prompts_that_share_their_answer_with_no_other_are_left_out(planted, wor
 
     posed = Task.bind(copied, words, max_tokens=12)
     model, _ = planted()
-    circuit = head_circuit(model, "copied", [(0, 0)], random_tokens)
+    circuit = circuit_of_heads(model, "copied", [(0, 0)], random_tokens)
     many = subject(model, circuit, posed, EvaluationConfig(pairs=12, draws=50), random_tokens)
     found, notes = swaps(many)
     single = [not group for group in candidates(many.batch, True)]
@@ -153,7 +154,7 @@ def test_heads_and_frozen_norms_and_dense_models_have_meanings_too(
     planted, dense_planted, marks, random_tokens, whole
 ):
     for model, _ in (planted(), dense_planted):
-        circuit = head_circuit(model, "marked", [(0, 0)], random_tokens)
+        circuit = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
         config = EvaluationConfig(pairs=4, draws=50)
         found = meaning(subject(model, circuit, marks, config, random_tokens))
         assert found.measure("swap_f").value > 0 > found.measure("swap_f").null

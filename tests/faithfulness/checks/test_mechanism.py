@@ -6,7 +6,8 @@ import torch
 
 from tests.faithfulness.checks.test_patterns import attending
 from tl_sparse.ablation import activation_means
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
+from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.checks.mechanism import interchange, mechanism, swapped_logit_diffs
 
 __all__ = ["attending"]
@@ -200,7 +201,7 @@ def test_the_order_of_the_test_prompts_does_not_matter(uneven, found):
 
 def test_heads_of_a_dense_model_are_units(dense_planted, marks, random_tokens):
     model, _ = dense_planted
-    circuit = head_circuit(model, "marked", [(0, 0)], random_tokens)
+    circuit = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
     assert torch.equal(
         circuit.means.values, activation_means(model, random_tokens, index=circuit.index).values
     )

@@ -6,7 +6,7 @@ import torch
 from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
 from tl_sparse.ablation import ActivationMeans
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.faithfulness import head_circuit
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import random_subsets
 from tl_sparse.faithfulness.checks.necessity import MATTERS, NULLS, necessity
 from tl_sparse.faithfulness.controls import on, random_units
@@ -132,7 +132,7 @@ def test_a_node_to_spare_is_found(whole):
 def test_a_circuit_of_heads_has_no_degrees_and_says_so(chain, random_tokens, subject_of):
     model, task, _ = chain
     found = necessity(
-        subject_of(model, task, head_circuit(model, task.name, [(0, 0)], random_tokens))
+        subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
     )
     assert any("hook_z" in note for note in found.notes)
     assert {m.variant for m in found.measures if m.name == "necessity"} == {"outside", "matched"}

@@ -5,7 +5,7 @@ import torch
 
 from tests.faithfulness.slow import loss, mean
 from tl_sparse.ablation import ablation_hooks, norm_hooks
-from tl_sparse.faithfulness import head_circuit
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.norms import norm_drift, norms
 from tl_sparse.faithfulness.controls import on
 
@@ -139,7 +139,7 @@ def test_a_model_without_norms_says_so(planted, marks, circuit_of, subject_of):
 
 def test_a_circuit_of_heads_with_frozen_norms(chain, random_tokens, subject_of):
     model, task, _ = chain
-    heads = subject_of(model, task, head_circuit(model, task.name, [(0, 0)], random_tokens))
+    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
     found = norms(heads)
     assert found.measure("frozen_f").value > 0.5
     assert found.measure("norm_drift", "blocks.0.ln1.hook_scale").value == 1.0

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.faithfulness.checks.test_schemes import noisy, slow_loss
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
+from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.checks.partial import partial
 from tl_sparse.faithfulness.checks.schemes import stochastic_schemes
 
@@ -89,7 +90,7 @@ def test_the_order_of_the_test_prompts_does_not_matter(whole, found):
 
 def test_heads_of_a_dense_model_are_left_or_removed_whole(dense_planted, marks, random_tokens):
     model, _ = dense_planted
-    heads = head_circuit(model, "marked", [(0, 0)], random_tokens)
+    heads = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
     config = EvaluationConfig(
         pairs=4, subsets=4, draws=50, attack_steps=4, attack_pairs=4, attacked_controls=2
     )

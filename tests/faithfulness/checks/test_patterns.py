@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
+from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.checks.patterns import evened, head_patterns, js_distance, used_heads
 
 
@@ -120,7 +121,7 @@ def test_a_circuit_of_everything_attends_as_the_model_does(attending):
 
 def test_heads_of_a_dense_model_keep_what_is_no_node(dense_planted, marks, random_tokens):
     model, _ = dense_planted
-    heads = head_circuit(model, "marked", [(0, 0), (1, 3)], random_tokens)
+    heads = circuit_of_heads(model, "marked", [(0, 0), (1, 3)], random_tokens)
     found = head_patterns(subject(model, heads, marks, EvaluationConfig(pairs=4)))
     assert found.heads[["layer", "head"]].values.tolist() == [[0, 0], [1, 3]]
     assert found.heads["keeps_z"].all()

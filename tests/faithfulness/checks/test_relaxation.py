@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.circuits.edges import input_major
-from tl_sparse.faithfulness import head_circuit
 from tl_sparse.faithfulness.checks.relaxation import (
     bump,
     edge_sets,
@@ -192,7 +192,7 @@ def test_circuits_without_edges_and_of_heads_say_so(small, chain, random_tokens,
     lonely = replace(small.circuit, kept=one, edges=small.circuit.edges.iloc[:0])
     found = relaxation(replace(small, circuit=lonely))
     assert found.notes == ("edge_ablated_loss: the circuit has no edges",)
-    heads = subject_of(model, task, head_circuit(model, task.name, [(0, 0)], random_tokens),
+    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens),
                        relaxation_draws=2)  # fmt: skip
     found = relaxation(heads)
     assert "between nodes" in found.notes[0]

@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from tl_sparse.ablation import activation_means
-from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
+from tl_sparse.circuits import (
+    Circuit,
+    PruningConfig,
+    PruningFailed,
+    circuit_of_heads,
+    prune,
+    prune_many,
+)
 from tl_sparse.circuits.components import components
-from tl_sparse.faithfulness import EvaluationConfig, head_circuit, subject
+from tl_sparse.faithfulness import EvaluationConfig, subject
 from tl_sparse.faithfulness.checks.nulls import label_swap
 from tl_sparse.faithfulness.checks.searches import (
     n_units,
@@ -98,7 +105,7 @@ def test_circuits_that_resample_are_searched_with_donors_from_the_text(quick, ma
 @pytest.fixture
 def heads(planted, marks, random_tokens):
     model, _ = planted()
-    circuit = head_circuit(model, "marked", [(0, 0)], random_tokens)
+    circuit = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
     return subject(model, circuit, marks, EvaluationConfig(pairs=8, **QUICK), random_tokens)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
-from tl_sparse.faithfulness import head_circuit
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import greedy_subset
 from tl_sparse.faithfulness.checks.norms import norms
 from tl_sparse.faithfulness.checks.optimal import optimal_values
@@ -210,7 +210,7 @@ def test_circuits_of_heads_and_of_dense_models_work(
     chain, dense_planted, marks, circuit_of, subject_of, random_tokens
 ):
     model, task, _ = chain
-    heads = subject_of(model, task, head_circuit(model, task.name, [(0, 0)], random_tokens),
+    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens),
                        constant_steps=3)  # fmt: skip
     found = sufficiency(heads)
     assert [note.partition(":")[0] for note in found.notes] == [

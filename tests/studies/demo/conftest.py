@@ -120,7 +120,7 @@ def circuit_of() -> Callable[..., Any]:
             losses_calibrated=losses / 3, correct=losses < 0.12, calibration=Calibration(2.0, 0.1),
             selection_loss=0.1, model_loss=0.01, target_loss=0.15, n_active=9, seed=seed,
             config={"steps": 1}, model_name="SparseTransformer",
-            model_fingerprint=trained.means.model_fingerprint,
+
         )  # fmt: skip
 
     return build

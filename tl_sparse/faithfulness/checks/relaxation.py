@@ -18,7 +18,7 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.necessity import nearest_values
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edge_weights import gated_logit_diffs, locate, packed_if_possible
-from tl_sparse.circuits.edges import input_major
+from tl_sparse.circuits.edges import input_major, joined
 from tl_sparse.faithfulness.controls import few, per_unit_logit_diffs, random_units
 from tl_sparse.faithfulness.measure import Measure, PartResult, measured_mean
 from tl_sparse.faithfulness.metrics import normalised
@@ -159,7 +159,7 @@ def _curve(
 def _edge_ablation(subject: Subject, small: Subject) -> tuple[list[Measure], tuple[str, ...]]:
     """The full model without the circuit's weights, and without as many others."""
     circuit, model, config = subject.circuit, subject.model, subject.config
-    if not isinstance(circuit, Circuit):
+    if not joined(circuit.index):
         return [], ("edge_ablated_loss: edges are defined between nodes, not between these units",)
     if not circuit.n_edges:
         return [], ("edge_ablated_loss: the circuit has no edges",)

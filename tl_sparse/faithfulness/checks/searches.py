@@ -17,7 +17,7 @@ from tl_sparse.ablation import ActivationMeans, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune_many
-from tl_sparse.faithfulness.subject import HookCircuit, Subject, pruning_config_of
+from tl_sparse.faithfulness.subject import Subject, pruning_config_of
 from tl_sparse.tasks import Task
 
 Found = Circuit | PruningFailed
@@ -40,9 +40,7 @@ def search_config(subject: Subject, seed: int, steps: int | None = None) -> Prun
         ValueError: the target loss is chance or above.
     """
     config = subject.config
-    base = PruningConfig()
-    if isinstance(subject.circuit, Circuit):
-        base = pruning_config_of(subject.circuit)
+    base = pruning_config_of(subject.circuit)
     return PruningConfig(
         target_loss=search_target(subject),
         steps=config.search_steps if steps is None else steps,
@@ -70,9 +68,8 @@ def search_target(subject: Subject) -> float:
         ValueError: it is chance or above.
     """
     target = subject.config.search_target
-    if target is None and isinstance(subject.circuit, Circuit):
-        own = subject.circuit.target_loss
-        target = None if math.isnan(own) else own
+    if target is None and not math.isnan(subject.circuit.target_loss):
+        target = subject.circuit.target_loss
     if target is None:
         batch = subject.discovery.pairs(0, DISCOVERY)
         with eval_mode(subject.model):
@@ -119,10 +116,10 @@ def search(
             raise ValueError("the circuit resamples removed nodes: give tokens= to do so")
         with eval_mode(model):
             donors = resample_sources(model, subject.tokens[:DONORS], index=subject.index)
-    groups = subject.unit if isinstance(subject.circuit, HookCircuit) else None
     return prune_many(
-        model, posed, means=means, sources=donors, exclude=exclude, groups=groups, progress=False
-    )
+        model, posed, means=means, sources=donors, exclude=exclude,
+        groups=subject.circuit.groups, progress=False,
+    )  # fmt: skip
 
 
 def n_units(subject: Subject, found: Found) -> float:

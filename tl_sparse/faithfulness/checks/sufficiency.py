@@ -23,11 +23,10 @@ from tl_sparse.ablation import (
     resample_sources,
 )
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.calibration import Calibration, calibrate, calibrated
 from tl_sparse.faithfulness.checks.optimal import optimal_values
 from tl_sparse.faithfulness.checks.ranking import ranking_measures
-from tl_sparse.faithfulness.controls import few, on, random_units, tuning
+from tl_sparse.faithfulness.controls import few, first_nodes, on, random_units, tuning
 from tl_sparse.faithfulness.measure import Measure, PartResult, Statistic, measured_mean
 from tl_sparse.faithfulness.metrics import kl_recovered, loss_recovered, normalised, two_way_kl
 from tl_sparse.faithfulness.subject import Subject
@@ -71,7 +70,7 @@ def sufficiency(subject: Subject) -> PartResult:
     found: list[Measure] = []
     notes: list[str] = []
     for name, values in ablations(subject, notes).items():
-        own = name == "own" and isinstance(subject.circuit, Circuit)
+        own = name == "own"
         found += _measures(
             name, subject, small, _fixed(subject, small, subject.nodes(sets), values, own)
         )
@@ -81,12 +80,14 @@ def sufficiency(subject: Subject) -> PartResult:
     found.append(_mean("model_loss", "", subject, [F.softplus(-model)]))
     found.append(_mean("model_logit_diff", "", subject, [model]))
     tables = {}
-    if isinstance(subject.circuit, Circuit) and bool(subject.circuit.tau.isfinite().all()):
-        measures, tables["ranking"] = ranking_measures(subject, subject.circuit.tau.cpu().float())
+    tau = subject.circuit.tau
+    if tau is not None and bool(tau.isfinite().all()):
+        scores = tau.cpu().float()[first_nodes(subject)]
+        measures, tables["ranking"] = ranking_measures(subject, scores)
         found += measures
     else:
         notes.append("cpr, cmd: these units were not ranked")
-    if not isinstance(subject.circuit, Circuit):
+    if subject.circuit.calibration is None:
         notes.append("calibrated_loss (own): no calibration is stored, so it is fitted too")
     return PartResult("A", tuple(found), tables, tuple(notes))
 
@@ -166,7 +167,7 @@ def _fixed(
     ):  # they take another path, which rounds otherwise
         model = margins_under(subject, torch.ones_like(kept), values)[0]
     known, tuned = (tuning(subject, n) for n in (subject.config.pairs, subject.config.few_pairs))
-    stored = subject.circuit.calibration if own and isinstance(subject.circuit, Circuit) else None
+    stored = subject.circuit.calibration if own else None
     calibration = stored or calibrate(margins_under(known, kept, values)[0])
     random = margins_under(small, sets, values)
     return _Margins(
