@@ -1,5 +1,3 @@
-import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,9 +10,11 @@ from tl_sparse.data import CorpusConfig, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.studies import model_card, pair
+from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.model_card import command_line
-from tl_sparse.studies.pair import evaluate_tasks, is_trained, run_folder, train_in, train_pair
+from tl_sparse.studies.pair import train_pair
 from tl_sparse.studies.pair_config import Pair, PairConfig
+from tl_sparse.studies.trained import ModelUnit
 from tl_sparse.tasks import evaluate_task, get, names
 from tl_sparse.training.config import TrainingConfig
 from tl_sparse.training.trainer import Trainer
@@ -143,79 +143,6 @@ def test_the_command_of_a_config_is_read_back_as_that_config(changes, monkeypatc
 
 
 # --------------------------------------------------------------------------------------------------
-# one run
-
-
-def test_a_run_has_a_folder_of_its_own_for_every_recipe(small, corpus, tmp_path):
-    base = run_folder(tmp_path, "x", SPARSE, RUN, corpus)
-    assert base.parent == tmp_path
-    assert base.name.startswith("x-")
-    assert base == run_folder(tmp_path, "x", replace(SPARSE), replace(RUN), corpus)
-    others = {
-        run_folder(tmp_path, "x", replace(SPARSE, seed=1), RUN, corpus),
-        run_folder(tmp_path, "x", SPARSE, replace(RUN, seed=1), corpus),
-        run_folder(tmp_path, "x", SPARSE, RUN, replace(corpus, fingerprint="other")),
-    }
-    assert len(others - {base}) == 3
-
-
-def test_an_interrupted_run_is_resumed_exactly_and_its_time_is_kept(corpus, tmp_path, monkeypatch):
-    architecture = replace(SPARSE, d_vocab=len(corpus.tokenizer))
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert train_in(whole, architecture, RUN, corpus, progress=False) > 0
-    usual = Trainer.train_step
-
-    def fail(self, model):
-        if self.step == 3:
-            raise RuntimeError("cut off")
-        return usual(self, model)
-
-    monkeypatch.setattr(Trainer, "train_step", fail)
-    with pytest.raises(RuntimeError, match="cut off"):
-        train_in(cut, architecture, RUN, corpus, progress=False)
-    assert not is_trained(cut)
-    monkeypatch.undo()
-    train_in(cut, architecture, RUN, corpus, progress=False)
-    assert is_trained(cut)
-    first, second = (
-        SparseTransformer.from_pretrained(folder / "model").state_dict() for folder in (whole, cut)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    sessions = [json.loads(line) for line in (cut / "sessions.jsonl").read_text().splitlines()]
-    assert [s["steps"] for s in sessions] == [3, 2]  # the third step was taken twice
-    seconds = sum(s["seconds"] for s in sessions)
-    hours, machine = pair.training_time(cut, 4)
-    assert hours == pytest.approx(seconds / 5 * 4 / 3600)
-    assert machine == pair.machine()
-
-
-def test_a_finished_run_is_not_repeated_unless_asked_for(corpus, tmp_path, monkeypatch):
-    architecture = replace(SPARSE, d_vocab=len(corpus.tokenizer))
-    train_in(tmp_path / "run", architecture, RUN, corpus, progress=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
-        assert train_in(tmp_path / "run", architecture, RUN, corpus, progress=False) == 0
-    again = train_in(tmp_path / "run", architecture, RUN, corpus, progress=False, retrain=True)
-    assert again > 0
-
-
-def test_the_validation_loss_is_the_trainers(corpus, small_model):
-    model = small_model(d_vocab=len(corpus.tokenizer), n_ctx=48, tokenizer=corpus.tokenizer)
-    trainer = Trainer(model, corpus, RUN, progress=False)
-    expected = trainer.validation_loss()
-    assert pair.validation_loss(model.eval(), corpus, 8) == pytest.approx(expected, rel=1e-6)
-    short = Trainer(model, corpus, replace(RUN, context=16), progress=False).validation_loss()
-    assert short != pytest.approx(expected, rel=1e-6)
-    assert pair.validation_loss(model.eval(), corpus, 8, 16) == pytest.approx(short, rel=1e-6)
-
-
-def test_a_run_whose_process_was_killed_before_it_noted_its_time_has_none(tmp_path):
-    hours, machine = pair.training_time(tmp_path, 4)
-    assert math.isnan(hours)
-    assert machine == "a machine that was not recorded"
-
-
-# --------------------------------------------------------------------------------------------------
 # the whole job, small
 
 
@@ -241,9 +168,8 @@ def test_what_is_measured_is_what_is_stored(small, corpus, trained):
     pairs, _ = trained
     [member] = [m for m in pairs[0].members if m.kind == "sparse"]
     architecture = small.model("sparse", 3, len(corpus.tokenizer))
-    folder = run_folder(
-        pair.Path(small.cache), "pair-sparse", architecture, small.training("sparse", 3), corpus
-    )
+    run = small.training("sparse", 3)
+    folder = ModelUnit.cached(small.cache, "pair", "sparse", architecture, run, corpus).unit.folder
     full = SparseTransformer.from_pretrained(folder / "model").state_dict()
     stored = SparseTransformer.from_pretrained(pair.Path(small.out) / "tiny-sparse")
     assert not all(torch.equal(full[n], t) for n, t in stored.state_dict().items())
@@ -253,7 +179,7 @@ def test_what_is_measured_is_what_is_stored(small, corpus, trained):
     for name in names():
         expected = evaluate_task(stored, get(name, stored.tokenizer, 48), 4)
         assert torch.equal(member.tasks[name].losses, expected.losses)
-    assert member.stored_loss == pair.validation_loss(stored, corpus, 8)
+    assert member.stored_loss == token_loss(stored, corpus.validation_sequences(8, 48))
     assert member.stored_loss == pytest.approx(member.record.validation_loss, abs=0.01)
     assert training_record(pair.Path(small.out) / "tiny-sparse") == member.record
 
@@ -379,8 +305,7 @@ def test_the_command_says_where_the_models_are(monkeypatch, capsys, trained):
     assert capsys.readouterr().out == expected
 
 
-def test_results_on_all_tasks_are_held_out_ones(trained):
-    model = trained[0][0].sparse.model
-    results = evaluate_tasks(model, 2, seed=5)
+def test_results_are_held_out_ones_of_every_task(trained):
+    results = trained[0][0].sparse.tasks
     assert set(results) == set(names())
-    assert {(r.split, r.seed, len(r.losses)) for r in results.values()} == {("held_out", 5, 4)}
+    assert {(r.split, r.seed, len(r.losses)) for r in results.values()} == {("held_out", 0, 8)}

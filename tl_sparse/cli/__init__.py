@@ -18,7 +18,8 @@ from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.models import Info, Tasks, Train
 from tl_sparse.cli.words import say
-from tl_sparse.studies.demo import DemoConfig, run_demo, write_report
+from tl_sparse.studies.demo import DemoConfig, run_demo
+from tl_sparse.studies.demo_report import write_report
 from tl_sparse.studies.grid import StudyConfig, run_study, write_study
 from tl_sparse.studies.pair import PairConfig, train_pair
 from tl_sparse.training.config import RecipeName, TrainingConfig
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             run(command)
     except (ValueError, FileNotFoundError, PruningFailed) as error:
-        # bad input, and a search without a result, is told in one line; anything else is a defect and keeps its traceback
+        # bad input, and a search without a result; anything else is a defect: keep its traceback
         sys.exit(f"tl-sparse: {error}")
     except KeyboardInterrupt:
         sys.exit("tl-sparse: stopped; run the same command again to go on")

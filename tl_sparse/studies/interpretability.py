@@ -205,12 +205,14 @@ def interpretability(
 
 def geometric_mean(values: Iterable[float | int] | pd.Series) -> float:
     """The geometric mean of numbers that are not negative; 0 if one of them is 0, NaN of none."""
+    from scipy.stats import gmean  # kept out of `import tl_sparse`
+
     array = np.asarray(list(values), dtype=np.float64)
     if not array.size:
         return math.nan
     if (array == array[0]).all():
         return float(array[0])  # to the bit: of one number, that number
-    return 0.0 if (array == 0).any() else float(np.exp(np.log(array).mean()))
+    return float(gmean(array))
 
 
 def _checked(of_model: Mapping[str, Sequence[SizedCircuit]]) -> float:

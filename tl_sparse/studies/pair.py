@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import platform
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
-from tl_sparse.checkpoints.packed import SCHEMA_VERSION, training_record
-from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.data import TokenizedCorpus, build_corpus, default_cache_dir
+from tl_sparse.data import TokenizedCorpus
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.model_card import model_card
-from tl_sparse.studies.pair_config import DTYPES, Kind, Pair, PairConfig, PairMember
-from tl_sparse.tasks import TaskResult, evaluate_task, get, names
-from tl_sparse.training.config import TrainingConfig
-from tl_sparse.training.resume import MODEL, PREFIX, checkpoints
-from tl_sparse.training.trainer import Trainer
-
-Say = Callable[[str], None]
-
-SESSIONS = "sessions.jsonl"
+from tl_sparse.studies.pair_config import DTYPES, Pair, PairConfig, PairMember
+from tl_sparse.studies.runner import Say, run_units
+from tl_sparse.studies.trained import (
+    Kind,
+    ModelUnit,
+    load_trained,
+    shared_corpus,
+    train_unit,
+    training_time,
+)
+from tl_sparse.tasks import table
 
 
 def train_pair(config: PairConfig, say: Say, progress: bool = True) -> tuple[Pair, ...]:
     """Train a pair for every seed, store the models with their cards, and measure what is stored.
 
     Every run keeps its checkpoints in the cache, in a folder named after a hash of its recipe.
+    Several processes share the models of one config.
 
     Raises:
         ValueError: a dense model used up its steps before it reached the sparse one's loss.
     """
-    cache = Path(config.cache) if config.cache else default_cache_dir()
     say("Corpus: " + ", ".join(config.corpus.sources))
-    corpus = build_corpus(config.corpus, cache, progress)
+    corpus = shared_corpus(config.corpus, config.cache, progress)
+
+    def left() -> list[ModelUnit]:
+        units = model_units(config, corpus)
+        return [one for one in units if one.record is None]
+
+    def train(jobs: Sequence[ModelUnit]) -> None:
+        [one] = jobs
+        say(
+            f"{config.model_name(one.kind, one.training.seed)}: up to {one.training.steps} steps; "
+            f"checkpoints in {one.unit.folder}"
+        )
+        train_unit(one, corpus, progress)
+
+    run_units(left, train, say)
+    trained = {(one.training.seed, one.kind): one for one in model_units(config, corpus)}
     pairs = []
     for seed in config.seeds:
-        sparse = train_member(config, corpus, "sparse", seed, None, say, progress)
-        goal = sparse.record.validation_loss
-        dense = train_member(config, corpus, "dense", seed, goal, say, progress)
+        sparse, dense = (
+            measured(config, corpus, trained[seed, kind], say) for kind in ("sparse", "dense")
+        )
         pairs.append(Pair(seed, sparse, dense))
         both = pairs[-1].solved(config.target_loss)
         say(f"Seed {seed}: both solve {', '.join(both) or 'no task'}")
@@ -58,44 +64,58 @@ def train_pair(config: PairConfig, say: Say, progress: bool = True) -> tuple[Pai
     return tuple(pairs)
 
 
-def train_member(
-    config: PairConfig,
-    corpus: TokenizedCorpus,
-    kind: Kind,
-    seed: int,
-    goal: float | None,
-    say: Say,
-    progress: bool,
-) -> PairMember:
-    """One model: trained (or found trained), stored, loaded again and measured."""
-    name = config.model_name(kind, seed)
+def model_units(config: PairConfig, corpus: TokenizedCorpus) -> Iterator[ModelUnit]:
+    """The models of all pairs; a dense one follows once its sparse partner is trained.
+
+    Raises:
+        ValueError: a dense model ended above its partner's loss.
+    """
+    for seed in config.seeds:
+        sparse = model_unit(config, corpus, "sparse", seed, None)
+        yield sparse
+        if sparse.record is None:
+            continue
+        goal = sparse.record.result["validation_loss"]
+        dense = model_unit(config, corpus, "dense", seed, goal)
+        if dense.record is not None and dense.record.failure is not None:
+            raise ValueError(
+                f"{config.model_name('dense', seed)} ended at "
+                f"{dense.record.result['validation_loss']:.4f} nats, above the sparse model's "
+                f"{goal:.4f}: give it more steps (dense_training.steps) or more width "
+                "(dense.d_model)"
+            )
+        yield dense
+
+
+def model_unit(
+    config: PairConfig, corpus: TokenizedCorpus, kind: Kind, seed: int, goal: float | None
+) -> ModelUnit:
+    """One model's training, in the cache."""
     architecture = config.model(kind, seed, len(corpus.tokenizer))
     training = config.training(kind, seed, goal)
-    cache = Path(config.cache) if config.cache else default_cache_dir()
-    folder = run_folder(cache, f"pair-{kind}", architecture, training, corpus)
-    say(f"{name}: up to {training.steps} steps; checkpoints in {folder}")
-    train_in(folder, architecture, training, corpus, progress=progress)
-    trained, record, reached = load_trained(folder)
-    if goal is not None and reached > goal:
-        raise ValueError(
-            f"{name} ended at {reached:.4f} nats, above the sparse model's {goal:.4f}: give it "
-            "more steps (dense_training.steps) or more width (dense.d_model)"
-        )
+    return ModelUnit.cached(config.cache, "pair", kind, architecture, training, corpus)
+
+
+def measured(config: PairConfig, corpus: TokenizedCorpus, one: ModelUnit, say: Say) -> PairMember:
+    """A trained model, stored, loaded again and measured."""
+    name, run = config.model_name(one.kind, one.training.seed), one.training
+    trained, record, reached = load_trained(one.unit.folder)
     store(config, trained, name, record)
     model = SparseTransformer.from_pretrained(Path(config.out) / name)
-    hours, where = training_time(folder, record.steps)
+    hours, where = training_time(one.unit.folder, record.steps)
+    text = corpus.validation_sequences(run.eval_sequences, run.context or model.config.n_ctx)
     member = PairMember(
         name=name,
-        kind=kind,
+        kind=one.kind,
         model=model,
         record=record,
-        stored_loss=validation_loss(model, corpus, training.eval_sequences, training.context),
-        tasks=evaluate_tasks(model, config.pairs),
+        stored_loss=token_loss(model, text),
+        tasks=table(model, config.pairs).results,
         hours=hours,
         machine=where,
     )
     solved = member.solved(config.target_loss)
-    say(f"  validation loss {reached:.3f} nats, solves {', '.join(solved) or 'no task'}")
+    say(f"{name}: validation loss {reached:.3f} nats, solves {', '.join(solved) or 'no task'}")
     return member
 
 
@@ -107,112 +127,5 @@ def store(
     card: str | None = None,
 ) -> None:
     """Write a model's folder, its weights rounded to the config's dtype."""
-    model.save_pretrained(Path(config.out) / name, record, dtype=DTYPES[config.dtype], card=card)
-
-
-# --------------------------------------------------------------------------------------------------
-# one run
-
-
-def run_folder(
-    cache: Path,
-    prefix: str,
-    architecture: SparseTransformerConfig,
-    training: TrainingConfig,
-    corpus: TokenizedCorpus,
-) -> Path:
-    """Where a run is kept: the same place for the same recipe, text and version only."""
-    made_by = [version("tl-sparse"), SCHEMA_VERSION]
-    recipe = [architecture.to_dict(), asdict(training), corpus.fingerprint, *made_by]
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return cache / f"{prefix}-{key}"
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether the run of a folder is finished."""
-    return (folder / MODEL).is_dir()
-
-
-def train_in(
-    folder: Path,
-    architecture: SparseTransformerConfig,
-    training: TrainingConfig,
-    corpus: TokenizedCorpus,
-    *,
-    progress: bool = True,
-    retrain: bool = False,
-) -> float:
-    """Train a model in a folder unless it is trained there; returns the seconds it took now.
-
-    The trained model lies in the subfolder ``model``. An interrupted run is resumed.
-    """
-    if is_trained(folder) and not retrain:
-        return 0.0
-    if retrain:
-        shutil.rmtree(folder, ignore_errors=True)
-    model = SparseTransformer(architecture, corpus.tokenizer)
-    trainer = Trainer(model, corpus, training, folder, progress=progress)
-    found = checkpoints(folder)
-    first = int(found[-1].name.removeprefix(PREFIX)) if found else 0
-    started = time.perf_counter()
-    try:
-        trainer.train()
-    finally:
-        seconds = time.perf_counter() - started
-        if trainer.step > first:
-            session = {"steps": trainer.step - first, "seconds": seconds, "machine": machine()}
-            with (folder / SESSIONS).open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(session) + "\n")
-    return seconds
-
-
-def machine() -> str:
-    """What this process trains on, in words."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} ({versions})"
-    threads = torch.get_num_threads()
-    count = "one thread" if threads == 1 else f"{threads} threads"
-    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{count} of a CPU ({kind}; {versions})"
-
-
-def training_time(folder: Path, steps: int) -> tuple[float, str]:
-    """Hours that a run of so many steps took, and on what.
-
-    Steps whose time is unknown, because the process was killed, count as long as the others; where
-    no time is known the hours are NaN.
-    """
-    path = folder / SESSIONS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
-        return math.nan, "a machine that was not recorded"
-    sessions = [json.loads(line) for line in lines]
-    rate = sum(s["seconds"] for s in sessions) / sum(s["steps"] for s in sessions)
-    return rate * steps / 3600, "; ".join(dict.fromkeys(s["machine"] for s in sessions))
-
-
-def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float]:
-    """The model that was trained in a folder, its record, and its final validation loss."""
-    record = training_record(folder / MODEL)
-    assert record is not None
-    assert record.validation_loss is not None
-    return SparseTransformer.from_pretrained(folder / MODEL), record, record.validation_loss
-
-
-@torch.no_grad()
-def validation_loss(
-    model: SparseTransformer, corpus: TokenizedCorpus, sequences: int, context: int | None = None
-) -> float:
-    """Mean next-token loss (nats) on the validation text that training measures its loss on."""
-    text = corpus.validation_sequences(sequences, context or model.config.n_ctx)
-    losses = [model(part, return_type="loss", loss_per_token=True) for part in text.split(64)]
-    return float(torch.cat(losses).mean())
-
-
-def evaluate_tasks(model: SparseTransformer, pairs: int, seed: int = 0) -> dict[str, TaskResult]:
-    """Held-out results of a model on every task."""
-    return {
-        name: evaluate_task(model, get(name, model.tokenizer, model.config.n_ctx), pairs, seed=seed)
-        for name in names()
-    }
+    folder = Path(config.out) / name
+    model.save_pretrained(folder, record, dtype=DTYPES[config.dtype], card=card)

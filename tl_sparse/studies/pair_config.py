@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,10 @@ from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.studies.trained import Kind
 from tl_sparse.tasks import TaskResult
 from tl_sparse.training.config import TrainingConfig
 
-Kind = Literal["sparse", "dense"]
 StoredDtype = Literal["fp32", "bf16", "fp16"]
 
 DTYPES: dict[StoredDtype, torch.dtype] = {
@@ -171,7 +172,7 @@ class PairMember:
     """How it came to be, with the validation loss that its training ended with."""
     stored_loss: float
     """Validation loss of the stored weights on the same text, nats per token."""
-    tasks: dict[str, TaskResult]
+    tasks: Mapping[str, TaskResult]
     """Held-out results of the stored weights on every task."""
     hours: float
     """Time that its training took; NaN where that is not known."""

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from tl_sparse.studies.frontier import grouped
-from tl_sparse.studies.grid.plan import Method, ModelUnit, Sort
+from tl_sparse.studies.grid.plan import GridModel, Method
 from tl_sparse.studies.grid.results import StudyResult, metric_name
 from tl_sparse.studies.interpretability import InterpretabilityResult, geometric_mean
+from tl_sparse.studies.trained import Kind
 from tl_sparse.views.chart import Look, Panel, chart
 from tl_sparse.views.frontier import SIZES, frontier_panel, frontier_points
 from tl_sparse.views.text import number
@@ -74,7 +75,7 @@ def frontier_of(result: StudyResult) -> StudyFigure | None:
     for row in metric.summary.itertuples():
         one = models[row.model]
         assert one.record is not None
-        dense = one.sort == "dense"
+        dense = one.kind == "dense"
         rows.append(
             {
                 "group": f"{one.cell.name}{', dense' if dense else ''}",
@@ -103,7 +104,7 @@ def necessity_of(result: StudyResult) -> StudyFigure | None:
     A point is a setting; a model's value is the mean over its tasks.
     """
     table = result.necessity
-    metric = result.metric(result.config.target_loss, sorts=("sparse",))
+    metric = result.metric(result.config.target_loss, kinds=("sparse",))
     if table.empty or metric is None:
         return None
     counted = metric.summary.dropna(subset=["edges"])["model"]
@@ -141,7 +142,7 @@ def necessity_of(result: StudyResult) -> StudyFigure | None:
 
 
 def _curves(
-    result: StudyResult, sorts: tuple[Sort, ...], methods: tuple[Method, ...]
+    result: StudyResult, kinds: tuple[Kind, ...], methods: tuple[Method, ...]
 ) -> pd.DataFrame:
     """A row per series and target: geometric means over tasks, then over seeds."""
     cells = result.config.compared()
@@ -152,7 +153,7 @@ def _curves(
     }
     rows = []
     for target in sorted({t for cell in cells for t in result.config.targets_of(cell)}):
-        metric = result.metric(target, cells=cells, sorts=sorts, methods=methods)
+        metric = result.metric(target, cells=cells, kinds=kinds, methods=methods)
         if metric is None:
             continue
         frame = metric.summary.dropna(subset=["edges"])
@@ -169,9 +170,9 @@ def _curves(
     return pd.DataFrame(rows, columns=["series", "target_loss", "models", "tasks", "over", *ends])
 
 
-def _series(one: ModelUnit, method: str, n_cells: int, n_methods: int) -> str:
+def _series(one: GridModel, method: str, n_cells: int, n_methods: int) -> str:
     words = [one.cell.name] if n_cells > 1 else []
-    words.append(one.sort)
+    words.append(one.kind)
     return ", ".join([*words, *([method] if n_methods > 1 else [])])
 
 
@@ -224,7 +225,7 @@ def _ends(name: str, sizes: Iterable[float | int] | pd.Series) -> dict[str, floa
     return {f"{name}_low": middle / factor, f"{name}_high": middle * factor}
 
 
-def _measured(result: StudyResult) -> list[ModelUnit]:
+def _measured(result: StudyResult) -> list[GridModel]:
     return [one for one in result.plan.models if one.record is not None]
 
 

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.data import TokenizedCorpus
 from tl_sparse.studies.grid.config import Cell, StudyConfig
-from tl_sparse.studies.grid.units import Kind, Unit, UnitRecord, chosen, read_unit
+from tl_sparse.studies.runner import Unit, UnitRecord, read_unit
+from tl_sparse.studies.trained import Kind, ModelUnit
 
-Sort = Literal["sparse", "dense"]
 Method = Literal["learned", "attribution"]
 
 
 @dataclass(frozen=True)
-class ModelUnit:
+class GridModel:
     """A model of the grid."""
 
     cell: Cell
     """Its setting; of a dense model, its partner's."""
-    sort: Sort
-    """Sparse, or the dense partner of a sparse one."""
-    seed: int
-    """Seed of weights and data."""
-    unit: Unit
-    """The work."""
-    record: UnitRecord | None
-    """What it is, once it is trained."""
+    trained: ModelUnit
+    """Its training."""
+
+    @property
+    def unit(self) -> Unit:
+        """The work."""
+        return self.trained.unit
+
+    @property
+    def record(self) -> UnitRecord | None:
+        """What it is, once it is trained."""
+        return self.trained.record
+
+    @property
+    def kind(self) -> Kind:
+        """Sparse, or the dense partner of a sparse one."""
+        return self.trained.kind
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and data."""
+        return self.trained.training.seed
 
     @property
     def name(self) -> str:
         """For people."""
-        return self.unit.name
+        return self.trained.name
 
     def solved(self, target: float) -> list[str]:
         """Tasks whose held-out loss is at most the target; none of a model that is not trained."""
@@ -49,7 +62,7 @@ class ModelUnit:
 class CircuitUnit:
     """A circuit of a model."""
 
-    model: ModelUnit
+    model: GridModel
     """The model."""
     task: str
     """The task."""
@@ -75,14 +88,14 @@ class NecessityUnit:
     """What it is, once it is measured."""
 
 
-AnyUnit = ModelUnit | CircuitUnit | NecessityUnit
+AnyUnit = GridModel | CircuitUnit | NecessityUnit
 
 
 @dataclass(frozen=True)
 class Plan:
     """All units that are known of so far."""
 
-    models: tuple[ModelUnit, ...]
+    models: tuple[GridModel, ...]
     """Sparse models, then the dense partners of those that are trained."""
     circuits: tuple[CircuitUnit, ...]
     """Circuits of the models that are trained."""
@@ -90,7 +103,7 @@ class Plan:
     """Controls of the circuits that are found."""
 
     @property
-    def open(self) -> tuple[AnyUnit, ...]:
+    def left(self) -> tuple[AnyUnit, ...]:
         """Units that are not finished: a model, its circuits and their controls, the next model."""
         found: list[AnyUnit] = []
         for model in self.models:
@@ -108,14 +121,9 @@ def plan(config: StudyConfig, corpus: TokenizedCorpus) -> Plan:
     return Plan(models, circuits, tuple(_necessities(config, circuits, out)))
 
 
-def corpus_unit(config: StudyConfig) -> Unit:
-    """The making of the text; its record is in the cache, not in the study."""
-    return _unit("corpus", "corpus", asdict(config.corpus), chosen(config.corpus))
-
-
-def _models(config: StudyConfig, corpus: TokenizedCorpus, out: Path) -> Iterator[ModelUnit]:
+def _models(config: StudyConfig, corpus: TokenizedCorpus, out: Path) -> Iterator[GridModel]:
     sparse = [
-        _model(config, corpus, out, cell, "sparse", seed, None)
+        _model(config, corpus, out, cell, seed, None)
         for seed in config.seeds
         for cell in config.cells()
     ]
@@ -123,7 +131,7 @@ def _models(config: StudyConfig, corpus: TokenizedCorpus, out: Path) -> Iterator
     for one in sparse:
         if one.cell in config.compared() and one.record and one.record.failure is None:
             goal = one.record.result["validation_loss"]
-            yield _model(config, corpus, out, one.cell, "dense", one.seed, goal)
+            yield _model(config, corpus, out, one.cell, one.seed, goal)
 
 
 def _model(
@@ -131,24 +139,21 @@ def _model(
     corpus: TokenizedCorpus,
     out: Path,
     cell: Cell,
-    sort: Sort,
     seed: int,
     goal: float | None,
-) -> ModelUnit:
-    dense = sort == "dense"
+) -> GridModel:
+    """A sparse model, or one that stops at its sparse partner's loss."""
+    dense = goal is not None
+    name = f"{cell.name}{'-dense' if dense else ''}-seed{seed}"
     architecture = config.architecture(cell, seed, len(corpus.tokenizer), dense)
     run = config.sparse_run(cell, seed) if goal is None else config.dense_run(seed, goal)
-    rest = {"corpus": corpus.fingerprint, "pairs": config.pruning.report_pairs}
-    unit = _unit(
-        "model",
-        f"{cell.name}{'-dense' if dense else ''}-seed{seed}",
-        {"architecture": architecture.to_dict(), "training": asdict(run)} | rest,
-        {"architecture": chosen(architecture), "training": chosen(run)} | rest,
-    )
-    return ModelUnit(cell, sort, seed, unit, read_unit(unit, out))
+    pairs = config.pruning.report_pairs
+    kind: Kind = "dense" if dense else "sparse"
+    trained = ModelUnit.of(out / "models", name, kind, architecture, run, corpus, pairs=pairs)
+    return GridModel(cell, trained)
 
 
-def _circuits(config: StudyConfig, model: ModelUnit, out: Path) -> Iterator[CircuitUnit]:
+def _circuits(config: StudyConfig, model: GridModel, out: Path) -> Iterator[CircuitUnit]:
     methods: tuple[Method, ...] = ("learned",)
     if model.cell in config.compared():
         methods = ("learned", "attribution")
@@ -160,35 +165,24 @@ def _circuits(config: StudyConfig, model: ModelUnit, out: Path) -> Iterator[Circ
                 # a ranking is taken as it is; a learned mask may be refined
                 refine = config.pruning.refine and method == "learned"
                 search = replace(config.pruning, target_loss=target, refine=refine)
-                rest = {"task": task, "method": method, "mean_sequences": config.mean_sequences}
-                unit = _unit(
-                    "circuit",
-                    f"{model.name}-{task}-{target:g}-{method}",
-                    {"model": model.unit.settings, "pruning": asdict(search)} | rest,
-                    {"model": model.unit.chosen, "pruning": chosen(search)} | rest,
-                )
-                yield CircuitUnit(model, task, search, method, unit, read_unit(unit, out))
+                unit = Unit.of(
+                    out / "circuits", f"{model.name}-{task}-{target:g}-{method}",
+                    model=model.unit, pruning=search, task=task, method=method,
+                    mean_sequences=config.mean_sequences,
+                )  # fmt: skip
+                yield CircuitUnit(model, task, search, method, unit, read_unit(unit))
 
 
 def _necessities(
     config: StudyConfig, circuits: tuple[CircuitUnit, ...], out: Path
 ) -> Iterator[NecessityUnit]:
     for circuit in circuits:
-        wanted = circuit.method == "learned" and circuit.model.sort == "sparse"
+        wanted = circuit.method == "learned" and circuit.model.kind == "sparse"
         if not wanted or circuit.config.target_loss != config.target_loss:
             continue
         if circuit.record is None or circuit.record.failure is not None:
             continue
-        rest = {"controls": config.controls}
-        unit = _unit(
-            "necessity",
-            circuit.unit.name,
-            {"circuit": circuit.unit.settings} | rest,
-            {"circuit": circuit.unit.chosen} | rest,
+        unit = Unit.of(
+            out / "necessities", circuit.unit.name, circuit=circuit.unit, controls=config.controls
         )
-        yield NecessityUnit(circuit, unit, read_unit(unit, out))
-
-
-def _unit(kind: Kind, name: str, settings: dict[str, Any], chosen: dict[str, Any]) -> Unit:
-    """A unit, its settings as they will be read back: tuples become lists."""
-    return Unit(kind, name, json.loads(json.dumps(settings)), json.loads(json.dumps(chosen)))
+        yield NecessityUnit(circuit, unit, read_unit(unit))

@@ -53,7 +53,7 @@ def page(result: StudyResult, figures: Sequence[StudyFigure]) -> Page:
     facts = (
         ("models", f"{len(models):,}"),
         ("circuits", f"{len(circuits):,}"),
-        ("units not finished", f"{len(result.plan.open):,}"),
+        ("units not finished", f"{len(result.plan.left):,}"),
         ("versions", f"tl_sparse {version('tl-sparse')}, TransformerLens "
                      f"{transformer_lens_version()}"),
     )  # fmt: skip

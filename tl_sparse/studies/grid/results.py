@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from tl_sparse.studies.grid.config import Cell, StudyConfig
-from tl_sparse.studies.grid.plan import CircuitUnit, Method, ModelUnit, Plan, Sort
+from tl_sparse.studies.grid.plan import CircuitUnit, GridModel, Method, Plan
 from tl_sparse.studies.interpretability import InterpretabilityResult, interpretability
+from tl_sparse.studies.trained import Kind
 
-MODELS = ["model", "setting", "width", "l0", "seed", "sort", "validation_loss", "text_loss",
+MODELS = ["model", "setting", "width", "l0", "seed", "kind", "validation_loss", "text_loss",
           "nonzeros", "steps", "seconds", "failure"]  # fmt: skip
-CIRCUITS = ["model", "setting", "seed", "sort", "task", "target_loss", "method", "nodes", "edges",
+CIRCUITS = ["model", "setting", "seed", "kind", "task", "target_loss", "method", "nodes", "edges",
             "random_edges", "loss", "loss_calibrated", "accuracy", "selection_loss", "seconds",
             "failure"]  # fmt: skip
 NECESSITY = ["model", "setting", "seed", "task", "nodes", "model_loss", "loss", "random_loss",
@@ -49,7 +50,7 @@ class StudyResult:
 
     @property
     def models(self) -> pd.DataFrame:
-        """A row per trained model: setting, seed, sort, losses (nats per token; ``text_loss`` is on
+        """A row per trained model: setting, seed, kind, losses (nats per token; ``text_loss`` is on
         the same sequences for all), nonzeros, steps, seconds, failure."""
         rows = []
         for one in self.plan.models:
@@ -104,7 +105,7 @@ class StudyResult:
         target: float,
         *,
         cells: tuple[Cell, ...] | None = None,
-        sorts: tuple[Sort, ...] = ("sparse", "dense"),
+        kinds: tuple[Kind, ...] = ("sparse", "dense"),
         methods: tuple[Method, ...] = ("learned",),
     ) -> InterpretabilityResult | None:
         """The metric of every model of some settings, named as :func:`metric_name` does.
@@ -115,7 +116,7 @@ class StudyResult:
         """
         found: dict[str, list[StoredSizes]] = {}
         for model in self.plan.models:
-            wanted = (cells is None or model.cell in cells) and model.sort in sorts
+            wanted = (cells is None or model.cell in cells) and model.kind in kinds
             if wanted and model.record is not None and model.record.failure is None:
                 found |= {metric_name(model, method, methods): [] for method in methods}
         unfinished: set[str] = set()
@@ -135,13 +136,13 @@ class StudyResult:
         return interpretability(found, named or "common")
 
 
-def metric_name(model: ModelUnit, method: Method, methods: Sequence[Method]) -> str:
+def metric_name(model: GridModel, method: Method, methods: Sequence[Method]) -> str:
     """A model's name; where several methods are compared, with the method."""
     return f"{model.name}, {method}" if len(methods) > 1 else model.name
 
 
-def _of_model(one: ModelUnit) -> dict[str, object]:
-    return {"model": one.name, "setting": one.cell.name, "seed": one.seed, "sort": one.sort}
+def _of_model(one: GridModel) -> dict[str, object]:
+    return {"model": one.name, "setting": one.cell.name, "seed": one.seed, "kind": one.kind}
 
 
 def _sizes(one: CircuitUnit) -> StoredSizes | None:
@@ -154,5 +155,5 @@ def _sizes(one: CircuitUnit) -> StoredSizes | None:
         n_edges=result["edges"],
         loss=result["loss"],
         target_loss=one.config.target_loss,
-        model_fingerprint=one.model.unit.key,
+        model_fingerprint=one.model.unit.folder.name,
     )

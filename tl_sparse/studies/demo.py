@@ -1,11 +1,10 @@
-"""Train, prune and measure the demo's pair of models."""
+"""The demo: train a sparse and a dense model, prune both, and measure their circuits."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,19 +21,13 @@ from tl_sparse.circuits import (
     random_edges,
 )
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
-from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_cache_dir
+from tl_sparse.data import CorpusConfig, TokenizedCorpus
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.sparsity.weight_masks import WeightMasks
-from tl_sparse.studies.pair import (
-    Say,
-    evaluate_tasks,
-    is_trained,
-    load_trained,
-    run_folder,
-    train_in,
-)
-from tl_sparse.tasks import Task, TaskResult, evaluate_task, get, names
+from tl_sparse.studies.runner import Say
+from tl_sparse.studies.trained import Kind, ModelUnit, load_trained, shared_corpus, train_now
+from tl_sparse.tasks import Task, TaskResult, evaluate_task, get, names, table
 from tl_sparse.training.config import TrainingConfig
 
 SPARSITY = SparsityConfig(density=1 / 16, floor=4, embedding_floor=4, lr_factor="unnormalised")
@@ -90,7 +83,7 @@ class TrainedModel:
     """Nats per token on real code."""
     seconds: float
     """Training time; 0 if it came from the cache."""
-    tasks: dict[str, TaskResult]
+    tasks: Mapping[str, TaskResult]
     """Held-out results on every task."""
     l0: dict[str, int]
     """Nonzeros per matrix."""
@@ -121,15 +114,14 @@ class DemoResult:
 def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
     """Train (or take from the cache) both models, prune both on their common tasks, and measure."""
     torch.manual_seed(config.seed)
-    cache = Path(config.cache) if config.cache else default_cache_dir()
     say("Corpus: Python on this machine and generated idioms")
-    corpus = build_corpus(corpus_config(config), cache, progress)
+    corpus = shared_corpus(corpus_config(config), config.cache, progress)
     say(
         f"  {corpus.stats.files_train + corpus.stats.files_validation:,} files, "
         f"{corpus.stats.tokens_train / 1e6:.1f}M training tokens"
     )
-    sparse = trained(config, corpus, cache, "sparse", say, progress)
-    dense = trained(config, corpus, cache, "dense", say, progress, match=sparse.validation_loss)
+    sparse = trained(config, corpus, "sparse", say, progress)
+    dense = trained(config, corpus, "dense", say, progress, match=sparse.validation_loss)
     length = sparse.model.config.n_ctx
     trivial = {
         name for name in names() if last_token_decides(get(name, corpus.tokenizer, length), config)
@@ -195,33 +187,31 @@ def training_config(config: DemoConfig, name: str, match: float | None) -> Train
 def trained(
     config: DemoConfig,
     corpus: TokenizedCorpus,
-    cache: Path,
-    name: str,
+    kind: Kind,
     say: Say,
     progress: bool,
     match: float | None = None,
 ) -> TrainedModel:
     """A model of the pair, from the cache if it was trained there by exactly this recipe."""
-    architecture = model_config(config, corpus, name)
-    training = training_config(config, name, match)
-    folder = run_folder(cache, f"demo-{name}", architecture, training, corpus)
-    if is_trained(folder) and not config.retrain:
-        say(f"{name.capitalize()} model: from the cache, {folder}")
+    one = ModelUnit.cached(
+        config.cache, "demo", kind, model_config(config, corpus, kind),
+        training_config(config, kind, match), corpus,
+    )  # fmt: skip
+    if one.record is not None and not config.retrain:
+        say(f"{kind.capitalize()} model: from the cache, {one.unit.folder}")
     else:
-        say(f"{name.capitalize()} model: training {training.steps} steps")
-    seconds = train_in(
-        folder, architecture, training, corpus, progress=progress, retrain=config.retrain
-    )
-    model, record, validation_loss = load_trained(folder)
-    text = corpus.validation_sequences(512, architecture.n_ctx)
-    results = evaluate_tasks(model, config.pairs, config.seed)
+        say(f"{kind.capitalize()} model: training {one.training.steps} steps")
+    seconds = train_now(one, corpus, say, progress=progress, retrain=config.retrain)
+    model, record, validation_loss = load_trained(one.unit.folder)
+    text = corpus.validation_sequences(512, one.architecture.n_ctx)
+    results = table(model, config.pairs, seed=config.seed).results
     solved = [task for task, result in results.items() if result.loss < config.target_loss]
     say(
         f"  validation loss {validation_loss:.3f} nats, {sum(record.l0.values()):,} nonzero "
         f"weights, solves {', '.join(solved) or 'no task'}"
     )
     return TrainedModel(
-        name=name,
+        name=kind,
         model=model,
         means=activation_means(model, text),
         validation_loss=validation_loss,

@@ -10,19 +10,17 @@ import pytest
 
 from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig
+from tl_sparse.studies import runner, trained
 from tl_sparse.studies.grid import (
     StudyConfig,
     plan,
     read_study,
-    run,
     run_study,
-    units,
     work,
     write_study,
 )
-from tl_sparse.studies.grid.units import claimed, read_unit
+from tl_sparse.studies.runner import claimed, holder, read_unit
 from tl_sparse.training.config import TrainingConfig
 
 SPARSITY = SparsityConfig(floor=0, lr_factor="none")
@@ -57,32 +55,32 @@ def config(corpus, sixty_sources, tmp_path):
 
 
 @pytest.fixture
-def planting(monkeypatch, planted):
+def planting(monkeypatch, planted_in):
     """Training leaves models that do for_while; returns the names of the folders trained in."""
-    trained = []
-    real = work.train_in
+    names = []
+    real = trained.train_in
 
     def train_in(folder, architecture, run, corpus, *, progress):
         from tl_sparse.checkpoints.packed import training_record
+        from tl_sparse.model.transformer import SparseTransformer
 
-        trained.append(folder.name)
-        seconds = real(folder, architecture, run, corpus, progress=progress)
+        names.append(folder.name)
+        real(folder, architecture, run, corpus, progress=progress)
         model, record = (
             SparseTransformer.from_pretrained(folder / "model"),
             training_record(folder / "model"),
         )
-        planted(model, extra=5 if run.sparsity is None else 0)
+        planted_in(model, extra=5 if run.sparsity is None else 0)
         object.__setattr__(record, "l0", model.n_nonzero())
         loss = 3.0 if run.stop_at_loss is None else run.stop_at_loss
         object.__setattr__(record, "validation_loss", loss)
         model.save_pretrained(folder / "model", record)
-        return seconds
 
-    monkeypatch.setattr(work, "train_in", train_in)
+    monkeypatch.setattr(trained, "train_in", train_in)
     few = partial(work.table, names=["for_while", "var_if"])  # all twenty take seconds
     monkeypatch.setattr(work, "table", few)
     monkeypatch.setattr(work, "_by_attribution", work_by_planted_ranking)
-    return trained
+    return names
 
 
 def work_by_planted_ranking(opened, one):
@@ -106,11 +104,11 @@ def test_a_study_trains_prunes_measures_and_draws(config, corpus, planting):
     assert (models["failure"] == "").all()
     circuits = result.circuits
     assert set(circuits["task"]) == {"for_while"}  # no model does var_if
-    counts = circuits.groupby(["setting", "sort", "method"])["target_loss"].apply(sorted)
+    counts = circuits.groupby(["setting", "kind", "method"])["target_loss"].apply(sorted)
     assert counts["d12-l0.5", "sparse", "learned"] == [0.15, 0.15]
-    for sort in ("sparse", "dense"):
+    for kind in ("sparse", "dense"):
         for method in ("learned", "attribution"):
-            assert counts["d8-l0.5", sort, method] == [0.15, 0.15]
+            assert counts["d8-l0.5", kind, method] == [0.15, 0.15]
     assert (circuits["nodes"] >= 3).all()
     assert len(result.necessity) == 4
     # without the chain there is no telling for from while: ln 2 is the best that is left
@@ -125,7 +123,7 @@ def planting_again(config, planting, said):
     planting.clear()
     told = len(said)
     again = run_study(config, said.append, progress=False)
-    assert not again.plan.open
+    assert not again.plan.left
     assert said[told:] == ["Corpus: " + ", ".join(config.corpus.sources)]
     return planting
 
@@ -136,10 +134,10 @@ def check_files(config, result):
     assert {p.stem for p in (out / "figures").iterdir()} == {
         "figure2", "figure3", "figure31", "figure32",
     }  # fmt: skip
-    assert not list((out / "claims").iterdir())
+    assert not list(out.rglob("*.lock"))
     table = pd.read_csv(out / "tables" / "figure2.csv")
     assert set(table["series"]) == {"sparse", "dense"}
-    sizes = result.circuits.query("sort == 'dense' and method == 'learned'")
+    sizes = result.circuits.query("kind == 'dense' and method == 'learned'")
     by_hand = math.exp(np.log(sizes["edges"]).mean())
     row = table.query("series == 'dense'").iloc[0]
     assert row["edges"] == pytest.approx(by_hand)
@@ -169,7 +167,7 @@ def test_a_larger_grid_keeps_what_is_there(config, corpus, planting):
 
 
 def files_of(config):
-    return [p for p in Path(config.out).rglob("*") if p.is_file() and "claims" not in p.parts]
+    return [p for p in Path(config.out).rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_a_circuit_that_was_cut_off_is_found_again_and_the_others_are_kept(
@@ -216,35 +214,34 @@ def test_what_cannot_be_done_is_told_and_does_not_stop_the_rest(
 
 
 def test_a_dense_model_above_its_partners_loss_is_left_out(config, corpus, planting, monkeypatch):
-    real = work.load_trained
+    real = trained.load_trained
 
     def load_trained(folder):
         model, record, loss = real(folder)
         return model, record, loss + ("dense" in folder.name)
 
-    monkeypatch.setattr(work, "load_trained", load_trained)
+    monkeypatch.setattr(trained, "load_trained", load_trained)
     one = replace(config, widths=(8,), seeds=(0,), targets=(0.15,))
     result = run_study(one, lambda line: None, progress=False)
-    dense = result.models.query("sort == 'dense'").iloc[0]
+    dense = result.models.query("kind == 'dense'").iloc[0]
     assert "above its partner's 3.0000" in dense["failure"]
-    assert set(result.circuits["sort"]) == {"sparse"}
+    assert set(result.circuits["kind"]) == {"sparse"}
 
 
 def test_work_held_by_another_process_is_waited_for(config, corpus, planting, monkeypatch):
     one = replace(config, widths=(8,), seeds=(0,), targets=(0.15,))
-    out = Path(one.out)
     first = plan.plan(one, corpus).models[0].unit
-    other = claimed(first, out)
+    other = claimed(first)
     assert other.__enter__()
     said, naps = [], []
 
     def sleep(seconds):
-        assert read_unit(first, out) is None  # not done twice
+        assert read_unit(first) is None  # not done twice
         naps.append(seconds)
         other.__exit__(None, None, None)
 
-    monkeypatch.setattr(run.time, "sleep", sleep)
+    monkeypatch.setattr(runner.time, "sleep", sleep)
     run_study(one, said.append, progress=False)
-    assert naps == [run.WAIT]
+    assert naps == [runner.WAIT]
     assert any(line.startswith("Waiting for d8-l0.5-seed0 (process") for line in said)
-    assert units.holder(first, out) == ""
+    assert holder(first) == ""

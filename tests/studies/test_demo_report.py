@@ -11,9 +11,8 @@ import torch
 
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
-from tl_sparse.studies.demo import DemoConfig, DemoResult, write_report
-from tl_sparse.studies.demo.report import comparison, examples, geometric_mean, page
-from tl_sparse.studies.demo.study import measure
+from tl_sparse.studies.demo import DemoConfig, DemoResult, measure
+from tl_sparse.studies.demo_report import comparison, examples, mean_ratio, page, write_report
 from tl_sparse.tasks import get
 
 WIDER = (
@@ -69,7 +68,7 @@ def test_a_circuit_without_edges_has_no_ratio():
     assert ratios["node_ratio"].tolist() == [3.0]
     assert ratios["edge_ratio"].isna().tolist() == [True]
     assert comparison(table(("a", "sparse", 1, 2), ("a", "dense", 3, 0)))["edge_ratio"].isna().all()
-    assert geometric_mean(ratios["edge_ratio"]) is None
+    assert mean_ratio(ratios["edge_ratio"]) is None
 
 
 @pytest.mark.parametrize(
@@ -85,13 +84,13 @@ def test_nothing_to_compare_is_an_empty_table(rows):
     ratios = comparison(rows)
     assert list(ratios.columns) == ["task", "node_ratio", "edge_ratio"]
     assert len(ratios) == 0
-    assert geometric_mean(ratios["edge_ratio"]) is None
+    assert mean_ratio(ratios["edge_ratio"]) is None
 
 
 def test_geometric_mean_of_what_is_known():
-    assert geometric_mean(pd.Series([2.0, 8.0])) == pytest.approx(4.0)
-    assert geometric_mean(pd.Series([2.0, math.nan, 8.0])) == pytest.approx(4.0)
-    assert geometric_mean(pd.Series([], dtype=float)) is None
+    assert mean_ratio(pd.Series([2.0, 8.0])) == pytest.approx(4.0)
+    assert mean_ratio(pd.Series([2.0, math.nan, 8.0])) == pytest.approx(4.0)
+    assert mean_ratio(pd.Series([], dtype=float)) is None
 
 
 def test_the_table_has_each_model_its_control_and_the_pruned_dense_model(result_of):

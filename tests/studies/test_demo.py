@@ -15,18 +15,19 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import l0
 from tl_sparse.sparsity.weight_masks import WeightMasks
-from tl_sparse.studies.demo import DemoConfig, run_demo
-from tl_sparse.studies.demo.study import (
+from tl_sparse.studies.demo import (
+    DemoConfig,
     common_tasks,
     last_token_decides,
     measure,
     model_config,
+    run_demo,
     training_config,
 )
 from tl_sparse.tasks import evaluate_task, get, names
 from tl_sparse.training.config import TrainingConfig
 
-STUDY = importlib.import_module("tl_sparse.studies.demo.study")
+DEMO = importlib.import_module("tl_sparse.studies.demo")
 CHAIN = {(0, "attn_in", 0), (0, "attn_v", 1), (0, "attn_out", 1)}
 
 
@@ -58,7 +59,7 @@ def test_the_dense_model_stops_at_the_sparse_models_loss():
     assert sparse.stop_at_loss is None
     assert dense.stop_at_loss == 2.25
     assert dense.sparsity is None
-    assert sparse.sparsity == STUDY.SPARSITY
+    assert sparse.sparsity == DEMO.SPARSITY
     assert sparse.seed == dense.seed == 5
     quick = training_config(replace(config, quick=True), "sparse", None)
     assert quick.steps < sparse.steps
@@ -132,16 +133,14 @@ def small(corpus, small_config_of, monkeypatch):
             "cpu", steps=4, batch_size=4, eval_sequences=4, seed=config.seed
         )
         if name == "sparse":
-            return replace(recipe, sparsity=STUDY.SPARSITY)
+            return replace(recipe, sparsity=DEMO.SPARSITY)
         return replace(recipe, sparsity=None, stop_at_loss=match)
 
-    monkeypatch.setattr(STUDY, "corpus_config", lambda config: corpus.config)
+    monkeypatch.setattr(DEMO, "corpus_config", lambda config: corpus.config)
+    monkeypatch.setattr(DEMO, "model_config", lambda _, corpus, name: small_config_of(corpus, name))
+    monkeypatch.setattr(DEMO, "training_config", training)
     monkeypatch.setattr(
-        STUDY, "model_config", lambda _, corpus, name: small_config_of(corpus, name)
-    )
-    monkeypatch.setattr(STUDY, "training_config", training)
-    monkeypatch.setattr(
-        STUDY, "PruningConfig",
+        DEMO, "PruningConfig",
         lambda **options: PruningConfig(
             **options | {"steps": 30, "batch_pairs": 8, "selection_pairs": 16}
         ),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+LENGTH = 48
 CHAIN = ((0, "attn_in", 0), (0, "attn_v", 1), (0, "attn_out", 1))
 
 
@@ -23,16 +24,16 @@ def small_config(corpus: Any, name: str) -> Any:
     from tl_sparse.config import SparseTransformerConfig
 
     return SparseTransformerConfig(
-        n_layers=1, d_model=16 if name == "sparse" else 8, d_head=4, n_ctx=48, d_mlp=12,
+        n_layers=1, d_model=16 if name == "sparse" else 8, d_head=4, n_ctx=LENGTH, d_mlp=12,
         d_vocab=len(corpus.tokenizer), bigram_table="frozen",
     )  # fmt: skip
 
 
-def plant(model: Any, extra: int) -> None:
+def plant(model: Any, extra: int = 0, weight: float = 4.0) -> None:
     """Write the chain, and ``extra`` more weights from and to its nodes, into a model."""
     from tl_sparse import tasks
 
-    answers = tasks.get("for_while", model.tokenizer, 48).answer_ids
+    answers = tasks.get("for_while", model.tokenizer, LENGTH).answer_ids
     marks = [model.tokenizer.encode(word)[0] for word in ("for", "while")]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,19 +43,41 @@ def plant(model: Any, extra: int) -> None:
         model.W_E[:, 3], model.W_E[:, 4] = 3.0, -3.0
         model.W_E[marks[0], 0], model.W_E[marks[1], 0] = 3.0, -3.0
         attn = model.blocks[0].attn
-        attn.W_V[0, 0, 1], attn.W_O[0, 1, 1] = 1.0, 4.0
+        attn.W_V[0, 0, 1], attn.W_O[0, 1, 1] = 1.0, weight
         model.W_U[1, answers[0]], model.W_U[1, answers[1]] = 10.0, -10.0
         model.blocks[0].mlp.W_in.view(-1)[:extra] = 0.01
+
+
+@pytest.fixture
+def solver(corpus: Any) -> Callable[..., Any]:
+    """``solver(extra=0, d_model=8)``: a model that does for_while by a chain of three nodes.
+
+    ``extra`` weights join nodes of the MLP, so that edges can be counted there too.
+    """
+
+    def build(extra: int = 0, d_model: int = 8, weight: float = 4.0) -> Any:
+        from tl_sparse.config import SparseTransformerConfig
+        from tl_sparse.model.transformer import SparseTransformer
+
+        config = SparseTransformerConfig(
+            n_layers=1, d_model=d_model, d_head=4, n_ctx=LENGTH, d_mlp=12,
+            d_vocab=len(corpus.tokenizer),
+        )  # fmt: skip
+        model = SparseTransformer(config, corpus.tokenizer).eval()
+        plant(model, extra, weight)
+        return model
+
+    return build
 
 
 @pytest.fixture(autouse=True)
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sparsity whose floors the small models' matrices can hold."""
     from tl_sparse.sparsity.projection import SparsityConfig
-    from tl_sparse.studies.demo import study
+    from tl_sparse.studies import demo
 
     rule = SparsityConfig(density=0.25, floor=1, embedding_floor=1)
-    monkeypatch.setattr(study, "SPARSITY", rule)
+    monkeypatch.setattr(demo, "SPARSITY", rule)
 
 
 @pytest.fixture
@@ -74,11 +97,12 @@ def solvers(corpus: Any) -> Callable[..., tuple[Any, Any]]:
     """``solvers(extra)``: the sparse and the dense model as the study knows them."""
 
     def build(losses: tuple[float, float] = (2.5, 2.52), extra: int = 5) -> tuple[Any, Any]:
+        from tl_sparse.studies.demo import TrainedModel
+
         from tl_sparse.ablation import activation_means
         from tl_sparse.model.transformer import SparseTransformer
         from tl_sparse.sparsity.matrices import weight_matrices
         from tl_sparse.sparsity.projection import l0
-        from tl_sparse.studies.demo.study import TrainedModel
         from tl_sparse.tasks import evaluate_task, get
 
         made = []

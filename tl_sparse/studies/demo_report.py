@@ -17,7 +17,8 @@ from tl_sparse.circuits import Circuit
 from tl_sparse.compat import transformer_lens_version
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.storage.atomic_write import write_whole
-from tl_sparse.studies.demo.study import DemoResult, TrainedModel
+from tl_sparse.studies.demo import DemoResult, TrainedModel
+from tl_sparse.studies.interpretability import geometric_mean
 from tl_sparse.tasks import get
 from tl_sparse.views import Bullets, Page, PageCircuit, PageExample, Section, Table, page_html
 
@@ -56,10 +57,10 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def geometric_mean(values: pd.Series) -> float | None:
-    """Geometric mean of what is known; None of nothing."""
-    known = values.dropna()
-    return math.exp(sum(math.log(v) for v in known) / len(known)) if len(known) else None
+def mean_ratio(ratios: pd.Series) -> float | None:
+    """Geometric mean of the ratios that are known; None of none."""
+    mean = geometric_mean(ratios.dropna())
+    return None if math.isnan(mean) else mean
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -90,8 +91,8 @@ def summary(result: DemoResult) -> dict[str, Any]:
         },
         "validation_loss_difference": sparse.validation_loss - dense.validation_loss,
         "ratios": records(ratios),
-        "geometric_mean_node_ratio": geometric_mean(ratios["node_ratio"]),
-        "geometric_mean_edge_ratio": geometric_mean(ratios["edge_ratio"]),
+        "geometric_mean_node_ratio": mean_ratio(ratios["node_ratio"]),
+        "geometric_mean_edge_ratio": mean_ratio(ratios["edge_ratio"]),
         "failures": [
             {"task": task, "model": model, "reason": reason}
             for (task, model), reason in result.failures.items()

@@ -1,0 +1,219 @@
+"""Training a model as a unit of work: a folder of its own, resumable, its time on record."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tl_sparse.checkpoints.checkpoint import TrainingRecord
+from tl_sparse.checkpoints.packed import SCHEMA_VERSION, training_record
+from tl_sparse.config import SparseTransformerConfig
+from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_cache_dir
+from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.studies.runner import Say, Unit, UnitRecord, read_unit, run_units, write_record
+from tl_sparse.training.config import TrainingConfig
+from tl_sparse.training.resume import MODEL, PREFIX, checkpoints
+from tl_sparse.training.trainer import Trainer
+
+Kind = Literal["sparse", "dense"]
+
+SESSIONS = "sessions.jsonl"
+
+
+@dataclass(frozen=True)
+class ModelUnit:
+    """A model to train."""
+
+    kind: Kind
+    """Sparse, or the dense partner of a sparse one."""
+    architecture: SparseTransformerConfig
+    """Its architecture; the seed is that of its weights."""
+    training: TrainingConfig
+    """Its run. A dense partner stops at the sparse model's validation loss."""
+    unit: Unit
+    """The work."""
+    record: UnitRecord | None
+    """What it is, once it is trained."""
+
+    @classmethod
+    def of(
+        cls,
+        parent: Path,
+        name: str,
+        kind: Kind,
+        architecture: SparseTransformerConfig,
+        training: TrainingConfig,
+        corpus: TokenizedCorpus,
+        **rest: Any,
+    ) -> ModelUnit:
+        """The unit of a recipe and a text; ``rest`` is what else its record depends on."""
+        unit = Unit.of(
+            parent, name, architecture=architecture, training=training,
+            corpus=corpus.fingerprint, **rest,
+        )  # fmt: skip
+        return cls(kind, architecture, training, unit, read_unit(unit))
+
+    @classmethod
+    def cached(
+        cls,
+        cache: str | None,
+        name: str,
+        kind: Kind,
+        architecture: SparseTransformerConfig,
+        training: TrainingConfig,
+        corpus: TokenizedCorpus,
+    ) -> ModelUnit:
+        """The same in the cache, which outlives versions: another version trains anew."""
+        return cls.of(
+            cache_folder(cache), f"{name}-{kind}", kind, architecture, training, corpus,
+            made_by=[version("tl-sparse"), SCHEMA_VERSION],
+        )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.unit.name
+
+
+def cache_folder(cache: str | None) -> Path:
+    """The folder named, or the user's cache."""
+    return Path(cache) if cache else default_cache_dir()
+
+
+def shared_corpus(config: CorpusConfig, cache: str | None, progress: bool) -> TokenizedCorpus:
+    """The text, in a folder or the user's cache; only one of several processes builds it."""
+    from filelock import FileLock  # kept out of `import tl_sparse`
+
+    folder = cache_folder(cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".corpus.lock"):
+        return build_corpus(config, folder, progress)
+
+
+def train_now(
+    one: ModelUnit,
+    corpus: TokenizedCorpus,
+    say: Say,
+    *,
+    progress: bool = True,
+    retrain: bool = False,
+) -> float:
+    """Train a model unless it is trained; returns the seconds it took now, 0 if none.
+
+    Where another process trains it, this one waits. ``retrain`` removes what is there.
+    """
+    if retrain:
+        shutil.rmtree(one.unit.folder, ignore_errors=True)
+    took: list[float] = []
+
+    def left() -> list[ModelUnit]:
+        return [] if read_unit(one.unit) else [one]
+
+    run_units(left, lambda jobs: took.append(train_unit(one, corpus, progress).seconds), say)
+    return float(sum(took))
+
+
+def train_unit(
+    one: ModelUnit,
+    corpus: TokenizedCorpus,
+    progress: bool,
+    measure: Callable[[SparseTransformer], Mapping[str, Any]] = lambda model: {},
+) -> UnitRecord:
+    """Train a claimed model (an interrupted run is resumed), measure it, and write its record.
+
+    A model that used up its steps above the loss at which it should have stopped is a failure.
+    """
+    began = time.perf_counter()
+    folder = one.unit.folder
+    train_in(folder, one.architecture, one.training, corpus, progress=progress)
+    model, record, reached = load_trained(folder)
+    failure = None
+    goal = one.training.stop_at_loss
+    if goal is not None and reached > goal:
+        failure = (
+            f"its loss is {reached:.4f} nats after {record.steps} steps, above its "
+            f"partner's {goal:.4f}: give it more steps or width"
+        )
+    result = {
+        "validation_loss": reached,
+        "steps": record.steps,
+        "tokens": record.tokens,
+        "nonzeros": sum(record.l0.values()),
+        **measure(model),
+    }
+    done = UnitRecord(one.unit.settings, result, failure, time.perf_counter() - began)
+    write_record(folder, done)
+    return done
+
+
+def train_in(
+    folder: Path,
+    architecture: SparseTransformerConfig,
+    training: TrainingConfig,
+    corpus: TokenizedCorpus,
+    *,
+    progress: bool = True,
+) -> None:
+    """Train a model in a folder, into its subfolder ``model``; an interrupted run is resumed."""
+    if (folder / MODEL).is_dir():
+        return
+    model = SparseTransformer(architecture, corpus.tokenizer)
+    trainer = Trainer(model, corpus, training, folder, progress=progress)
+    found = checkpoints(folder)
+    first = int(found[-1].name.removeprefix(PREFIX)) if found else 0
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        if trainer.step > first:
+            session = {
+                "steps": trainer.step - first,
+                "seconds": time.perf_counter() - started,
+                "machine": machine(),
+            }
+            with (folder / SESSIONS).open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(session) + "\n")
+
+
+def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float]:
+    """The model that was trained in a folder, its record, and its final validation loss."""
+    record = training_record(folder / MODEL)
+    assert record is not None
+    assert record.validation_loss is not None
+    return SparseTransformer.from_pretrained(folder / MODEL), record, record.validation_loss
+
+
+def machine() -> str:
+    """What this process trains on, in words."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} ({versions})"
+    threads = torch.get_num_threads()
+    count = "one thread" if threads == 1 else f"{threads} threads"
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{count} of a CPU ({kind}; {versions})"
+
+
+def training_time(folder: Path, steps: int) -> tuple[float, str]:
+    """Hours that a run of so many steps took, and on what.
+
+    Steps whose time is unknown, because the process was killed, count as long as the others; where
+    no time is known the hours are NaN.
+    """
+    path = folder / SESSIONS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        return math.nan, "a machine that was not recorded"
+    sessions = [json.loads(line) for line in lines]
+    rate = sum(s["seconds"] for s in sessions) / sum(s["steps"] for s in sessions)
+    return rate * steps / 3600, "; ".join(dict.fromkeys(s["machine"] for s in sessions))
