@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.tokenizer import END_OF_TEXT, wrap_tokenizer
-from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.json_files import check_file, read_json
 
 MERGES, IDS = "vocab.bpe", "encoder.json"
 TOKENIZER_FILES = (MERGES, IDS)
@@ -63,10 +63,7 @@ def tokenizer_from_openai(folder: str | Path, d_vocab: int) -> PreTrainedTokeniz
 
 def read_tokens(path: Path) -> list[str]:
     """The tokens of a vocab.bpe in the order of their ids."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
+    check_file(path, MAX_BYTES)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

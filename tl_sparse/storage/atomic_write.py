@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that appear when they are complete; a failed write leaves what was there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,33 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[TextIO]:
+    """Write a text file beside its place and move it there when complete; on error leave nothing.
+
+    A link to a file stays a link: the file that it leads to is written.
+    """
+    target = Path(path).resolve()
+    handle, work = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(work, 0o644)
+        os.replace(work, target)
+    except BaseException:
+        os.unlink(work)
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that no reader ever sees a part of it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ files' names among them; here the tokenizer is built from tokenizer.json and a f
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from tl_sparse.storage.json_files import check_file, read_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG)
@@ -45,10 +46,7 @@ def read_tokenizer(folder: Path, d_vocab: int) -> PreTrainedTokenizerFast | None
     path = folder / TOKENIZER
     if not os.path.lexists(path):
         return None
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
+    check_file(path, MAX_BYTES)
     settings = tokenizer_settings(folder / TOKENIZER_CONFIG)
     try:
         core = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -78,16 +76,7 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
     """Special tokens, sides and greatest length from a tokenizer_config.json, if there is one."""
     if not os.path.lexists(path):
         return {}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    values = read_json(path, MAX_BYTES)
     settings: dict[str, Any] = {}
     for name in SPECIAL:
         if values.get(name) is not None:

@@ -9,8 +9,6 @@ One pair a line, an object with the keys
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, BinaryIO, Final
 
 from transformers import PreTrainedTokenizerBase
 
+from tl_sparse.storage.atomic_write import atomic_file
 from tl_sparse.tasks.contexts import SPLITS, Split
 from tl_sparse.tasks.task import Pair, StoredPairs, Task, check_tokenizer
 
@@ -98,27 +97,18 @@ def to_jsonl(task: Task, path: str | Path, *, n_pairs: int = 128, seed: int = 0)
     """
     path = Path(path)
     stored = task.make if isinstance(task.make, StoredPairs) else None
-    handle, work = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for split in SPLITS:
-                if stored is not None and not stored.of(split):
-                    continue
-                batch = task.batch(n_pairs, split=split, seed=seed)
-                rows = {
-                    (batch.prompts[i : i + 2], batch.answers[i : i + 2]): None
-                    for i in range(0, len(batch), 2)
-                }
-                for prompts, answers in rows:
-                    line = {"prompts": prompts, "answers": answers, "split": split}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(work, 0o644)
-        os.replace(work, path)
-    except BaseException:
-        os.unlink(work)
-        raise
+    with atomic_file(path) as file:
+        for split in SPLITS:
+            if stored is not None and not stored.of(split):
+                continue
+            batch = task.batch(n_pairs, split=split, seed=seed)
+            rows = {
+                (batch.prompts[i : i + 2], batch.answers[i : i + 2]): None
+                for i in range(0, len(batch), 2)
+            }
+            for prompts, answers in rows:
+                line = {"prompts": prompts, "answers": answers, "split": split}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -18,9 +17,10 @@ import torch
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.atomic_write import atomic_folder
+from tl_sparse.storage.atomic_write import atomic_folder, write_whole
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.tensor_files import read_weights
+from tl_sparse.storage.torch_files import read_pt
 
 METRICS, STATE, OPTIMIZER, MODEL = "metrics.jsonl", "trainer.json", "optimizer.pt", "model"
 PREFIX = "checkpoint-"
@@ -61,6 +61,7 @@ def load_checkpoint(
     """Load the newest checkpoint of a folder; its step, or None where there is no checkpoint.
 
     Raises:
+        FileNotFoundError: a file of it is missing.
         ValueError: it comes from another run (the message says what differs), or is damaged.
     """
     found = checkpoints(folder)
@@ -75,12 +76,7 @@ def load_checkpoint(
         )
     weights = newest / MODEL / "model.safetensors"
     tensors = read_weights(weights)
-    path = newest / OPTIMIZER
-    device = next(model.parameters()).device
-    try:
-        moments = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises whatever the broken archive provokes
-        raise ValueError(f"{path} is missing, truncated or no optimiser state: {error}") from error
+    moments = read_pt(newest / OPTIMIZER)
     load_tensors(model, tensors, str(weights))
     optimizer.load_state_dict(moments)
     return int(state["step"])
@@ -123,9 +119,7 @@ def read_metrics(folder: Path, last_step: int) -> list[dict[str, Any]]:
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Replace the logged rows."""
-    scratch = folder / f".{METRICS}.tmp"
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(scratch, folder / METRICS)
+    write_whole(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
