@@ -46,7 +46,7 @@ def hand_made(model, tokens, share=0.3, nodes=None, sites=None):
         losses_calibrated=losses, correct=losses < 0.5, calibration=Calibration(1.5, -0.25),
         selection_loss=0.1 + 0.2, model_loss=0.01, target_loss=0.15, n_active=40, seed=3,
         config={"steps": 7, "penalty": "fixed", "lr": 0.1}, model_name=type(model).__name__,
-         seconds=12.5,
+        seconds=12.5,
         size_curve=pd.DataFrame({"n_nodes": [0, 7, 40], "loss": [0.1 + 0.7, 0.3, 0.1]}),
     )  # fmt: skip
 
@@ -498,6 +498,16 @@ def test_a_circuit_over_any_hooks_is_saved_loaded_and_run(
     assert not torch.equal(model(tokens, return_type="logits"), expected)
     graph = circuit.to_networkx()
     assert graph.number_of_nodes() == circuit.n_nodes == len(circuit.nodes)
+
+
+@pytest.mark.parametrize(("kind", "n_shown"), [("of_heads", 2), ("of_features", 11)])
+def test_a_circuit_over_any_hooks_is_drawn_a_mark_a_component(request, kind, n_shown):
+    circuit = request.getfixturevalue(kind)
+    assert circuit.n_components == n_shown
+    assert circuit._repr_html_().count("tls-node") >= n_shown
+    figure = circuit.to_plotly()
+    marks = [len(t.customdata) for t in figure.data if t.customdata is not None]
+    assert sum(marks) == n_shown
 
 
 def test_a_circuit_named_by_hand_has_no_results(of_heads, model, random_tokens):

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -9,7 +10,7 @@ from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
-from tl_sparse.circuits.edge_pruning import EdgeProblem, EdgePruningConfig, prune_edges
+from tl_sparse.circuits.edge_pruning import EdgePruningRun, EdgePruningConfig, prune_edges
 from tl_sparse.circuits.edge_search import fewest_edges, remove_greedily
 from tl_sparse.circuits.gates import straight_through
 from tl_sparse.circuits.pruning_config import PruningConfig
@@ -192,6 +193,7 @@ def test_a_pruned_circuit_is_saved_loaded_drawn_and_not_pruned_again(found, mark
         assert torch.equal(F.softplus(-task_logit_diffs(model, batch)), pruned.losses)
     assert loaded.config == pruned.config
     assert "<svg" in pruned._repr_html_()
+    assert f"{pruned.n_edges} edges" in pruned.to_plotly().layout.title.text
     with pytest.raises(ValueError, match="edges of this circuit are removed"):
         prune_edges(model, pruned, marks, EDGES, progress=False)
 
@@ -204,7 +206,7 @@ def test_what_is_left_is_minimal(found, marks):
     record = pruned.config["edge_pruning"]
     assert record["loss_before"] == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
     with eval_mode(model):
-        problem = EdgeProblem.of(model, circuit, marks, replace(EDGES, method="greedy"))
+        problem = EdgePruningRun.set_up(model, circuit, marks, replace(EDGES, method="greedy"))
         gone = names(pruned.removed_edges)
         columns = circuit.edges[["layer", "matrix", "source", "target"]]
         keep = torch.tensor([e not in gone for e in columns.itertuples(index=False, name=None)])
@@ -241,6 +243,8 @@ def test_refusals(padded, planted, marks, random_tokens):
     low = replace(EDGES, target_loss=1e-7)
     with pytest.raises(ValueError, match="above the target"):
         prune_edges(model, circuit, marks, low, progress=False)
+    with pytest.raises(ValueError, match="give target_loss="):
+        prune_edges(model, replace(circuit, target_loss=math.nan), marks, EDGES, progress=False)
     resampled = replace(circuit, config={**circuit.config, "ablation": "resample"})
     with pytest.raises(ValueError, match="resample"):
         prune_edges(model, resampled, marks, EDGES, progress=False)

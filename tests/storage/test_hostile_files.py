@@ -13,10 +13,11 @@ import shutil
 import struct
 import time
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -478,9 +479,13 @@ def circuit(tmp_path):
         edges=circuit_edges(model, index, kept), losses=torch.rand(5),
         losses_calibrated=torch.rand(5), correct=torch.rand(5) < 0.5, calibration=Calibration(),
         selection_loss=0.1, model_loss=0.1, target_loss=0.15, n_active=3, seed=0,
-        config={"seed": 0}, model_name="SparseTransformer",
-         seconds=1.5,
+        config={"seed": 0}, model_name="SparseTransformer", seconds=1.5,
         size_curve=pd.DataFrame({"n_nodes": [0, 5, 9], "loss": [0.7, 0.2, 0.1]}),
+    )  # fmt: skip
+    edges = made.edges.assign(score=np.float32(0.5))
+    made = replace(
+        made, groups=torch.arange(index.n_nodes), edges=edges[3:].reset_index(drop=True),
+        removed_edges=edges[:3].assign(constant=0.25),
     )  # fmt: skip
     made.save(tmp_path / "circuit")
     return tmp_path / "circuit", lambda: Circuit.load(tmp_path / "circuit", model)

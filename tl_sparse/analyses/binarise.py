@@ -62,7 +62,7 @@ class BinariseConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class BinarisedCircuit:
+class Binarisation:
     """A circuit whose nodes take two values each, and what that costs on held-out prompts."""
 
     task: str
@@ -156,7 +156,7 @@ def binarise(
     config: BinariseConfig | None = None,
     *,
     progress: bool = False,
-) -> BinarisedCircuit:
+) -> Binarisation:
     """Replace every kept node's activation by one of two trained values, and measure the loss.
 
     The values begin as the means below and above a threshold: of those at 1/4, 1/2 and 3/4 of the
@@ -190,7 +190,7 @@ def binarise(
                           steps(index, places, low, high, 0.0))
         ]  # fmt: skip
     low, high = torch.minimum(low, high).cpu(), torch.maximum(low, high).cpu()
-    return BinarisedCircuit(
+    return Binarisation(
         task=task.name,
         circuit=circuit,
         places=places,

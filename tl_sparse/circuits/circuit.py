@@ -154,7 +154,9 @@ class Circuit:
         """A row per kept component: the columns of its first node, component, n_nodes."""
         number = pd.Series(self.component[self.kept.cpu()].numpy(), index=self.nodes.index)
         first = self.nodes[~number.duplicated()].assign(component=number)
-        return first.assign(n_nodes=first["component"].map(number.value_counts()))
+        first["n_nodes"] = first["component"].map(number.value_counts())
+        first["head_channel"] = first["head_channel"].where(first["n_nodes"] == 1)  # a whole head
+        return first
 
     # ----------------------------------------------------------------------------------------------
     # in its model

@@ -8,6 +8,7 @@ channels outside the circuit are dropped; that is no edge, and stays.)
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -64,10 +65,13 @@ def prune_edges(
     Raises:
         ValueError: the circuit belongs to another model or task, its removed nodes have no fixed
             values (resampled, or under frozen norms), it has no edges or lost some already, nodes
-            come in groups, or it misses the target loss itself.
+            come in groups, it names no target loss and neither does the config, or it misses the
+            target itself.
     """
     config = config or EdgePruningConfig()
     circuit.check_model(model)
+    if config.target_loss is None and math.isnan(circuit.target_loss):
+        raise ValueError("this circuit was not pruned to a target loss: give target_loss=")
     if task.name != circuit.task:
         raise ValueError(f"this is a circuit of task {circuit.task}, not of {task.name}")
     if not len(circuit.edges):
@@ -75,11 +79,11 @@ def prune_edges(
     if circuit.groups is not None:
         raise ValueError("edges join nodes, and this circuit's nodes come in groups")
     with eval_mode(model):
-        return EdgeProblem.of(model, circuit, task, config).solved(progress)
+        return EdgePruningRun.set_up(model, circuit, task, config).prune(progress)
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeProblem:
+class EdgePruningRun:
     """A circuit in its model, the prompts that its edges are judged on, and the target."""
 
     model: nn.Module
@@ -98,9 +102,9 @@ class EdgeProblem:
     started: float
 
     @classmethod
-    def of(
+    def set_up(
         cls, model: nn.Module, circuit: Circuit, task: Task, config: EdgePruningConfig
-    ) -> EdgeProblem:
+    ) -> EdgePruningRun:
         """Draw the prompts and find the edges in the model."""
         started = time.perf_counter()
         seed = max(circuit.seed, 0) if config.seed is None else config.seed
@@ -154,7 +158,7 @@ class EdgeProblem:
         loss = F.softplus(-self.logit_diffs(batch, gates, self.circuit.kept)).mean()
         return -torch.autograd.grad(loss, gates)[0]
 
-    def solved(self, progress: bool) -> Circuit:
+    def prune(self, progress: bool) -> Circuit:
         """Choose edges, drop nodes, and measure on held-out prompts.
 
         Raises:
@@ -162,9 +166,9 @@ class EdgeProblem:
         """
         config, target = self.config, self.target
         keep = torch.ones(len(self.ends), dtype=torch.bool, device=self.values.device)
-        if (whole := self.loss(keep)) > target:
+        if (before := self.loss(keep)) > target:
             raise ValueError(
-                f"the circuit itself has loss {whole:.3f} on {self.circuit.task}, above the target "
+                f"the circuit itself has loss {before:.3f} on {self.circuit.task}, above the target "
                 f"{target}: no edge can go"
             )
         score, minimal = self.effect(keep), False
@@ -180,7 +184,7 @@ class EdgeProblem:
                 keep, self.effect, self.loss, target,
                 max_passes=config.max_passes, patience=config.patience, progress=progress,
             )  # fmt: skip
-        return self.finished(keep, self.thinned(keep), score, minimal)
+        return self.build_circuit(keep, self.drop_nodes(keep), score, minimal)
 
     def joining(
         self, keep: Bool[Tensor, " edge"], nodes: Bool[Tensor, " node"]
@@ -188,7 +192,7 @@ class EdgeProblem:
         """Edges that are kept and join two of the nodes."""
         return keep.cpu() & nodes[self.ends].all(1)
 
-    def thinned(self, keep: Bool[Tensor, " edge"]) -> Bool[Tensor, " node"]:
+    def drop_nodes(self, keep: Bool[Tensor, " edge"]) -> Bool[Tensor, " node"]:
         """The circuit's nodes less those that no edge leads out of, and so on upstream, and those
         that have no edge at all, as far as the target allows.
 
@@ -201,9 +205,9 @@ class EdgeProblem:
             if not bool(idle.any()):
                 break
             nodes &= ~idle
-        joined = torch.zeros_like(nodes)
-        joined[self.ends[self.joining(keep, nodes)].flatten()] = True
-        return nodes & ~self.removable(keep, nodes, nodes & ~joined)
+        with_edges = torch.zeros_like(nodes)
+        with_edges[self.ends[self.joining(keep, nodes)].flatten()] = True
+        return nodes & ~self.removable(keep, nodes, nodes & ~with_edges)
 
     def idle(
         self, keep: Bool[Tensor, " edge"], nodes: Bool[Tensor, " node"]
@@ -234,7 +238,7 @@ class EdgeProblem:
         return gone
 
     @torch.no_grad()
-    def finished(
+    def build_circuit(
         self,
         keep: Bool[Tensor, " edge"],
         nodes: Bool[Tensor, " node"],

@@ -78,7 +78,7 @@ class EdgeWeights:
         return {name: flat.view(own[name].shape) for name, flat in changed.items()}
 
 
-class _Margins(nn.Module):
+class _LogitDiffs(nn.Module):
     """Holds a model so that functional_call finds the tensors that it runs on."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -102,7 +102,7 @@ def gated_logit_diffs(
     """logit(correct) - logit(incorrect) of every prompt with edges gated, on the model's own
     forward pass; differentiable in the gates."""
     changed = {f"model.{name}": x for name, x in edges.gated(model, gates).items()}
-    return functional_call(_Margins(model), changed, (prompts, hooks))
+    return functional_call(_LogitDiffs(model), changed, (prompts, hooks))
 
 
 @contextmanager
