@@ -10,7 +10,7 @@ from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
-from tl_sparse.circuits.edge_pruning import EdgePruningRun, EdgePruningConfig, prune_edges
+from tl_sparse.circuits.edge_pruning import EdgePruningConfig, EdgePruningRun, prune_edges
 from tl_sparse.circuits.edge_search import fewest_edges, remove_greedily
 from tl_sparse.circuits.gates import straight_through
 from tl_sparse.circuits.pruning_config import PruningConfig

@@ -8,8 +8,8 @@ from tl_sparse.analyses.attacks import Distractor as Distractor
 from tl_sparse.analyses.attacks import dilution as dilution
 from tl_sparse.analyses.attacks import distracted as distracted
 from tl_sparse.analyses.attacks import distractor as distractor
-from tl_sparse.analyses.binarise import BinariseConfig as BinariseConfig
 from tl_sparse.analyses.binarise import Binarisation as Binarisation
+from tl_sparse.analyses.binarise import BinariseConfig as BinariseConfig
 from tl_sparse.analyses.binarise import binarise as binarise
 from tl_sparse.analyses.correlation import TokenLossCorrelation as TokenLossCorrelation
 from tl_sparse.analyses.correlation import token_loss_correlation as token_loss_correlation
@@ -24,8 +24,23 @@ from tl_sparse.analyses.replacement import linear_replacement as linear_replacem
 from tl_sparse.analyses.runs import token_losses as token_losses
 
 __all__ = [
-    "BinariseConfig", "Binarisation", "ConstantNodes", "Dilution", "Distractor",
-    "LinearReplacement", "Necessity", "ResidualKurtosis", "TokenLossCorrelation", "binarise",
-    "constant_node_check", "dilution", "distracted", "distractor", "linear_replacement",
-    "necessity", "residual_kurtosis", "token_loss_correlation", "token_losses",
+    "Binarisation",
+    "BinariseConfig",
+    "ConstantNodes",
+    "Dilution",
+    "Distractor",
+    "LinearReplacement",
+    "Necessity",
+    "ResidualKurtosis",
+    "TokenLossCorrelation",
+    "binarise",
+    "constant_node_check",
+    "dilution",
+    "distracted",
+    "distractor",
+    "linear_replacement",
+    "necessity",
+    "residual_kurtosis",
+    "token_loss_correlation",
+    "token_losses",
 ]  # fmt: skip
