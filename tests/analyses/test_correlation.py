@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tl_sparse.analyses import token_loss_correlation, token_losses
-from tl_sparse.analyses.correlation import correlation, ranks
 
 
 @pytest.fixture
@@ -58,13 +57,6 @@ def test_the_interval_is_of_resampled_sequences(small_model, text):
     assert found.interval == pytest.approx(np.quantile(each, [0.025, 0.975]), abs=1e-5)
     single = token_loss_correlation(model, other, text[:1])
     assert all(map(math.isnan, single.interval))
-
-
-def test_ranks_of_ties_are_shared():
-    assert ranks(torch.tensor([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
-    x = torch.linspace(0, 5, 30)
-    assert correlation(ranks(x), ranks(x.exp())) == pytest.approx(1.0)
-    assert correlation(x, -x) == pytest.approx(-1.0)
 
 
 def test_table_and_figure_hold_every_token(small_model, text):

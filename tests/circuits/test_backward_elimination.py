@@ -2,25 +2,38 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tl_sparse.ablation import activation_means
-from tl_sparse.circuits import (
-    PruningConfig,
-    PruningFailed,
+from tl_sparse.ablation import ablation_hooks, activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.circuits import PruningConfig, PruningFailed, prune, pruning_run
+from tl_sparse.circuits.backward_elimination import (
+    SHARES,
     backward_elimination,
-    prune,
-    pruning_run,
+    eliminate_from_full_model,
 )
-from tl_sparse.circuits.backward_elimination import SHARES, eliminate_from_full_model
 from tl_sparse.circuits.components import components
 from tl_sparse.circuits.pruning_run import set_up
 
 SEARCH = PruningConfig(steps=5, batch_pairs=8, selection_pairs=32, report_pairs=24)
+LONGER = PruningConfig(steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05)
 HOPELESS = replace(SEARCH, penalty="fixed", l0_penalty=100.0, lr=0.3)
 
 
 def named(circuit):
     return set(circuit.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
+
+
+def loss_of(model, batch, hooks=()):
+    with torch.no_grad():
+        return float(F.softplus(-task_logit_diffs(model, batch, hooks)).mean())
+
+
+def kept_of(index, nodes):
+    kept = torch.zeros(index.n_nodes, dtype=torch.bool)
+    for layer, site, channel in nodes:
+        kept[index.slices[index.hook(layer, site)].start + channel] = True
+    return kept
 
 
 @pytest.fixture
@@ -100,7 +113,7 @@ def test_nothing_is_tried_where_the_excluded_nodes_are_needed(posed, monkeypatch
 
 
 def test_it_gives_up_after_many_trials(posed, monkeypatch):
-    monkeypatch.setattr(backward_elimination, "MOST", 10)
+    monkeypatch.setattr("tl_sparse.circuits.backward_elimination.MOST", 10)
     with pytest.raises(PruningFailed, match="did not end within 10 trials; lower l0_penalty"):
         eliminate_from_full_model(posed[0], torch.arange(posed[0].index.n_nodes))
 
@@ -118,3 +131,51 @@ def test_a_collapsed_mask_is_made_up_for(planted, marks, random_tokens, change):
     assert circuit.n_nodes <= circuit.n_active
     with pytest.raises(PruningFailed, match="the mask collapsed"):
         prune(model, marks, replace(search, on_collapse="fail"), means=means, progress=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# from a circuit
+
+
+@pytest.mark.parametrize("sites", [None, ("attn_in", "attn_q", "attn_k", "mlp_out")])
+def test_refining_leaves_no_node_that_could_go(planted, marks, random_tokens, sites):
+    """From the chain among many others: the target holds, and no node can be removed alone."""
+    model, chain = planted()
+    problem = set_up(model, marks, LONGER, means=activation_means(model, random_tokens, sites))
+    index = problem.index
+    mine = kept_of(index, [node for node in chain if node[1] in index.sites])
+    before = mine | (torch.rand(index.n_nodes) < 0.4)
+    after = backward_elimination(problem, before)
+    assert not (after & ~before).any()
+    assert torch.equal(after, mine)
+    batch = problem.selection
+    assert loss_of(model, batch, ablation_hooks(index, after, problem.values)) <= 0.15
+    for node in torch.nonzero(after).flatten():
+        fewer = after.clone()
+        fewer[node] = False
+        assert loss_of(model, batch, ablation_hooks(index, fewer, problem.values)) > 0.15
+
+
+def test_refining_what_needs_no_nodes_leaves_none(posed):
+    problem, _ = posed
+    with torch.no_grad():
+        problem.model.unembed.W_U.zero_()
+        problem.model.unembed.b_U.copy_(torch.zeros(30))
+    easy = replace(problem, config=replace(LONGER, target_loss=0.6931))
+    kept = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
+    assert torch.equal(backward_elimination(easy, kept), kept)
+
+
+def test_a_refined_circuit_is_part_of_the_other(planted, marks, random_tokens):
+    model, chain = planted()
+    means = activation_means(model, random_tokens)
+    search = replace(LONGER, steps=1, lr=1e-4)  # τ, and with it the order, is all but random
+    whole, small = (
+        prune(model, marks, replace(search, refine=refine), means=means, progress=False)
+        for refine in (False, True)
+    )
+    assert torch.equal(whole.tau, small.tau)
+    assert named(small) <= named(whole)
+    assert len(named(whole)) > len(named(small)) >= len(chain)
+    assert small.selection_loss <= LONGER.target_loss
+    assert small.size_curve.equals(whole.size_curve)

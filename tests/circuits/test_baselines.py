@@ -9,8 +9,6 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed
 from tl_sparse.circuits.baselines import METHODS, circuit_from_ranking, rank_nodes
-from tl_sparse.circuits.gates import CLOSED, draw_gates, noiseless_gates, open_probability
-from tl_sparse.circuits.hard_concrete import hard_concrete
 from tl_sparse.circuits.importance import NodeScores
 
 SEARCH = PruningConfig(steps=80, batch_pairs=16, selection_pairs=32, report_pairs=24, refine=False)
@@ -222,48 +220,3 @@ def test_too_few_scored_nodes_fail(posed):
     assert len(few.order) == 2
     with pytest.raises(PruningFailed, match="all 2 candidate nodes"):
         circuit_from_ranking(model, task, few, SEARCH, means=means)
-
-
-# --------------------------------------------------------------------------------------------------
-# HardConcrete gates
-
-
-def test_gates_are_closed_and_open_as_often_as_their_distribution_says():
-    log_alpha = torch.tensor([-3.0, -1.0, 0.0, 2.0])
-    uniform = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(0))
-    gates = draw_gates(log_alpha, uniform.clamp(1e-6, 1 - 1e-6))
-    assert gates.min() == 0
-    assert gates.max() == 1
-    share = (gates > 0).float().mean(0)
-    torch.testing.assert_close(share, open_probability(log_alpha), atol=5e-3, rtol=0)
-    # by hand: the stretched variable reaches 1 where the concrete one reaches 11/12
-    reaches = torch.sigmoid(log_alpha - 2 / 3 * torch.log(torch.tensor(11.0)))
-    torch.testing.assert_close((gates == 1).float().mean(0), reaches, atol=5e-3, rtol=0)
-
-
-def test_the_noiseless_gate_closes_where_it_says():
-    around = torch.tensor([CLOSED - 1e-3, CLOSED + 1e-3, 20.0])
-    low, high, most = noiseless_gates(around).tolist()
-    assert low == 0
-    assert 0 < high < 1e-3
-    assert most == 1
-
-
-def test_hard_concrete_finds_the_planted_chain(posed):
-    model, chain, task, means = posed
-    search = replace(SEARCH, steps=120, batch_pairs=8, adapt_rate=0.1)
-    circuit = hard_concrete(model, task, search, means=means, progress=False)
-    assert chain <= named(circuit)
-    assert len(named(circuit) - chain) <= 4
-    assert circuit.selection_loss <= search.target_loss
-    assert circuit.tau.abs().max() <= 1
-    assert (circuit.tau[circuit.kept] >= 0).all()
-
-
-def test_hard_concrete_refuses_what_it_does_not_know(posed):
-    model, _, task, means = posed
-    for changes in ({"tie_qk": True}, {"ablation": "resample"}):
-        with pytest.raises(ValueError, match="know neither tie_qk"):
-            hard_concrete(model, task, replace(SEARCH, **changes), means=means)
-    with pytest.raises(ValueError, match="lr=0"):
-        hard_concrete(model, task, SEARCH, means=means, lr=0.0)

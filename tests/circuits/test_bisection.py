@@ -1,4 +1,4 @@
-"""``smallest``: how many of the first nodes of an order are kept."""
+"""``bisect``, and ``bisect_size``: how many of the first nodes of an order are kept."""
 
 import math
 from dataclasses import replace
@@ -13,6 +13,7 @@ from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import PruningConfig, PruningFailed
 from tl_sparse.circuits import pruning_run as problems
+from tl_sparse.circuits.bisection import bisect, evenly, middle, quarters
 from tl_sparse.circuits.pruning_run import bisect_size, set_up
 
 SEARCH = PruningConfig(steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
@@ -25,6 +26,21 @@ def loss_of(model, batch, hooks=()):
 
 def places_of(index, nodes):
     return [index.slices[index.hook(lay, s)].start + channel for lay, s, channel in sorted(nodes)]
+
+
+@pytest.mark.parametrize("grid", [middle, quarters, evenly(1), evenly(6), evenly(9)])
+@pytest.mark.parametrize("high", [1, 2, 7, 100])
+def test_the_smallest_number_that_is_enough_is_found(grid, high):
+    """By every grid, and no number outside the two ends is tried."""
+    for needed in range(high + 1):
+        tried = []
+
+        def enough(sizes, needed=needed, tried=tried):
+            tried.extend(sizes)
+            return [size >= needed for size in sizes]
+
+        assert bisect(-1, high, enough, grid) == needed
+        assert all(-1 < size < high for size in tried)
 
 
 @pytest.fixture

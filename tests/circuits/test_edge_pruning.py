@@ -12,7 +12,6 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edge_pruning import EdgePruningConfig, EdgePruningRun, prune_edges
 from tl_sparse.circuits.edge_search import fewest_edges, remove_greedily
-from tl_sparse.circuits.gates import straight_through
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.config import ActivationDensity
@@ -320,12 +319,3 @@ def test_effects_are_estimated_anew_in_every_pass():
     assert keep.tolist() == [False, False, True]
     assert minimal
     assert [each.tolist() for each in estimates[1:]] == [[False, True, True], [False, False, True]]
-
-
-def test_a_gate_is_hard_forward_and_soft_backward():
-    tau = torch.tensor([-0.3, 0.0, 0.7], requires_grad=True)
-    gates = straight_through(tau, 0.5)
-    assert gates.tolist() == [0.0, 1.0, 1.0]
-    gates.sum().backward()
-    soft = torch.sigmoid(tau.detach() / 0.5)
-    torch.testing.assert_close(tau.grad, soft * (1 - soft) / 0.5)

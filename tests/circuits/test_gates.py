@@ -3,8 +3,15 @@ import torch
 
 from tl_sparse.ablation import activation_means, gated_ablation_hooks
 from tl_sparse.circuits.components import components
-from tl_sparse.circuits.gates import HardGates, heaviside
-from tl_sparse.circuits.train_gates import RowAdamW, clipped
+from tl_sparse.circuits.gates import (
+    CLOSED,
+    HardGates,
+    draw_gates,
+    heaviside,
+    noiseless_gates,
+    open_probability,
+    straight_through,
+)
 from tl_sparse.config import ActivationDensity
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 
@@ -203,22 +210,6 @@ def slices_of(index, *sites):
     return [[index.slices[index.hook(lay, s)] for s in sites] for lay in range(index.n_layers)]
 
 
-def test_a_query_channel_shares_its_component_with_the_key_channel_that_it_meets(planted):
-    index = NodeIndex.of(planted()[0])
-    assert torch.equal(components(index, False), torch.arange(index.n_nodes))
-    component = components(index, True)
-    groups = {}
-    for node, c in enumerate(component.tolist()):
-        groups.setdefault(c, set()).add(node)
-    assert sorted(groups) == list(range(index.n_nodes - 2 * 8))
-    tied = {
-        frozenset((q.start + i, k.start + i))
-        for q, k in slices_of(index, "attn_q", "attn_k")
-        for i in range(8)
-    }
-    assert {frozenset(g) for g in groups.values() if len(g) > 1} == tied
-
-
 def test_tied_gates_open_and_close_together_and_cost_two(planted):
     index = NodeIndex.of(planted()[0])
     masks = masks_of(index, bias=0.0, scale=0.5, tie_qk=True)
@@ -237,15 +228,6 @@ def test_tied_gates_open_and_close_together_and_cost_two(planted):
     torch.testing.assert_close(grad[0], nodes * s * (1 - s))
 
 
-@pytest.mark.parametrize("sites", [("attn_q", "attn_v"), ("attn_k",), ("mlp_neuron",)])
-def test_tying_needs_both_sites(planted, sites):
-    index = NodeIndex.of(planted()[0], sites)
-    with pytest.raises(
-        ValueError, match=r"needs both sites attn_q and attn_k; the sites are attn|mlp"
-    ):
-        components(index, True)
-
-
 @pytest.mark.parametrize("tie_qk", [False, True])
 def test_the_gates_of_excluded_nodes_are_closed_and_learn_nothing(planted, tie_qk):
     index = NodeIndex.of(planted()[0])
@@ -262,36 +244,35 @@ def test_the_gates_of_excluded_nodes_are_closed_and_learn_nothing(planted, tie_q
     assert set(silent.tolist()) == {int(components(index, tie_qk)[i]) for i in closed}
 
 
+def test_a_gate_is_hard_forward_and_soft_backward():
+    tau = torch.tensor([-0.3, 0.0, 0.7], requires_grad=True)
+    gates = straight_through(tau, 0.5)
+    assert gates.tolist() == [0.0, 1.0, 1.0]
+    gates.sum().backward()
+    soft = torch.sigmoid(tau.detach() / 0.5)
+    torch.testing.assert_close(tau.grad, soft * (1 - soft) / 0.5)
+
+
 # --------------------------------------------------------------------------------------------------
-# the optimizer
+# HardConcrete gates
 
 
-def test_every_row_is_updated_as_by_its_own_adamw():
-    settings = [(0.9, 0.95, 0.0), (0.0, 0.999, 0.1), (0.99, 0.5, 0.01)]
-    draw = torch.Generator().manual_seed(0)
-    start = torch.randn(3, 40, generator=draw)
-    rows = torch.nn.Parameter(start.clone())
-    optimizer = RowAdamW(rows, *([row[i] for row in settings] for i in range(3)))
-    alone = [torch.nn.Parameter(row.clone()) for row in start]
-    reference = [
-        torch.optim.AdamW([p], betas=(b1, b2), weight_decay=decay)
-        for p, (b1, b2, decay) in zip(alone, settings, strict=True)
-    ]
-    for step in range(60):
-        grad = torch.randn(3, 40, generator=draw) * torch.tensor([1.0, 1e-3, 30.0])[:, None]
-        grad[:, step % 40] = 0
-        lr = torch.tensor([0.03 * (1 - step / 60), 0.01, 0.1 if step % 7 else 0.0]).double()
-        optimizer.step(lr[:, None], grad)
-        for p, adamw, row, rate in zip(alone, reference, grad, lr.tolist(), strict=True):
-            adamw.param_groups[0]["lr"] = rate
-            p.grad = row.clone()
-            adamw.step()
-    torch.testing.assert_close(rows.detach(), torch.stack(alone).detach(), atol=1e-6, rtol=1e-5)
-    assert ((rows.detach() - start).abs().amax(1) > 0.1).all()
+def test_gates_are_closed_and_open_as_often_as_their_distribution_says():
+    log_alpha = torch.tensor([-3.0, -1.0, 0.0, 2.0])
+    uniform = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(0))
+    gates = draw_gates(log_alpha, uniform.clamp(1e-6, 1 - 1e-6))
+    assert gates.min() == 0
+    assert gates.max() == 1
+    share = (gates > 0).float().mean(0)
+    torch.testing.assert_close(share, open_probability(log_alpha), atol=5e-3, rtol=0)
+    # by hand: the stretched variable reaches 1 where the concrete one reaches 11/12
+    reaches = torch.sigmoid(log_alpha - 2 / 3 * torch.log(torch.tensor(11.0)))
+    torch.testing.assert_close((gates == 1).float().mean(0), reaches, atol=5e-3, rtol=0)
 
 
-def test_each_row_of_gradients_is_clipped_on_its_own():
-    grad = torch.tensor([[3.0, -4.0, 0.0, 0.0], [0.1, 0.0, -0.2, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    # the first row's root mean square is 2.5
-    expected = torch.tensor([[1.2, -1.6, 0.0, 0.0], [0.1, 0.0, -0.2, 0.0], [0.0] * 4])
-    torch.testing.assert_close(clipped(grad), expected)
+def test_the_noiseless_gate_closes_where_it_says():
+    around = torch.tensor([CLOSED - 1e-3, CLOSED + 1e-3, 20.0])
+    low, high, most = noiseless_gates(around).tolist()
+    assert low == 0
+    assert 0 < high < 1e-3
+    assert most == 1

@@ -16,7 +16,6 @@ from tl_sparse.circuits import (
     prune,
     pruning,
 )
-from tl_sparse.circuits.backward_elimination import backward_elimination
 from tl_sparse.circuits.calibration import calibrated
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning import choose_mask, choose_nodes
@@ -386,47 +385,3 @@ def test_closed_gates_are_never_chosen(posed):
     assert not kept[tau < 0].any()
     assert (kept & kept_of(problem.index, chain)).sum() == 6
     assert curve["n_nodes"].iloc[-1] == (tau >= 0).sum()
-
-
-@pytest.mark.parametrize("sites", [None, ("attn_in", "attn_q", "attn_k", "mlp_out")])
-def test_refining_leaves_no_node_that_could_go(planted, marks, random_tokens, sites):
-    """From the chain among many others: the target holds, and no node can be removed alone."""
-    model, chain = planted()
-    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens, sites))
-    index = problem.index
-    mine = kept_of(index, [node for node in chain if node[1] in index.sites])
-    before = mine | (torch.rand(index.n_nodes) < 0.4)
-    after = backward_elimination(problem, before)
-    assert not (after & ~before).any()
-    assert torch.equal(after, mine)
-    batch = problem.selection
-    assert loss_of(model, batch, ablation_hooks(index, after, problem.values)) <= 0.15
-    for node in torch.nonzero(after).flatten():
-        fewer = after.clone()
-        fewer[node] = False
-        assert loss_of(model, batch, ablation_hooks(index, fewer, problem.values)) > 0.15
-
-
-def test_refining_what_needs_no_nodes_leaves_none(posed):
-    problem, _ = posed
-    with torch.no_grad():
-        problem.model.unembed.W_U.zero_()
-        problem.model.unembed.b_U.copy_(torch.zeros(30))
-    easy = replace(problem, config=replace(SEARCH, target_loss=0.6931))
-    kept = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
-    assert torch.equal(backward_elimination(easy, kept), kept)
-
-
-def test_a_refined_circuit_is_part_of_the_other(planted, marks, random_tokens):
-    model, chain = planted()
-    means = activation_means(model, random_tokens)
-    search = replace(SEARCH, steps=1, lr=1e-4)  # τ, and with it the order, is all but random
-    whole, small = (
-        prune(model, marks, replace(search, refine=refine), means=means, progress=False)
-        for refine in (False, True)
-    )
-    assert torch.equal(whole.tau, small.tau)
-    assert named(small) <= named(whole)
-    assert len(named(whole)) > len(named(small)) >= len(chain)
-    assert small.selection_loss <= SEARCH.target_loss
-    assert small.size_curve.equals(whole.size_curve)

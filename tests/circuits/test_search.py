@@ -12,21 +12,14 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tl_sparse.ablation import activation_means
-from tl_sparse.circuits import PruningConfig, PruningFailed, prune, search_study
+from tl_sparse.circuits import PruningConfig, PruningFailed, prune
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.circuits.search import search, values_of
+from tl_sparse.circuits.search_config import RANGES, SearchConfig, starts
 from tl_sparse.circuits.search_result import best_of, not_beaten
-from tl_sparse.circuits.search_study import (
-    RANGES,
-    SearchConfig,
-    retried,
-    settings_of,
-    space,
-    starts,
-)
+from tl_sparse.circuits.search_study import settings_of, space
 
 SEARCH = importlib.import_module("tl_sparse.circuits.search")  # not the function
 BASE = PruningConfig(steps=10, batch_pairs=8, selection_pairs=16, report_pairs=8)
@@ -218,15 +211,14 @@ def test_an_interrupted_round_is_asked_again_and_not_counted(
     assert result.trials[columns].equals(whole.trials[columns])
 
 
-def test_trials_of_a_killed_process_are_asked_again(setting, pruned, tmp_path, monkeypatch):
+def test_trials_of_a_killed_process_are_asked_again(setting, pruned, tmp_path):
     import optuna
 
     file = tmp_path / "s.db"
     run(setting, replace(SMALL, rounds=1), storage=file)
     study = optuna.load_study(study_name="tl_sparse", storage=f"sqlite:///{file}")
-    for _ in range(4):  # as a process that is killed leaves them: running, and silent
+    for _ in range(4):  # as a process that is killed leaves them: running, and its lock free
         study.ask(space(None)).set_user_attr("worker", "worker gone")
-    monkeypatch.setattr(search_study, "GRACE_SECONDS", 1.0)
     result = run(setting, replace(SMALL, rounds=2), storage=file)
     assert len(result.trials) == 8
     states = [trial.state.name for trial in study.get_trials()]
@@ -271,24 +263,6 @@ def test_a_storage_of_another_search_is_refused(setting, pruned, tmp_path, chang
         config = replace(config, seed=3)
     with pytest.raises(ValueError, match=f"another search, with another .*{changed}"):
         search(model, task, base, config, means=means, storage=file, progress=False)
-
-
-@pytest.mark.parametrize("error", [OperationalError, IntegrityError])
-def test_a_file_that_another_process_is_just_making_is_tried_again(error, monkeypatch):
-    """SQLite says that the tables are locked, or that the row is there already."""
-    waits = []
-    monkeypatch.setattr("tl_sparse.circuits.search_study.time.sleep", waits.append)
-    study = optuna.create_study()
-    answers = iter([error("insert", {}, Exception()), error("insert", {}, Exception()), study])
-
-    def make():
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert retried(make) is study
-    assert len(waits) == 2
 
 
 def test_a_file_that_is_no_study_is_refused(setting, pruned, tmp_path):

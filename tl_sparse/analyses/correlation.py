@@ -90,32 +90,24 @@ def token_loss_correlation(
     Raises:
         ValueError: the models' vocabularies differ, or there is nothing to predict.
     """
+    from scipy.stats import pearsonr, spearmanr  # slow to import
+
     _check_vocabularies(model_a, model_b)
     losses = []
     for model in (model_a, model_b):
         with eval_mode(model):
             losses.append(token_losses(model, tokens, batch_size=batch_size))
     a, b = losses
+    flat = [x.flatten().double().numpy() for x in losses]
     return TokenLossCorrelation(
         name_a=names[0],
         name_b=names[1],
         losses_a=a,
         losses_b=b,
-        pearson=correlation(a.flatten(), b.flatten()),
-        spearman=correlation(ranks(a.flatten()), ranks(b.flatten())),
+        pearson=float(pearsonr(*flat).statistic),
+        spearman=float(spearmanr(*flat).statistic),
         interval=_bootstrap(a, b, resamples, seed),
     )
-
-
-def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
-    """Pearson's correlation, in float64; NaN if either does not vary."""
-    a, b = (x.double() - x.double().mean() for x in (a, b))
-    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
-
-
-def ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 for the smallest; equal values share the mean of their ranks."""
-    return torch.tensor(pd.Series(values.numpy()).rank().to_numpy())
 
 
 def _bootstrap(a: Tensor, b: Tensor, resamples: int, seed: int) -> tuple[float, float]:

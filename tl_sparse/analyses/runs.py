@@ -55,7 +55,7 @@ def channels(x: Tensor) -> Float[Tensor, "batch pos channel"]:
 def prompt_logit_diffs(
     model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook] = ()
 ) -> Float[Tensor, " prompt"]:
-    """:func:`~tl_sparse.ablation.logit_diff.task_logit_diffs` in chunks and without gradients, on the CPU."""
+    """The logit_diff of each prompt under hooks, in chunks and without gradients, on the CPU."""
     pairs = len(batch) // 2
     parts = (batch.pairs(at, at + CHUNK_PAIRS) for at in range(0, pairs, CHUNK_PAIRS))
     return torch.cat([task_logit_diffs(model, part, hooks).cpu() for part in parts])

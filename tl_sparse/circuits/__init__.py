@@ -26,8 +26,8 @@ from tl_sparse.circuits.pruning import prune_many as prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig as PruningConfig
 from tl_sparse.circuits.pruning_run import PruningFailed as PruningFailed
 from tl_sparse.circuits.search import search as search
+from tl_sparse.circuits.search_config import SearchConfig as SearchConfig
 from tl_sparse.circuits.search_result import SearchResult as SearchResult
-from tl_sparse.circuits.search_study import SearchConfig as SearchConfig
 
 __all__ = [
     "Calibration",

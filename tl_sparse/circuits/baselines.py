@@ -47,7 +47,7 @@ def rank_nodes(
     - ``attribution``: abs(sum over prompts and positions of dL/dx · (x - μ)), the first-order
       change of L when the node alone is removed.
     - ``integrated_gradients``: the same gradient, averaged over ``steps`` models between the one
-      with all nodes removed and the whole one, all nodes being moved from μ to x together
+      with all nodes removed and the full model, all nodes being moved from μ to x together
       (Sundararajan et al. 2017, along the gates). Signed: before ``abs`` the scores of all nodes
       sum to the loss that removing all of them costs, where the loss is smooth; AbsTopK jumps.
     - ``exact``: the rise of L when the node alone is removed.

@@ -36,9 +36,9 @@ def hard_concrete(
     """``prune`` with HardConcrete gates in place of the hard gate with a sigmoid's gradient.
 
     Prompts, target loss, adaptive or fixed penalty, mask checkpoints, the choice of the number of
-    nodes (each kept in full or removed, by log α) and the report are ``prune``'s. Of the config, ``lr``, ``init_bias``,
-    ``init_scale`` and ``temperature`` belong to the other gate and are not used. The circuit's
-    ``tau`` is log α, shifted and scaled so that 0 is where the noiseless gate closes.
+    nodes (each is kept or removed, by log α) and the report are ``prune``'s. Of the config, ``lr``,
+    ``init_bias``, ``init_scale`` and ``temperature`` belong to the other gate and are not used. The
+    circuit's ``tau`` is log α, shifted and scaled so that 0 is where the noiseless gate closes.
 
     Args:
         model: A SparseTransformer or any TransformerLens model.

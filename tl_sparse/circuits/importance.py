@@ -113,11 +113,12 @@ def ablated_logit_diffs(
     freeze_norm: bool = False,
     max_slots: int = SLOTS,
 ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, "removed prompt"]]:
-    """Answer logit_diffs of every prompt under ``keep``, and with each of ``nodes`` removed besides.
+    """The logit_diff of every prompt under ``keep``, and with each of ``nodes`` removed besides.
 
     ``nodes`` are numbers of kept nodes, by default all of them. A node that has its value at every
-    token anyway changes nothing, and is not run. Removed nodes can be resampled (``ResampleSources``), and
-    models other than a SparseTransformer used; both cost a whole forward pass a node.
+    token anyway changes nothing, and is not run. Removed nodes can be resampled
+    (``ResampleSources``), and models other than a SparseTransformer used; both cost a full forward
+    pass a node.
 
     Raises:
         ValueError: ``keep`` or ``values`` is not one entry a node, or a node is not kept.
@@ -228,10 +229,10 @@ def restoration_importance(
     scores = torch.zeros(index.n_nodes, device=values.device)
     none = torch.zeros(1, index.n_nodes, dtype=torch.bool, device=values.device)
     with eval_mode(model):
-        whole = resample_sources(model, batch.tokens, index=index).activations
+        full = resample_sources(model, batch.tokens, index=index).activations
         hooks: list[FwdHook] = [*frozen_norms_of(model, batch)] if freeze_norm else []
         # every node is put at what it is in the full model first, then all but one are removed
-        hooks += [(name, Intervention(source=activation)) for name, activation in whole.items()]
+        hooks += [(name, Intervention(source=activation)) for name, activation in full.items()]
         loss = masked_losses(model, batch, index, none, values, hooks=hooks)[0]
         for piece in heard:
             for nodes in torch.arange(piece.start, piece.stop).to(values.device).split(256):

@@ -44,10 +44,10 @@ def prune(
     """Learn which nodes a task needs, with every other node set to its mean.
 
     Works by hooks on a SparseTransformer or any TransformerLens model. A gate per node is trained
-    (task loss + l0_penalty per open gate); the nodes are ranked by τ, their number is bisected inside
-    the set of open gates to the target loss on selection pairs, single nodes are removed while the
-    target holds, the answer pair's logit difference is calibrated, and the result is reported on
-    held-out templates and names. No search over settings is needed.
+    (task loss + l0_penalty per open gate); the nodes are ranked by τ, their number is bisected
+    inside the set of open gates to the target loss on selection pairs, single nodes are removed
+    while the target holds (backward elimination), the logit difference is calibrated, and the
+    result is reported on held-out templates and names. No search over settings is needed.
 
     Args:
         model: The model.

@@ -36,10 +36,10 @@ class PruningConfig:
     """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
     begins."""
     penalty: Penalty = "adaptive"
-    """adaptive: raise the price while the training loss is below target, lower it while it is
-    above, which needs no search. fixed: the paper's constant price."""
+    """adaptive: raise l0_penalty while the training loss is below target, lower it while it is
+    above, which needs no search. fixed: the paper's constant l0_penalty."""
     adapt_rate: float = 0.03
-    """Largest relative change of the adaptive price per step."""
+    """Largest relative change of an adaptive l0_penalty per step."""
     init_bias: float = 0.1
     """Mean of the initial τ: every gate starts open."""
     init_scale: float = 0.01
@@ -60,7 +60,7 @@ class PruningConfig:
     """After the number of nodes is chosen, remove single nodes for as long as the loss on the
     selection pairs stays at the target. Circuits of more than 500 nodes are left as they are."""
     on_collapse: OnCollapse = "eliminate"
-    """What is done when the price broke the circuit at every stage of training. eliminate: start
+    """What is done when no mask checkpoint reaches the target loss. eliminate: start
     from the full model and remove nodes in the order that was learned, which takes longer. fail:
     raise PruningFailed."""
     must_solve: bool = True

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from optuna import Study, Trial
-from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -30,24 +28,16 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, set_up
+from tl_sparse.circuits.search_config import RANGES, SearchConfig
 from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
-from tl_sparse.circuits.search_study import (
-    RANGES,
-    RECORD,
-    SearchConfig,
-    SlotSampler,
-    Worker,
-    open_study,
-    quiet,
-    settings_of,
-    space,
-    starts,
-    with_settings,
-)
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.tasks import Task
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+SCHEMA_VERSION = 2
+RECORD = "record"  # of a trial: its config and what came of it
 
 
 def search(
@@ -84,6 +74,8 @@ def search(
             tl_sparse, or one of another model, task, means, base, space or version.
         FileNotFoundError: a stored circuit was deleted.
     """
+    from tl_sparse.circuits import search_study  # optuna takes long to import, and is seldom needed
+
     base, config = base or PruningConfig(), config or SearchConfig()
     run = set_up(model, task, base, means=means, sources=sources)
     targets = None
@@ -94,21 +86,22 @@ def search(
                 f"the full model has loss {targets[0]:.3f} on {task.name}: no target in "
                 f"{config.targets} is above it"
             )
-    wanted = space(targets)
+    wanted = search_study.space(targets)
     path = None if storage is None else Path(storage).resolve()
     folder = None if path is None else path.with_name(f"{path.name}.circuits")
     held: dict[int, Circuit] = {}
-    with quiet():
-        study = open_study(path, SlotSampler(config, base, wanted), identity(run, config))
+    with search_study.quiet():
+        sampler = search_study.SlotSampler(config, base, wanted)
+        study = search_study.open_study(path, sampler, identity(run, config))
         with (
-            Worker(study, shared=path is not None) as worker,
+            search_study.Worker(study, path) as worker,
             tqdm(
                 total=config.rounds * config.suggestions, desc=f"search {task.name}",
                 disable=not progress,
             ) as bar,
         ):  # fmt: skip
             while trials := worker.ask(config, wanted):
-                configs = [config_of(trial, base, wanted) for trial in trials]
+                configs = [search_study.config_of(trial, base, wanted) for trial in trials]
                 # a suggestion whose mask collapses says so at once; the base stays as it is, so
                 # that the search finds what pruning without one finds
                 jobs = [
@@ -116,7 +109,7 @@ def search(
                     for each in configs
                 ]
                 found = prune_many(model, jobs, means=means, sources=sources, progress=False)
-                known = frame_of(study)
+                known = frame_of(search_study.finished(study))
                 for trial, settings, circuit in zip(trials, configs, found, strict=True):
                     record = record_of(settings, circuit)
                     if isinstance(circuit, Circuit) and worth_keeping(known, record):
@@ -126,10 +119,10 @@ def search(
                     trial.set_user_attr(RECORD, record)
                     values = values_of(record, run.index.n_nodes, config)
                     study.tell(trial, values, skip_if_finished=True)
-                known = frame_of(study)
+                known = frame_of(search_study.finished(study))
                 bar.update(len(known) - bar.n)
                 bar.set_postfix_str(f"fewest nodes {fewest_of(known, base.target_loss)}")
-    return result_of(study, run, config, folder, held)
+    return result_of(search_study.finished(study), run, config, folder, held)
 
 
 def full_loss(run: PruningRun) -> float:
@@ -156,16 +149,6 @@ def identity(run: PruningRun, config: SearchConfig) -> dict[str, Any]:
         "seed": config.seed,
         "ranges": {name: list(values) for name, values in RANGES.items()},
     }
-
-
-def config_of(
-    trial: Trial, base: PruningConfig, wanted: dict[str, BaseDistribution]
-) -> PruningConfig:
-    """The pruning config of a trial; the starts are as they are, not as the space can say them."""
-    for start in starts(base):
-        if trial.params == settings_of(start, wanted):
-            return start
-    return with_settings(base, trial.params)
 
 
 def record_of(config: PruningConfig, found: Circuit | PruningFailed) -> dict[str, Any]:
@@ -199,10 +182,10 @@ def values_of(record: dict[str, Any], n_nodes: int, config: SearchConfig) -> lis
     return [nodes] if config.objective == "nodes" else [nodes, record["selection_loss"]]
 
 
-def frame_of(study: Study) -> pd.DataFrame:
+def frame_of(trials: Sequence[FrozenTrial]) -> pd.DataFrame:
     """All finished trials as a table."""
     rows = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    for trial in trials:
         record = trial.user_attrs[RECORD]
         config = record["config"]
         settings = {name: config.get(name) for name in (*RANGES, "penalty")}
@@ -233,21 +216,20 @@ def fewest_of(known: pd.DataFrame, target: float) -> str:
 
 
 def result_of(
-    study: Study,
+    finished: Sequence[FrozenTrial],
     run: PruningRun,
     config: SearchConfig,
     folder: Path | None,
     held: dict[int, Circuit],
 ) -> SearchResult:
     """The result of all finished trials, whoever ran them."""
-    trials = frame_of(study)
+    trials = frame_of(finished)
     pareto, best = not_beaten(trials), best_of(trials, run.config.target_loss)
     circuits = {}
     for number in sorted({*pareto["trial"].tolist(), *([] if best is None else [best])}):
         if number not in held and folder is not None:
             held[number] = Circuit.load(folder / f"trial-{number}", run.model)
         circuits[number] = held[number]
-    stored: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return SearchResult(
         task=run.task.name,
         trials=trials,
@@ -256,7 +238,7 @@ def result_of(
         best_trial=best,
         configs={
             t.number: dataclass_from_json(PruningConfig, t.user_attrs[RECORD]["config"])
-            for t in stored
+            for t in finished
         },
         circuits=circuits,
         base=run.config,

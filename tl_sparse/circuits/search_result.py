@@ -10,7 +10,7 @@ import pandas as pd
 
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.circuits.search_study import SearchConfig
+from tl_sparse.circuits.search_config import SearchConfig
 from tl_sparse.views.chart import Look, Panel, chart
 
 if TYPE_CHECKING:

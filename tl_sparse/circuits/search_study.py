@@ -9,79 +9,27 @@ failed, is asked again the same.
 from __future__ import annotations
 
 import json
-import math
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.search_config import RANGES, SearchConfig, starts, with_settings
 
-Objective = Literal["nodes", "nodes_and_loss"]
-Sampler = Literal["tpe", "nsga2", "random"]
-
-NAME, IDENTITY, RECORD, WORKER = "tl_sparse", "identity", "record", "worker"
-BEAT_SECONDS = 3.0  # how often a worker says that it is alive
-GRACE_SECONDS = 30.0  # after so long a silence its trials count as interrupted
+NAME, IDENTITY, WORKER = "tl_sparse", "identity", "worker"
 LOCK_SECONDS = 120.0  # how long to wait while another process writes to the file
-TRIES = 5  # to open a file that another process is just making
 STARTUP = 16  # trials before the sampler learns from them
 LIVE = (TrialState.RUNNING, TrialState.COMPLETE)
-
-RANGES: dict[str, tuple[float, float, float]] = {
-    "l0_penalty": (1e-6, 1e-4, 1e-2),
-    "lr": (1e-4, 3e-3, 3e-1),
-    "weight_decay": (1e-5, 1e-3, 1e-1),
-    "inv_beta2": (5e-3, 5e-2, 5e-1),
-    "init_scale": (1e-3, 1e-2, 1e-1),
-    "init_bias": (1e-2, 1e-1, 1.0),
-    "temperature": (1e-1, 1.0, 1e1),
-    "warmup_frac": (5e-3, 5e-2, 5e-1),
-    "adapt_rate": (3e-3, 3e-2, 3e-1),
-}
-"""Setting → lowest value, the paper's centre, highest; searched on a log scale (Gao et al. 2025,
-§A.5, Table 2). ``inv_beta2`` is 1 - beta2; ``adapt_rate`` and its centre are ours."""
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How settings are searched; the defaults are the paper's budget of 32 rounds of 8."""
-
-    rounds: int = 32
-    """Rounds of the whole search, all processes together; a later call may ask for more."""
-    suggestions: int = 8
-    """Settings per round, whose masks train in shared forward passes."""
-    objective: Objective = "nodes"
-    """nodes: the fewest nodes at the base config's target loss. nodes_and_loss: both, with the
-    target loss as one more setting."""
-    sampler: Sampler = "tpe"
-    """Tree-structured Parzen estimator (for two objectives too), NSGA-II, or random."""
-    targets: tuple[float, float] = (0.015, 0.5)
-    """Range of target losses for ``nodes_and_loss``; what the full model misses is left out."""
-    seed: int = 0
-    """Seed of the suggestions. Seeds of τ and prompts are the base config's, the same for all."""
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "suggestions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, choices in (("objective", Objective), ("sampler", Sampler)):
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {known}")
-        if not 0 < self.targets[0] < self.targets[1] < math.log(2):
-            raise ValueError(f"targets={self.targets} must rise and lie between 0 and ln 2")
 
 
 def space(targets: tuple[float, float] | None) -> dict[str, BaseDistribution]:
@@ -95,19 +43,6 @@ def space(targets: tuple[float, float] | None) -> dict[str, BaseDistribution]:
     return found
 
 
-def with_settings(base: PruningConfig, settings: Mapping[str, Any]) -> PruningConfig:
-    """The base config with these settings."""
-    values = asdict(base) | dict(settings)
-    values["beta2"] = 1 - values.pop("inv_beta2")
-    return PruningConfig(**values)
-
-
-def starts(base: PruningConfig) -> tuple[PruningConfig, PruningConfig]:
-    """The first two trials: the base config as it is, and the paper's centres, at a fixed price."""
-    centres = {name: centre for name, (_, centre, _) in RANGES.items()}
-    return base, with_settings(base, centres | {"penalty": "fixed"})
-
-
 def settings_of(
     config: PruningConfig, wanted: Mapping[str, BaseDistribution]
 ) -> dict[str, float | str]:
@@ -119,6 +54,16 @@ def settings_of(
             value = min(max(value, distribution.low), distribution.high)
         values[name] = value
     return values
+
+
+def config_of(
+    trial: optuna.Trial, base: PruningConfig, wanted: dict[str, BaseDistribution]
+) -> PruningConfig:
+    """The pruning config of a trial; the starts are as they are, not as the space can say them."""
+    for start in starts(base):
+        if trial.params == settings_of(start, wanted):
+            return start
+    return with_settings(base, trial.params)
 
 
 class SlotSampler(BaseSampler):
@@ -208,7 +153,8 @@ def open_study(
     if storage is not None:
         storage.parent.mkdir(parents=True, exist_ok=True)
     try:
-        study = retried(partial(create, storage, sampler))
+        with locked(storage):  # of two processes that make the same tables at once, one has to wait
+            study = create(storage, sampler)
         mine = json.loads(json.dumps(identity))
         if IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
             study.set_user_attr(IDENTITY, mine)
@@ -239,80 +185,82 @@ def create(storage: Path | None, sampler: SlotSampler) -> optuna.Study:
     )  # fmt: skip
 
 
-def retried(make: Callable[[], optuna.Study]) -> optuna.Study:
-    """What ``make`` makes; of two processes that make the same tables at once, one has to wait: it
-    finds them locked, or finds a row there that it meant to write."""
-    for _ in range(TRIES - 1):
-        try:
-            return make()
-        except DBAPIError:
-            time.sleep(0.5)
-    return make()
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """All finished trials, whoever ran them."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def locked(storage: Path | None) -> AbstractContextManager[object]:
+    """One process at a time looks at what is left of the budget and takes of it."""
+    return nullcontext() if storage is None else FileLock(f"{storage}.lock")
 
 
 class Worker:
-    """A process that takes part in a search: it says so while it lives, and its trials are its own.
+    """A process that takes part in a search, and whose trials are its own while it lives.
 
-    In a study that is in memory alone, nobody needs to know.
+    It holds the lock of a file, which the operating system releases when the process ends, however
+    it ends: so others know whose trials to give up. A study in memory has one worker.
     """
 
-    def __init__(self, study: optuna.Study, shared: bool) -> None:
-        self.study, self.shared = study, shared
-        self.name = f"{WORKER} {uuid.uuid4().hex}"
+    def __init__(self, study: optuna.Study, storage: Path | None) -> None:
+        self.study, self.storage = study, storage
+        self.name = uuid.uuid4().hex
         self.asked: list[optuna.Trial] = []
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.alive = None if storage is None else self.lock_of(self.name)
+
+    def lock_of(self, worker: str) -> FileLock:
+        """The lock that a worker holds while it lives."""
+        folder = Path(f"{self.storage}.workers")
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / f"{worker}.lock")
 
     def __enter__(self) -> Worker:
-        if self.shared:
-            self.study.set_user_attr(self.name, time.time())
-            self.thread.start()
+        if self.alive is not None:
+            self.alive.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Trials that are not finished are given up, to be asked again."""
-        self.ended.set()
-        if self.shared:
-            self.thread.join()
         for trial in self.asked:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        if self.alive is not None:
+            self.alive.release()
+            Path(self.alive.lock_file).unlink(missing_ok=True)
 
-    def beat(self) -> None:
-        """Say again and again that this process is alive."""
-        while not self.ended.wait(BEAT_SECONDS):
-            self.study.set_user_attr(self.name, time.time())
+    def is_gone(self, worker: str) -> bool:
+        """Whether the process of another worker has ended."""
+        lock = self.lock_of(worker)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        return True
 
     def reclaim(self) -> None:
-        """Give up the trials of processes that have gone silent."""
-        heard, now = self.study.user_attrs, time.time()
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            worker = trial.user_attrs.get(WORKER)
-            # one that was asked a moment ago has no name on it yet
-            asked = 0.0 if trial.datetime_start is None else trial.datetime_start.timestamp()
-            silent = now - max(asked, float(heard.get(str(worker), 0.0))) > GRACE_SECONDS
-            if worker != self.name and silent:
+        """Give up the trials of processes that have ended."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        others = {str(trial.user_attrs.get(WORKER, "")) for trial in running} - {self.name}
+        gone = {worker for worker in others if self.is_gone(worker)}
+        for trial in running:
+            if trial.user_attrs.get(WORKER, "") in gone:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def ask(self, config: SearchConfig, wanted: dict[str, BaseDistribution]) -> list[optuna.Trial]:
-        """Up to a round of trials; none once the budget is spent or taken.
+        """Up to a round of trials; none once the budget is spent.
 
-        While others hold the rest of the budget, it waits for them to finish or to go silent.
+        While others hold the rest of the budget, it waits for them to finish or to end.
         """
         budget = config.rounds * config.suggestions
         while True:
-            self.reclaim()
-            states = [trial.state for trial in self.study.get_trials(deepcopy=False, states=LIVE)]
-            if states.count(TrialState.COMPLETE) >= budget:
-                return []
-            if len(states) < budget:
-                break
+            with locked(self.storage):
+                self.reclaim()
+                live = self.study.get_trials(deepcopy=False, states=LIVE)
+                self.asked = []
+                for _ in range(min(config.suggestions, budget - len(live))):
+                    self.asked.append(self.study.ask(wanted))
+                    self.asked[-1].set_user_attr(WORKER, self.name)
+            if self.asked or len(finished(self.study)) >= budget:
+                return self.asked
             time.sleep(0.5)
-        self.asked = []
-        while len(self.asked) < min(config.suggestions, budget - len(states)):
-            self.asked.append(self.study.ask(wanted))
-            self.asked[-1].set_user_attr(WORKER, self.name)
-        # of two processes that saw the same budget left, the later one steps back
-        for trial in [t for t in self.asked if slot_of(self.study, t.number) >= budget]:
-            self.study.tell(trial, state=TrialState.FAIL)
-            self.asked.remove(trial)
-        return self.asked or self.ask(config, wanted)

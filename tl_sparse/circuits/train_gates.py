@@ -64,7 +64,7 @@ def train_gates(
         gates: The gates; their parameter is trained in place.
         objective: The loss of every mask.
         update: The optimizer.
-        l0_penalty: The price of open gates.
+        l0_penalty: What open gates cost.
         steps: Training steps.
         name: What the progress bar says.
         progress: Whether there is one.

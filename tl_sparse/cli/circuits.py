@@ -156,7 +156,7 @@ class Sweep:
     ) -> Circuit | PruningFailed | ValueError:
         """The best circuit of a search over settings, or why there is none."""
         from tl_sparse.circuits.search import search  # slow to import, and seldom needed
-        from tl_sparse.circuits.search_study import SearchConfig
+        from tl_sparse.circuits.search_config import SearchConfig
 
         folder = Path(self.out) / "search"
         folder.mkdir(parents=True, exist_ok=True)
