@@ -23,7 +23,8 @@ from tl_sparse.analyses.figures import dilution_figure, distractor_figure
 from tl_sparse.analyses.runs import (
     CHUNK_PAIRS,
     Node,
-    channels,
+    Recorder,
+    device_of,
     places,
     prompt_logit_diffs,
 )
@@ -105,7 +106,7 @@ def dilution(
     """
     tokenizer, n_ctx = _tokenizer(model)
     runs = _runs(model, circuit)
-    reader = None if node is None else LastToken(model, node)
+    recorder = None if node is None else _recorder(model, node)
     get(task, tokenizer, n_ctx, variant="dilution")  # unknown names are refused, not listed
     frames, refused = [], {}
     with eval_mode(model):
@@ -117,7 +118,7 @@ def dilution(
                 refused[n] = str(error)
                 continue
             for run, hooks in runs:
-                logit_diffs, activation = _measured(model, batch, hooks, reader)
+                logit_diffs, activation = _measured(model, batch, hooks, recorder)
                 frames.append(
                     _frame(batch, logit_diffs).assign(n=n, run=run, activation=activation)
                 )
@@ -292,45 +293,25 @@ def rewritten(
     return replace(batch, tokens=torch.tensor(rows), last=last, prompts=prompts)
 
 
-class LastToken:
-    """Reads one node at every prompt's last real token; made once per model."""
-
-    def __init__(self, model: nn.Module, node: Node) -> None:
-        usual = NodeIndex.of(model).sites
-        index = NodeIndex.of(model, (*usual, node[1]) if node[1] not in usual else usual)
-        place = int(places(index, [node])[0])
-        self.hook = index.hook(node[0], node[1])
-        self.channel = place - index.slices[self.hook].start
-        self.seen: Tensor | None = None
-
-    def __call__(self, x: Tensor, hook: Any = None) -> None:
-        """Keep the node's activation at every position."""
-        self.seen = channels(x.detach())[..., self.channel]
-
-    def at(self, batch: TaskBatch) -> Float[Tensor, " prompt"]:
-        """The last forward pass' values at the prompts' last tokens.
-
-        Raises:
-            ValueError: the hook never fired.
-        """
-        if self.seen is None:
-            raise ValueError(f"hook {self.hook} never fired on this model")
-        last = batch.last.to(self.seen.device)[:, None]
-        return self.seen.gather(1, last)[:, 0].cpu()
+def _recorder(model: nn.Module, node: Node) -> Recorder:
+    usual = NodeIndex.of(model).sites
+    index = NodeIndex.of(model, (*usual, node[1]) if node[1] not in usual else usual)
+    return Recorder(index, places(index, [node]), device_of(model))
 
 
 @torch.no_grad()
 def _measured(
-    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook], reader: LastToken | None
+    model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook], recorder: Recorder | None
 ) -> tuple[Tensor, Any]:
-    if reader is None:
+    """Every prompt's logit_diff, and the recorded node at its last token."""
+    if recorder is None:
         return prompt_logit_diffs(model, batch, hooks), np.nan
     logit_diffs, values = [], []
-    read: Any = (reader.hook, reader)
     for at in range(0, len(batch) // 2, CHUNK_PAIRS):
         part = batch.pairs(at, at + CHUNK_PAIRS)
-        logit_diffs.append(task_logit_diffs(model, part, [*hooks, read]).cpu())
-        values.append(reader.at(part))
+        logit_diffs.append(task_logit_diffs(model, part, [*hooks, *recorder.hooks()]).cpu())
+        taken = recorder.taken()[..., 0]
+        values.append(taken.gather(1, part.last.to(taken.device)[:, None])[:, 0].cpu())
     return torch.cat(logit_diffs), torch.cat(values).numpy()
 
 

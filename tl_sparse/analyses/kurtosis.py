@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.eval_mode import eval_mode
+from tl_sparse.ablation.recording import each_activation
 from tl_sparse.analyses.figures import kurtosis_figure
-from tl_sparse.analyses.runs import device_of
+from tl_sparse.sites import NodeIndex
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -101,16 +102,15 @@ def residual_kurtosis(
     hooks = ("blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(n_layers)))
     per_channel = {name: Moments() for name in hooks}
     per_token: dict[str, list[Tensor]] = {name: [] for name in hooks}
+
+    def look(name: str, x: Tensor, first: int) -> None:
+        samples = x[:, skip:].flatten(0, 1).double()
+        per_channel[name].add(samples)
+        per_token[name].append(kurtosis(samples.T))
+
+    index = NodeIndex.over(model, dict.fromkeys(hooks, run.cfg.d_model))
     with eval_mode(model):
-        for part in tokens.to(device_of(model)).split(batch_size):
-            seen: dict[str, Tensor] = {}
-            # by the name that was asked for: a hook reached by an alias goes by another
-            readers = [(name, Keep(seen, name)) for name in hooks]
-            run.run_with_hooks(part, return_type=None, fwd_hooks=readers)
-            for name in hooks:
-                x = seen[name][:, skip:].flatten(0, 1).double()
-                per_channel[name].add(x)
-                per_token[name].append(kurtosis(x.T))
+        each_activation(model, tokens, index, look, batch_size)
     return ResidualKurtosis(
         hooks=hooks,
         over_tokens=torch.stack([per_channel[name].kurtosis() for name in hooks]).cpu().float(),
@@ -128,17 +128,6 @@ def kurtosis(x: Float[Tensor, "sample column"]) -> Float[Tensor, " column"]:
 def log_mean(values: Float[Tensor, " n"]) -> float:
     """Natural logarithm of the mean of the numbers that are not NaN."""
     return math.log(float(values.double().nanmean()))
-
-
-class Keep:
-    """Hook function that keeps what it sees under a name, and changes nothing."""
-
-    def __init__(self, into: dict[str, Tensor], name: str) -> None:
-        self.into, self.name = into, name
-
-    def __call__(self, x: Tensor, hook: Any = None) -> None:
-        """Keep it."""
-        self.into[self.name] = x.detach()
 
 
 class Moments:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.analyses.runs import Node, by_sequence, channels, device_of, places, token_losses
+from tl_sparse.analyses.runs import (
+    Node,
+    Recorder,
+    by_sequence,
+    channels,
+    device_of,
+    places,
+    token_losses,
+)
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.views.display import frame_html
@@ -180,50 +189,6 @@ def linear_replacement(
     )
 
 
-class Recorder:
-    """Keeps the activations of some nodes during a forward pass, by hook."""
-
-    def __init__(self, index: NodeIndex, nodes: Int[Tensor, " node"], device: torch.device) -> None:
-        self.seen: dict[str, Tensor] = {}
-        self.where: dict[str, tuple[Tensor, Tensor]] = {}
-        self.n_nodes, self.device = len(nodes), device
-        for hook, piece in index.slices.items():
-            here = torch.nonzero((nodes >= piece.start) & (nodes < piece.stop)).flatten()
-            if len(here):
-                self.where[hook] = ((nodes[here] - piece.start).to(device), here.to(device))
-
-    def read(self, name: str, x: Tensor) -> None:
-        """Keep what the site's nodes are."""
-        self.seen[name] = channels(x.detach())[..., self.where[name][0]]
-
-    def hooks(self) -> list[Any]:
-        """Hooks that keep and change nothing."""
-        return [(name, _Read(self, name)) for name in self.where]
-
-    def taken(self) -> Float[Tensor, "batch pos node"]:
-        """What was kept in the last forward pass, in the nodes' order.
-
-        Raises:
-            ValueError: one of the hooks has not fired.
-        """
-        if missing := set(self.where) - set(self.seen):
-            raise ValueError(f"hooks {', '.join(sorted(missing))} did not fire before they were "
-                             "needed on this model")  # fmt: skip
-        first = next(iter(self.seen.values()))
-        joined = first.new_zeros(*first.shape[:2], self.n_nodes)
-        for name, (_, here) in self.where.items():
-            joined[..., here] = self.seen[name]
-        return joined
-
-
-class _Read:
-    def __init__(self, recorder: Recorder, name: str) -> None:
-        self.recorder, self.name = recorder, name
-
-    def __call__(self, x: Tensor, hook: Any = None) -> None:
-        self.recorder.read(self.name, x)
-
-
 class Swap:
     """Puts a linear function of recorded nodes in the place of others, and sums its errors."""
 
@@ -243,9 +208,9 @@ class Swap:
     def hooks(self) -> list[FwdHook]:
         """The readers, and in each target's place the function's value."""
         # the readers first: sources at a target's own site are read as the model computed them
-        return [*self.recorder.hooks(), *((name, _Put(self, name)) for name in self.where)]
+        return [*self.recorder.hooks(), *((name, partial(self.put, name)) for name in self.where)]
 
-    def put(self, name: str, x: Tensor) -> Tensor:
+    def put(self, name: str, x: Tensor, hook: Any = None) -> Tensor:
         """The site's activation with its targets replaced."""
         channel, here = self.where[name]
         value = self.recorder.taken().to(x.dtype) @ self.weights[:, here].to(x.dtype)
@@ -263,14 +228,6 @@ class Swap:
         variance = squares - total**2 / count
         known = variance > 1e-12 * count
         return torch.where(known, 1 - errors / variance, torch.nan).numpy()
-
-
-class _Put:
-    def __init__(self, swap: Swap, name: str) -> None:
-        self.swap, self.name = swap, name
-
-    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        return self.swap.put(self.name, x)
 
 
 @torch.no_grad()

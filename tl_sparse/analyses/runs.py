@@ -1,9 +1,10 @@
-"""What the analyses share: places of nodes, per-token losses, logit_diffs in chunks."""
+"""What the analyses share: places and activations of nodes, per-token losses, logit_diffs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,42 @@ def places(index: NodeIndex, nodes: Sequence[Node]) -> Int[Tensor, " chosen"]:
 def channels(x: Tensor) -> Float[Tensor, "batch pos channel"]:
     """A site's activation with its channels in one dimension (q, k and v come by head)."""
     return x.flatten(2)
+
+
+class Recorder:
+    """Keeps the activations of some nodes during a forward pass, by hook."""
+
+    def __init__(self, index: NodeIndex, nodes: Int[Tensor, " node"], device: torch.device) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.where: dict[str, tuple[Tensor, Tensor]] = {}
+        self.n_nodes, self.device = len(nodes), device
+        for hook, piece in index.slices.items():
+            here = torch.nonzero((nodes >= piece.start) & (nodes < piece.stop)).flatten()
+            if len(here):
+                self.where[hook] = ((nodes[here] - piece.start).to(device), here.to(device))
+
+    def read(self, name: str, x: Tensor, hook: Any = None) -> None:
+        """Keep what the site's nodes are."""
+        self.seen[name] = channels(x.detach())[..., self.where[name][0]]
+
+    def hooks(self) -> list[Any]:
+        """Hooks that keep and change nothing."""
+        return [(name, partial(self.read, name)) for name in self.where]
+
+    def taken(self) -> Float[Tensor, "batch pos node"]:
+        """What was kept in the last forward pass, in the nodes' order.
+
+        Raises:
+            ValueError: one of the hooks has not fired.
+        """
+        if missing := set(self.where) - set(self.seen):
+            raise ValueError(f"hooks {', '.join(sorted(missing))} did not fire before they were "
+                             "needed on this model")  # fmt: skip
+        first = next(iter(self.seen.values()))
+        joined = first.new_zeros(*first.shape[:2], self.n_nodes)
+        for name, (_, here) in self.where.items():
+            joined[..., here] = self.seen[name]
+        return joined
 
 
 @torch.no_grad()
