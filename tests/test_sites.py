@@ -2,15 +2,24 @@ import pytest
 import torch
 from torch import nn
 
-from tl_sparse.sites import BLOCK_SITES, MATRICES, SITE_NAMES, SITES, NodeIndex, site
+from tl_sparse.sites import (
+    BLOCK_SITES,
+    MATRICES,
+    SITE_NAMES,
+    SITES,
+    NodeIndex,
+    layer_of,
+    site,
+    site_at,
+)
 
 
 def test_the_eight_sites_of_the_paper_in_order_of_computation():
     assert BLOCK_SITES == (
         "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out",
     )  # fmt: skip
-    assert [name for name in SITE_NAMES if name not in BLOCK_SITES] == ["embed", "final_resid"]
-    assert SITE_NAMES[1:-1] == BLOCK_SITES
+    assert [n for n in SITE_NAMES if n not in BLOCK_SITES] == ["embed", "attn_z", "final_resid"]
+    assert tuple(name for name in SITE_NAMES[1:-1] if name != "attn_z") == BLOCK_SITES
 
 
 def test_edges_run_through_six_matrices():
@@ -22,8 +31,8 @@ def test_edges_run_through_six_matrices():
 
 
 def test_unknown_site_names_the_sites():
-    with pytest.raises(ValueError, match=r"unknown site 'attn_z'.*attn_in.*mlp_out"):
-        site("attn_z")
+    with pytest.raises(ValueError, match=r"unknown site 'attn_y'.*attn_in.*mlp_out"):
+        site("attn_y")
 
 
 def test_hooks_hold_what_the_table_says(small_model, tokens, option):
@@ -53,7 +62,7 @@ def test_an_attention_only_model_has_five_sites(small_model):
 def test_a_site_belongs_to_one_part_of_the_block():
     rows = [row for row in SITES if row.where == "every"]
     assert {row.name: row.part for row in rows} == {
-        name: "attn" if name.startswith("attn") else "mlp" for name in BLOCK_SITES
+        name: "attn" if name.startswith("attn") else "mlp" for name in (*BLOCK_SITES, "attn_z")
     }
     assert all(f".{row.part}" in row.hook or f"hook_{row.part}" in row.hook for row in rows)
 
@@ -188,13 +197,80 @@ def test_the_channels_of_any_hooks_can_be_nodes(small_model):
     model = small_model()
     index = NodeIndex.over(model, {"blocks.1.mlp.hook_post": 12, "blocks.0.attn.hook_z": 8}, 4)
     assert index.n_nodes == 20
-    assert index.slices["blocks.0.attn.hook_z"] == slice(12, 20)
-    frame = index.nodes(torch.arange(20) == 13)
-    assert frame[["site", "channel", "hook"]].values.tolist() == [
-        ["blocks.0.attn.hook_z", 1, "blocks.0.attn.hook_z"]
+    assert index.slices == {
+        "blocks.0.attn.hook_z": slice(0, 8), "blocks.1.mlp.hook_post": slice(8, 20),
+    }  # fmt: skip
+    frame = index.nodes((torch.arange(20) == 5) | (torch.arange(20) == 9))
+    columns = ["layer", "site", "channel", "head", "head_channel", "hook"]
+    assert frame[columns].astype(object).where(frame[columns].notna(), None).values.tolist() == [
+        [0, "blocks.0.attn.hook_z", 5, 1, 1, "blocks.0.attn.hook_z"],
+        [1, "blocks.1.mlp.hook_post", 1, None, None, "blocks.1.mlp.hook_post"],
     ]
     assert index.hook(0, "blocks.0.attn.hook_z") == "blocks.0.attn.hook_z"
+    with pytest.raises(ValueError, match=r"unknown site 'blocks\.3\.hook_z'"):
+        index.hook(0, "blocks.3.hook_z")
+    assert index.matrices == ()
     with pytest.raises(ValueError, match="no hook 'nowhere'"):
         NodeIndex.over(model, {"nowhere": 3})
     with pytest.raises(ValueError, match="no hooks"):
         NodeIndex.over(model, {})
+
+
+def test_a_row_of_the_table_is_a_site_everywhere(small_model, random_tokens):
+    """The attention output before W_O: means, masks, edges, drawing and OpenAI's names follow."""
+    from tl_sparse.ablation import ablation_hooks, activation_means
+    from tl_sparse.circuits.edges import circuit_edges, count_edges
+    from tl_sparse.circuits.openai_payload import locations
+    from tl_sparse.views.layout import circuit_layout
+    from tl_sparse.views.style import node_labels, node_names
+
+    model = small_model("wide_heads", zeros=0.5)
+    means = activation_means(model, random_tokens, (*BLOCK_SITES, "attn_z"))
+    index = means.index
+    assert index.sites == (*BLOCK_SITES[:4], "attn_z", *BLOCK_SITES[4:])
+    hook = index.hook(1, "attn_z")
+    piece = index.slices[hook]
+    assert piece.stop - piece.start == model.config.site_width("attn_z") == 24
+
+    _, cache = model.run_with_cache(random_tokens)
+    z = cache[hook]
+    torch.testing.assert_close(means.values[piece], z.flatten(2).mean((0, 1)))
+    keep = torch.ones(index.n_nodes, dtype=torch.bool)
+    keep[piece.start + 9] = False  # channel 1 of head 1
+    hooks = ablation_hooks(index, keep, means.values)
+    out = model.blocks[1].attn
+    moved = (means.values[piece.start + 9] - z[..., 1, 1])[..., None] * out.W_O[1, 1]
+    seen = {}
+    look = ("blocks.1.hook_attn_out", lambda x, hook: seen.update(out=x))
+    model.run_with_hooks(random_tokens, fwd_hooks=[*hooks, look])
+    torch.testing.assert_close(seen["out"], cache["blocks.1.hook_attn_out"] + moved)
+
+    every = torch.ones(index.n_nodes, dtype=torch.bool)
+    edges = circuit_edges(model, index, every)
+    of_paper = NodeIndex.of(model)
+    assert len(edges) == count_edges(model, index, every)
+    assert len(edges) == count_edges(model, of_paper, torch.ones(of_paper.n_nodes, dtype=bool))
+    ends = edges[["matrix", "source_site", "target_site"]].drop_duplicates()
+    assert set(ends.itertuples(index=False, name=None)) == set(index.matrices)
+    assert [source for matrix, source, _ in index.matrices if matrix == "W_O"] == ["attn_z"]
+    assert of_paper.matrices == MATRICES
+
+    nodes = index.nodes().assign(tau=0.0, mean=0.0)
+    layout = circuit_layout(nodes, edges)
+    assert layout.rows["label"].tolist()[1:4] == ["q k v", "z", "attn out"]
+    at_z = layout.nodes["site"] == "attn_z"
+    boxes = layout.heads.query("layer == 1")
+    assert len(boxes) == 6  # each head's queries, keys and values, and its output
+    assert node_names(layout.nodes[at_z])[25] == "layer 1 · attended value 1 of head 0"
+    assert node_labels(layout.nodes[at_z])[25] == "z1"
+    assert locations(index)["1.attn.y"] == hook
+
+
+def test_a_hook_knows_its_site_and_layer():
+    assert site_at("blocks.11.attn.hook_z") is site("attn_z")
+    assert site_at("blocks.2.ln2.hook_normalized") is site("mlp_in")
+    assert site_at("blocks.2.mlp.hook_act_in") is site("mlp_in")
+    assert site_at("blocks.2.mlp.hook_pre") is None
+    assert [layer_of(name, 4) for name in ("hook_embed", "blocks.2.hook_x", "ln_final.b")] == [
+        0, 2, 3,
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tl_sparse.sites import SITE
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 
 Normalization = Literal["RMS", "LN", "none"]
@@ -222,26 +223,20 @@ class SparseTransformerConfig:
         return self.eps or (torch.finfo(wide).eps if self.normalization_type == "RMS" else 1e-5)
 
     def has_site(self, site: str) -> bool:
-        """Whether a model has this one of the ten activation sites: not those of absent MLPs."""
-        return not (self.attn_only and "mlp" in site)
+        """Whether a model has this one of the activation sites: not those of absent MLPs."""
+        # the two places of the residual stream are named after the part that they follow
+        part = SITE[site].part if site in SITE else site.rpartition("_")[2]
+        return not (self.attn_only and part == "mlp")
 
     def site_width(self, site: str) -> int:
-        """Channels at one of the ten activation sites.
+        """Channels at one of the activation sites.
 
         Raises:
             ValueError: the model has no such site.
         """
         if not self.has_site(site):
             raise ValueError(f"a model with attn_only=True has no site {site!r}")
-        assert self.n_heads is not None  # __post_init__ filled it in
-        if site in ("attn_q", "attn_k", "attn_v"):
-            return self.n_heads * self.d_head
-        if site == "mlp_neuron":
-            assert self.d_mlp is not None  # as well, where there are MLPs
-            return self.d_mlp
-        if site in ("attn_in", "mlp_in"):
-            return self.d_model + self.d_pos
-        return self.d_model
+        return SITE[site].width(self) if site in SITE else self.d_model
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready values; :meth:`from_dict` is its inverse."""

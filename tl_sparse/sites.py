@@ -7,7 +7,8 @@ final residual stream hold some too if asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 Kind = Literal["residual", "head", "neuron"]
 Where = Literal["every", "first", "last"]
+Part = Literal["embed", "attn", "mlp", "final"]
 
 
 @dataclass(frozen=True)
@@ -29,80 +31,190 @@ class Site:
     """The paper's name."""
     hook: str
     """Hook name in a SparseTransformer; ``{layer}`` stands for the layer."""
-    plain_hook: str
-    """Hook name in any other TransformerLens model. For the two reads it is the normalised stream
-    before the norm's weight: ablating a channel to its mean commutes with that affine map."""
     kind: Kind
     """What a channel is: a residual channel, a channel of a head, or an MLP neuron."""
-    written_by: tuple[str, ...]
+    part: Part
+    """The part of the model that it belongs to; a change at the site changes nothing before it."""
+    openai: str
+    """Its name in OpenAI's released circuits; empty if they have none."""
+    row: str
+    """The row of the drawing that its nodes stand in."""
+    label: str
+    """Words for legends and hover texts."""
+    colour: str
+    """Fill colour in drawings; blue and red are left to the signs of edges and activations."""
+    written_by: tuple[str, ...] = ()
     """Weight matrices (TransformerLens names, within the block) that write the site."""
-    read_by: tuple[str, ...]
+    read_by: tuple[str, ...] = ()
     """Weight matrices that read it."""
+    plain_hook: str = ""
+    """Hook name in any other TransformerLens model, where it is another. For the two reads it is
+    the normalised residual stream before the norm's weight: ablating a channel to its mean commutes
+    with that affine map."""
+    short: str = ""
+    """What stands before the channel in a small label."""
     where: Where = "every"
-    """Which layers have it: every one, the first (the embedding), or the last (the final stream).
-    Sites of one layer alone are nodes only where they are asked for."""
+    """Which layers have it: every one, the first (the embedding), or the last (the final residual
+    stream)."""
+    optional: bool = False
+    """Whether its channels are nodes only where they are asked for."""
+    with_positions: bool = False
+    """Whether concatenated positions are channels of it too."""
+    shared_by_heads: bool = False
+    """Whether several heads share it in a model with grouped queries."""
+    moved: bool = False
+    """Whether the attention pattern moves it to another position before a matrix reads it."""
+    last_only: bool = False
+    """Whether in the last layer only the last token's activations can reach the last logits."""
 
     @property
-    def part(self) -> str:
-        """The part of the block that it belongs to: attn or mlp."""
-        return self.name.partition("_")[0]
+    def reads(self) -> bool:
+        """Whether its channels read the residual stream."""
+        return self.kind == "residual" and bool(self.read_by)
+
+    @property
+    def writes(self) -> bool:
+        """Whether its channels are written to the residual stream."""
+        return self.kind == "residual" and bool(self.written_by)
+
+    def hook_in(self, layer: int, *, plain: bool) -> str:
+        """Hook name in a layer of a SparseTransformer, or (plain) of any other model."""
+        return (self.plain_hook if plain and self.plain_hook else self.hook).format(layer=layer)
+
+    def width(self, sizes: Any) -> int:
+        """Channels in a model with these sizes: any config with d_model, n_heads, d_head, d_mlp."""
+        if self.kind == "head":
+            return int(sizes.n_heads * sizes.d_head)
+        positions = (getattr(sizes, "d_pos", 0) or 0) if self.with_positions else 0
+        return int(sizes.d_mlp if self.kind == "neuron" else sizes.d_model) + int(positions)
 
 
 SITES: tuple[Site, ...] = (
-    Site("embed", "hook_embed", "hook_embed", "residual", ("W_E",), (), where="first"),
     Site(
-        "attn_in", "blocks.{layer}.attn.hook_act_in", "blocks.{layer}.ln1.hook_normalized",
-        "residual", (), ("W_Q", "W_K", "W_V"),
+        "embed", "hook_embed", "residual", "embed", written_by=("W_E",), where="first",
+        optional=True, openai="", row="embedding", label="embedding writes", colour="#6b7688",
     ),
     Site(
-        "attn_q", "blocks.{layer}.attn.hook_q", "blocks.{layer}.attn.hook_q",
-        "head", ("W_Q",), (),
+        "attn_in", "blocks.{layer}.attn.hook_act_in", "residual", "attn",
+        plain_hook="blocks.{layer}.ln1.hook_normalized", read_by=("W_Q", "W_K", "W_V"),
+        with_positions=True, openai="{layer}.attn.act_in", row="attn in", label="attention reads",
+        colour="#a3acba",
     ),
     Site(
-        "attn_k", "blocks.{layer}.attn.hook_k", "blocks.{layer}.attn.hook_k",
-        "head", ("W_K",), (),
+        "attn_q", "blocks.{layer}.attn.hook_q", "head", "attn", written_by=("W_Q",),
+        last_only=True, openai="{layer}.attn.q", row="q k v", label="query", short="q",
+        colour="#e39a1c",
     ),
     Site(
-        "attn_v", "blocks.{layer}.attn.hook_v", "blocks.{layer}.attn.hook_v",
-        "head", ("W_V",), ("W_O",),
+        "attn_k", "blocks.{layer}.attn.hook_k", "head", "attn", written_by=("W_K",),
+        shared_by_heads=True, openai="{layer}.attn.k", row="q k v", label="key", short="k",
+        colour="#c9b400",
     ),
     Site(
-        "attn_out", "blocks.{layer}.hook_attn_out", "blocks.{layer}.hook_attn_out",
-        "residual", ("W_O",), (),
+        "attn_v", "blocks.{layer}.attn.hook_v", "head", "attn", written_by=("W_V",),
+        read_by=("W_O",), shared_by_heads=True, moved=True, openai="{layer}.attn.v", row="q k v",
+        label="value", short="v", colour="#b765b0",
     ),
     Site(
-        "mlp_in", "blocks.{layer}.mlp.hook_act_in", "blocks.{layer}.ln2.hook_normalized",
-        "residual", (), ("W_in",),
+        "attn_z", "blocks.{layer}.attn.hook_z", "head", "attn", read_by=("W_O",), optional=True,
+        last_only=True, openai="{layer}.attn.y", row="z", label="attended value", short="z",
+        colour="#9078d8",
     ),
     Site(
-        "mlp_neuron", "blocks.{layer}.mlp.hook_post", "blocks.{layer}.mlp.hook_post",
-        "neuron", ("W_in",), ("W_out",),
+        "attn_out", "blocks.{layer}.hook_attn_out", "residual", "attn", written_by=("W_O",),
+        last_only=True, openai="{layer}.attn.resid_delta", row="attn out",
+        label="attention writes", colour="#6b7688",
     ),
     Site(
-        "mlp_out", "blocks.{layer}.hook_mlp_out", "blocks.{layer}.hook_mlp_out",
-        "residual", ("W_out",), (),
+        "mlp_in", "blocks.{layer}.mlp.hook_act_in", "residual", "mlp",
+        plain_hook="blocks.{layer}.ln2.hook_normalized", read_by=("W_in",), with_positions=True,
+        last_only=True, openai="{layer}.mlp.act_in", row="mlp in", label="mlp reads",
+        colour="#a3acba",
     ),
     Site(
-        "final_resid", "blocks.{layer}.hook_resid_post", "blocks.{layer}.hook_resid_post",
-        "residual", (), ("W_U",), where="last",
+        "mlp_neuron", "blocks.{layer}.mlp.hook_post", "neuron", "mlp", written_by=("W_in",),
+        read_by=("W_out",), last_only=True, openai="{layer}.mlp.post_act", row="neurons",
+        label="neuron", colour="#1f9d78",
+    ),
+    Site(
+        "mlp_out", "blocks.{layer}.hook_mlp_out", "residual", "mlp", written_by=("W_out",),
+        last_only=True, openai="{layer}.mlp.resid_delta", row="mlp out", label="mlp writes",
+        colour="#6b7688",
+    ),
+    Site(
+        "final_resid", "blocks.{layer}.hook_resid_post", "residual", "final", read_by=("W_U",),
+        where="last", optional=True, last_only=True, openai="final_resid", row="final stream",
+        label="final norm reads", colour="#a3acba",
     ),
 )  # fmt: skip
-"""Order is the order of computation within a block."""
+"""Order is the order of computation within a block.
 
-SITE_NAMES: tuple[str, ...] = tuple(site.name for site in SITES)
-BLOCK_SITES: tuple[str, ...] = tuple(site.name for site in SITES if site.where == "every")
+``attn_z`` is the attention output before W_O: what a head writes, at the position that it writes
+to. The paper has nodes at ``attn_v`` instead and counts W_O's weights as edges from there, which
+stays the default."""
+
+SITE: dict[str, Site] = {row.name: row for row in SITES}
+SITE_NAMES: tuple[str, ...] = tuple(SITE)
+BLOCK_SITES: tuple[str, ...] = tuple(row.name for row in SITES if not row.optional)
 """The eight sites of every layer, whose channels are the nodes unless others are asked for."""
 
-MATRICES: tuple[tuple[str, str, str], ...] = tuple(
-    (matrix, source.name, target.name)
-    for source in SITES
-    for matrix in source.read_by
-    for target in SITES
-    if matrix in target.written_by
-)
-"""(matrix, site it reads, site it writes): a nonzero entry between two kept nodes is an edge
-(§A.5). Between q.k products, residual identity links, biases and (un)embeddings there are no
-edges."""
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a block."""
+
+    name: str
+    """TransformerLens' name."""
+    part: Part
+    """The module of the block that has it."""
+    fan_dim: int
+    """Dimension along which the weights of one neuron, q, k, v or z channel lie: incoming weights
+    of q, k, v and neurons, outgoing weights of z and neurons (released training script: rows of
+    c_attn and c_fc, columns of the two c_proj)."""
+    bias: str = ""
+    """The bias that is added to what it writes."""
+    heads: Literal["", "source", "target"] = ""
+    """The end whose channels are divided into heads: [head, source, target] in memory."""
+    positional: str = ""
+    """Where concatenated positions are read: the matrix of their rows."""
+
+
+BLOCK_MATRICES: dict[str, Matrix] = {
+    row.name: row
+    for row in (
+        Matrix("W_Q", "attn", 1, "b_Q", "target", "W_Q_pos"),
+        Matrix("W_K", "attn", 1, "b_K", "target", "W_K_pos"),
+        Matrix("W_V", "attn", 1, "b_V", "target", "W_V_pos"),
+        Matrix("W_O", "attn", 2, "b_O", "source"),
+        Matrix("W_in", "mlp", 0, "b_in", "", "W_in_pos"),
+        Matrix("W_gate", "mlp", 0),
+        Matrix("W_out", "mlp", 1, "b_out"),
+    )
+}
+
+
+def joined_by(sites: Collection[str]) -> tuple[tuple[str, str, str], ...]:
+    """(matrix, site it reads, site it writes) for sites that have nodes: a nonzero entry between
+    two kept nodes is an edge (§A.5).
+
+    Between q·k products, residual identity links, biases and (un)embeddings there are no edges.
+    W_O reads ``attn_z`` where that has nodes, else ``attn_v``: a weight is an edge once, from the
+    last site before it. From ``attn_v`` to ``attn_z`` the pattern leads, which is no edge either.
+    """
+    rows = [row for row in SITES if row.name in sites]
+    return tuple(
+        {
+            matrix: (matrix, source.name, target.name)
+            for source in rows
+            for matrix in source.read_by
+            for target in rows
+            if matrix in target.written_by
+        }.values()
+    )
+
+
+MATRICES: tuple[tuple[str, str, str], ...] = joined_by(BLOCK_SITES)
+"""The paper's: between the eight sites of every layer."""
 
 
 def site(name: str) -> Site:
@@ -111,10 +223,30 @@ def site(name: str) -> Site:
     Raises:
         ValueError: unknown name; the message lists the sites.
     """
-    for row in SITES:
-        if row.name == name:
-            return row
-    raise ValueError(f"unknown site {name!r}; choose from {', '.join(SITE_NAMES)}")
+    if name not in SITE:
+        raise ValueError(f"unknown site {name!r}; choose from {', '.join(SITE_NAMES)}")
+    return SITE[name]
+
+
+_TEMPLATES = {
+    re.sub(r"\\{layer\\}", r"\\d+", re.escape(hook)): row
+    for row in SITES
+    for hook in (row.hook, row.plain_hook)
+    if hook
+}
+
+
+def site_at(hook: str) -> Site | None:
+    """The site whose activation goes through a hook of this name, in any model; None if none's."""
+    return next((row for name, row in _TEMPLATES.items() if re.fullmatch(name, hook)), None)
+
+
+def layer_of(hook: str, n_layers: int) -> int:
+    """The layer that a hook stands in: the first for what comes before the blocks (the embeddings),
+    the last for what comes after them."""
+    if inside := re.match(r"blocks\.(\d+)\.", hook):
+        return int(inside[1])
+    return 0 if "embed" in hook and "unembed" not in hook else n_layers - 1
 
 
 @dataclass(frozen=True)
@@ -147,33 +279,25 @@ class NodeIndex:
         hook_dict: Any = model.hook_dict
         attn_only = getattr(cfg, "attn_only", False)
         here = tuple(row.name for row in SITES if not (attn_only and row.part == "mlp"))
-        sites = tuple(name for name in here if name in BLOCK_SITES) if sites is None else sites
+        sites = tuple(name for name in here if not SITE[name].optional) if sites is None else sites
         chosen = [row for row in SITES if row.name in {site(name).name for name in sites}]
         if absent := [row.name for row in chosen if row.name not in here]:
             raise ValueError(
                 f"this model has attention only, so it has no {', '.join(absent)}; its sites are "
                 f"{', '.join(here)}"
             )
-        d_pos = getattr(cfg, "d_pos", 0) or 0
-        widths = {
-            "residual": cfg.d_model,
-            "head": cfg.n_heads * cfg.d_head,
-            "neuron": cfg.d_mlp,
-        }
         shared = getattr(cfg, "n_key_value_heads", None)
-        per_key = {"attn_k", "attn_v"} & {row.name for row in chosen}
+        per_key = [row.name for row in chosen if row.shared_by_heads]
         if shared not in (None, cfg.n_heads) and per_key:
             raise ValueError(
-                f"{cfg.n_heads} heads share {shared} keys and values in this model, so attn_k and "
-                "attn_v cannot be indexed; leave them out of `sites`"
+                f"{cfg.n_heads} heads share {shared} keys and values in this model, so "
+                f"{' and '.join(per_key)} cannot be indexed; leave them out of `sites`"
             )
-        own = site("attn_in").hook.format(layer=0) in hook_dict
+        plain = site("attn_in").hook_in(0, plain=False) not in hook_dict
         in_layer = {"every": range(cfg.n_layers), "first": (0,), "last": (cfg.n_layers - 1,)}
         hooks = tuple(
             tuple(
-                (row.hook if own else row.plain_hook).format(layer=layer)
-                if layer in in_layer[row.where]
-                else None
+                row.hook_in(layer, plain=plain) if layer in in_layer[row.where] else None
                 for row in chosen
             )
             for layer in range(cfg.n_layers)
@@ -188,32 +312,45 @@ class NodeIndex:
             n_layers=cfg.n_layers,
             sites=tuple(row.name for row in chosen),
             hooks=hooks,
-            widths=tuple(
-                widths[row.kind] + (d_pos if row.name in ("attn_in", "mlp_in") else 0)
-                for row in chosen
-            ),
+            widths=tuple(row.width(cfg) for row in chosen),
             d_head=cfg.d_head,
         )
 
     @classmethod
-    def over(cls, model: nn.Module, widths: Mapping[str, int], d_head: int = 1) -> NodeIndex:
+    def over(
+        cls, model: nn.Module, widths: Mapping[str, int], d_head: int | None = None
+    ) -> NodeIndex:
         """The channels of any hooks, which stand in for sites: a dictionary's features, heads ...
+
+        Nodes are numbered layer by layer, and within a layer in the order of ``widths``.
 
         Args:
             model: A model of TransformerLens' kind.
             widths: Hook name → channels.
-            d_head: Channels of each head, for hooks that come by head.
+            d_head: Channels of each head, at hooks of queries, keys, values and z; the model's.
 
         Raises:
             ValueError: no hooks, or one that the model does not have.
         """
         hook_dict: Any = model.hook_dict
+        cfg: Any = model.cfg
         if not widths:
             raise ValueError("no hooks: name at least one")
         if unknown := [name for name in widths if name not in hook_dict]:
             raise ValueError(f"{type(model).__name__} has no hook {', '.join(map(repr, unknown))}")
         names = tuple(widths)
-        return cls(1, names, (names,), tuple(widths.values()), d_head)
+        hooks = tuple(
+            tuple(name if layer_of(name, cfg.n_layers) == layer else None for name in names)
+            for layer in range(cfg.n_layers)
+        )
+        d_head = cfg.d_head if d_head is None else d_head
+        return cls(cfg.n_layers, names, hooks, tuple(widths.values()), d_head)
+
+    @cached_property
+    def matrices(self) -> tuple[tuple[str, str, str], ...]:
+        """(matrix, site it reads, site it writes): whose nonzero entries are edges between nodes of
+        this index; see :func:`joined_by`."""
+        return joined_by(self.sites)
 
     @cached_property
     def n_nodes(self) -> int:
@@ -266,14 +403,15 @@ class NodeIndex:
         place = torch.searchsorted(starts, index, right=True) - 1
         channel = index - starts[place]
         where = [(layer, name) for layer in range(self.n_layers) for name in self.at(layer)]
-        sites = pd.Series([where[i][1] for i in place.tolist()], dtype="object")
-        is_head = sites.isin([row.name for row in SITES if row.kind == "head"])
-        channels = pd.Series(channel.numpy(), dtype="int64")
         hooks = list(self.slices)
+        rows = [site_at(hook) for hook in hooks]
+        of_head = [row is not None and row.kind == "head" for row in rows]
+        is_head = pd.Series([of_head[i] for i in place.tolist()], dtype=bool)
+        channels = pd.Series(channel.numpy(), dtype="int64")
         return pd.DataFrame(
             {
                 "layer": pd.Series([where[i][0] for i in place.tolist()], dtype="int64"),
-                "site": sites,
+                "site": pd.Series([where[i][1] for i in place.tolist()], dtype="object"),
                 "channel": channels,
                 "head": (channels // self.d_head).astype("Int64").where(is_head),
                 "head_channel": (channels % self.d_head).astype("Int64").where(is_head),

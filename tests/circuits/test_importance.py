@@ -6,6 +6,7 @@ from tl_sparse.ablation import ablation_hooks, activation_means, resample_source
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.prompt_packing import pack
 from tl_sparse.circuits.importance import NodeScores, ablated_logit_diffs, ablation_importance
+from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
 PROMPTS = [
@@ -20,8 +21,8 @@ PROMPTS = [
     [1, 9, 9, 9, 9, 9],
     [1, 9, 9, 9, 9, 10],
 ]
-EVERY = ("embed", "attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron",
-         "mlp_out", "final_resid")  # fmt: skip
+EVERY = ("embed", "attn_in", "attn_q", "attn_k", "attn_v", "attn_z", "attn_out", "mlp_in",
+         "mlp_neuron", "mlp_out", "final_resid")  # fmt: skip
 
 
 @pytest.fixture
@@ -233,3 +234,22 @@ def test_bad_requests_are_refused(measured_model, batch):
         model, batch, index, values, nodes=torch.zeros(0, dtype=torch.int64)
     )
     assert nothing.shape == (0, len(none))
+
+
+def test_removals_at_any_hooks_are_those_of_one_by_one(measured_model, batch):
+    """Hooks of several layers, in and between the sites of the table, and one before the blocks."""
+    model, _ = measured_model
+    tokens = torch.randint(3, 30, (8, 12), generator=torch.Generator().manual_seed(4))
+    inside = {
+        "blocks.1.mlp.hook_pre": 24,
+        "blocks.0.attn.hook_z": 24,
+        "blocks.1.hook_resid_pre": 16,
+    }
+    for widths in (inside, inside | {"hook_pos_embed": 4}):
+        index = NodeIndex.over(model, widths)
+        values = activation_means(model, tokens, index=index).values
+        nodes, keep = some_nodes(index, 2), torch.ones(index.n_nodes, dtype=torch.bool)
+        base, logit_diffs = ablated_logit_diffs(model, batch, index, values, nodes=nodes)
+        expected = one_by_one(model, batch, index, values, keep, nodes)
+        torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
+        assert ((expected - base).abs().amax(1) > 1e-5).sum() >= len(widths)

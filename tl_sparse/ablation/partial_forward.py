@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -19,15 +19,8 @@ from tl_sparse.ablation.frozen_layernorms import norm_hooks
 from tl_sparse.ablation.interventions import FwdHook, Intervention
 from tl_sparse.ablation.prompt_packing import PackedPairs
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import NodeIndex, Part, layer_of, site_at
 from tl_sparse.tasks import TaskBatch
-
-Start = Literal["embed", "block", "mlp", "end"]
-STARTS: dict[str, Start] = {
-    "embed": "embed", "mlp_in": "mlp", "mlp_neuron": "mlp", "mlp_out": "mlp", "final_resid": "end",
-}  # fmt: skip
-"""Where the run begins after a change at a site: before the embedding, at the layer's input (all
-other sites), between its attention and its MLP, or at its output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,27 +75,39 @@ class PartialForward:
             final = run._blocks(run._embedded(1, []), 0, [], cut=False)
         return run, run.logit_diffs(final)[0]
 
-    def changed(
-        self, layer: int, site: str, change: FwdHook, copies: int
-    ) -> Float[Tensor, "copy prompt"]:
-        """Margins of the pairs' prompts, so many copies of them side by side, with one more hook at
-        a site of a layer. A and B of each pair stand side by side, as in ``packed.prompts``."""
-        start, last = STARTS.get(site, "block"), self.model.config.n_layers - 1
+    @staticmethod
+    def can_start_at(index: NodeIndex) -> bool:
+        """Whether all nodes are at hooks that a run can start from: the embedding's and blocks'."""
+        return all(name.startswith(("hook_embed", "blocks.")) for name in index.slices)
+
+    def changed(self, change: FwdHook, copies: int) -> Float[Tensor, "copy prompt"]:
+        """Logit differences of the pairs' prompts, so many copies of them side by side, with one
+        more hook. A and B of each pair stand side by side, as in ``packed.prompts``."""
+        start, layer, late = self._start(change[0])
         if start == "embed":
             return self.logit_diffs(self._blocks(self._embedded(copies, [change]), 0, []))
-        if start == "block":
+        if start == "attn":
             resid = self._tiled(self._seen(layer, "hook_resid_pre"), copies)
             return self.logit_diffs(self._blocks(resid, layer, [change]))
         hook = "hook_resid_mid" if start == "mlp" else "hook_resid_post"
         resid = self._seen(layer, hook)
-        resid = self._tiled(self.packed.at_last(resid) if layer == last else resid, copies)
+        resid = self._tiled(self.packed.at_last(resid) if late else resid, copies)
         resid = self._rest_of_block(resid, layer, f"blocks.{layer}.{hook}", change)
-        return self.logit_diffs(resid if layer == last else self._blocks(resid, layer + 1, []))
+        return self.logit_diffs(resid if late else self._blocks(resid, layer + 1, []))
 
-    def slots(self, layer: int, site: str) -> int:
+    def slots(self, hook: str) -> int:
         """Slots that a copy takes in :meth:`changed`."""
-        late = layer == self.model.config.n_layers - 1 and STARTS.get(site) in ("mlp", "end")
+        _, _, late = self._start(hook)
         return 2 * len(self.packed.pairs) if late else self.packed.tokens.numel()
+
+    def _start(self, hook: str) -> tuple[Part, int, bool]:
+        """Where the run begins after a change at a hook: before the embedding, at the layer's input
+        (attn), between its attention and its MLP, or at its output; the layer; and whether nothing
+        from there on depends on any token but the last ones."""
+        n_layers = self.model.config.n_layers
+        row, layer = site_at(hook), layer_of(hook, n_layers)
+        start: Part = "attn" if row is None else row.part
+        return start, layer, layer == n_layers - 1 and start in ("mlp", "final")
 
     def logit_diffs(self, resid: Float[Tensor, "row 2 channel"]) -> Float[Tensor, "copy prompt"]:
         """logit(correct) - logit(incorrect) from the last block's output at the last tokens."""

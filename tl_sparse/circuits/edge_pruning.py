@@ -40,7 +40,7 @@ from tl_sparse.circuits.edge_weights import (
 from tl_sparse.circuits.edges import edge_ends
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import selection_and_training
-from tl_sparse.sites import MATRICES
+from tl_sparse.sites import site
 from tl_sparse.tasks import Task, TaskBatch
 
 SCORED_PAIRS = 64  # training pairs over which importances are averaged
@@ -217,9 +217,9 @@ class EdgePruningRun:
         sources, read = torch.zeros_like(nodes), torch.zeros_like(nodes)
         for layer in range(index.n_layers):
             for name in index.at(layer):
-                targets = {target for _, source, target in MATRICES if source == name}
+                joined = {matrix for matrix, source, _ in index.matrices if source == name}
                 # read by something that is no node of this index, it acts through that
-                if targets and targets <= set(index.at(layer)):
+                if joined and joined == set(site(name).read_by):
                     sources[index.slices[index.hook(layer, name)]] = True
         read[self.ends[self.joining(keep, nodes), 0]] = True
         return nodes & sources & ~read

@@ -21,11 +21,10 @@ from torch.func import functional_call
 from tl_sparse.ablation import FwdHook, Intervention
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.sites import NodeIndex, site
-from tl_sparse.sparsity.matrices import BLOCK_MATRICES, WeightMatrix, weight_matrices
+from tl_sparse.sites import BLOCK_MATRICES, NodeIndex, site_at
+from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.tasks import TaskBatch
 
-BIAS_OF = {"W_Q": "b_Q", "W_K": "b_K", "W_V": "b_V", "W_O": "b_O", "W_in": "b_in", "W_out": "b_out"}
 Prompts = TaskBatch | PackedBatch
 """Prompts a row each, or pairs packed in a row each, which is faster and rounds otherwise."""
 ROUNDING = 1e-5  # a pattern's rows sum to one only up to rounding where there is no sink
@@ -184,7 +183,7 @@ def locate(
     for (layer, name), rows in edges.groupby(["layer", "matrix"], sort=False):
         which = torch.tensor(rows.index.to_numpy())
         source, target = (torch.tensor(rows[end].to_numpy()) for end in ("source", "target"))
-        part = BLOCK_MATRICES[name][0]
+        part, own_bias = BLOCK_MATRICES[name].part, BLOCK_MATRICES[name].bias
         for tensor, chosen, place in entries(
             matrices[f"blocks.{layer}.{part}.{name}"], source, target, index.d_head
         ):
@@ -196,14 +195,14 @@ def locate(
             constant[which] = torch.tensor(rows["constant"].to_numpy()).to(weight.dtype)
         else:
             constant[which] = weight[which] * reads.cpu()[piece][source].to(weight.dtype)
-        bias = getattr(getattr(blocks[layer], part), BIAS_OF[name], None)
+        bias = getattr(getattr(blocks[layer], part), own_bias, None)
         taker = None if bias is None else places.get(bias.untyped_storage().data_ptr())
         if bias is not None and taker is not None:
             flat = storage_places(bias.detach(), tensors_of(model)[taker], unravel(target, bias))
             biases.append(Entries(taker, which, flat))
         elif bool((constant[which] != 0).any()):
             raise ValueError(
-                f"blocks.{layer}.{part} has no {BIAS_OF[name]} that could take up what removed "
+                f"blocks.{layer}.{part} has no {own_bias} that could take up what removed "
                 f"edges of {name} leave behind"
             )
     device = next(model.parameters()).device
@@ -219,21 +218,17 @@ def entries(
     matrix: WeightMatrix, source: Int[Tensor, " edge"], target: Int[Tensor, " edge"], d_head: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(part of the matrix, the edges that lie in it, their places in the part's owner)."""
-    name = matrix.name.rpartition(".")[2]
+    row = BLOCK_MATRICES[matrix.name.rpartition(".")[2]]
     found, start = [], 0
     for part, owner in zip(matrix.parts, matrix.owners, strict=True):
         within: tuple[Tensor, ...]
-        if name == "W_O":
+        if row.heads == "source":
             within, inside = (source // d_head, source % d_head, target), source >= 0
         else:
             read = source - start  # positions are read below the stream, by a part of their own
-            fan_in = part.shape[1 if name in ("W_Q", "W_K", "W_V") else 0]
+            fan_in = part.shape[1 if row.heads else 0]
             inside = (read >= 0) & (read < fan_in)
-            within = (
-                (target // d_head, read, target % d_head)
-                if name in ("W_Q", "W_K", "W_V")
-                else (read, target)
-            )
+            within = (target // d_head, read, target % d_head) if row.heads else (read, target)
             start += fan_in
         chosen = torch.nonzero(inside).flatten()
         if len(chosen):
@@ -293,18 +288,19 @@ def ablated_reads(
     reads = values.detach().clone()
     blocks: Any = model.blocks
     batch = batch.to(values.device)
+    sources = {source for _, source, _ in index.matrices}
     real = torch.arange(batch.tokens.shape[1], device=values.device) <= batch.last[:, None]
     for layer in range(index.n_layers):
         here: dict[str, Tensor] = {}
         for name in index.at(layer):
             hook = index.hook(layer, name)
-            row, piece = site(name), index.slices[hook]
-            if row.read_by and hook == row.plain_hook.format(layer=layer) != row.hook.format(
-                layer=layer
-            ):
+            row, piece = site_at(hook), index.slices[hook]
+            if row is None or name not in sources:
+                continue
+            if row.plain_hook and hook == row.hook_in(layer, plain=True):
                 norm = getattr(blocks[layer], "ln1" if row.part == "attn" else "ln2")
                 here[name] = norm_of(model, norm, batch, hook, values[piece])
-            elif name == "attn_v":
+            elif row.moved:
                 here[name] = values[piece] * row_sums(model, layer, batch, hook, hooks, real)
         for name, found in here.items():
             reads[index.slices[index.hook(layer, name)]] = found

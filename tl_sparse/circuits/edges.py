@@ -14,8 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.sites import MATRICES, NodeIndex
-from tl_sparse.sparsity.matrices import BLOCK_MATRICES
+from tl_sparse.sites import BLOCK_MATRICES, NodeIndex
 
 COLUMNS = {
     "layer": "int64", "source_site": "str", "source": "int64", "target_site": "str",
@@ -32,20 +31,20 @@ def no_removed_edges() -> pd.DataFrame:
 def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "source target"]:
     """A block's weight matrix as [channels it reads, channels it writes], a row per source node."""
     blocks: Any = model.blocks
-    part = BLOCK_MATRICES[matrix][0]
-    module = getattr(blocks[layer], part)
+    row = BLOCK_MATRICES[matrix]
+    module = getattr(blocks[layer], row.part)
     weight = getattr(module, matrix).detach()
     if matrix == "W_in" and getattr(module, "W_gate", None) is not None:
         raise ValueError(
             "this model's MLPs are gated: two matrices join mlp_in and mlp_neuron, and edges are "
             "not defined; leave one of the two out of `sites`"
         )
-    extra = getattr(module, f"{matrix}_pos", None)
+    extra = getattr(module, row.positional, None) if row.positional else None
     if extra is not None:
-        weight = torch.cat([weight, extra.detach()], dim=BLOCK_MATRICES[matrix][1])
-    if matrix in ("W_Q", "W_K", "W_V"):
+        weight = torch.cat([weight, extra.detach()], dim=row.fan_dim)
+    if row.heads == "target":
         return rearrange(weight, "head d_in d_head -> d_in (head d_head)")
-    if matrix == "W_O":
+    if row.heads == "source":
         return rearrange(weight, "head d_head d_model -> (head d_head) d_model")
     return weight
 
@@ -58,8 +57,7 @@ def joined(index: NodeIndex) -> list[tuple[int, str, str, str]]:
     return [
         (layer, matrix, index.hook(layer, source), index.hook(layer, target))
         for layer in range(index.n_layers)
-        for matrix, source, target in MATRICES
-        if {source, target} <= set(index.at(layer))
+        for matrix, source, target in index.matrices
     ]
 
 

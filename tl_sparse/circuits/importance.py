@@ -32,7 +32,7 @@ from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.ablation.partial_forward import PartialForward
 from tl_sparse.ablation.prompt_packing import pack
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import NodeIndex, site_at
 from tl_sparse.tasks import TaskBatch
 
 SLOTS = 4096  # nodes x pairs x slots of one forward pass: more no longer fit a core's cache
@@ -132,7 +132,11 @@ def ablated_logit_diffs(
         raise ValueError("only nodes that are kept can be removed besides those that are not")
     batch = batch.to(device)
     with eval_mode(model):
-        if isinstance(values, ResampleSources) or not isinstance(model, SparseTransformer):
+        if (
+            isinstance(values, ResampleSources)
+            or not isinstance(model, SparseTransformer)
+            or not PartialForward.can_start_at(index)
+        ):
             return _one_forward_each(
                 model, batch, index, values, nodes, keep, freeze_norm, max_slots
             )
@@ -156,21 +160,18 @@ def _one_removed(
     max_slots: int,
 ) -> Float[Tensor, "removed prompt"]:
     logit_diffs = base.repeat(len(nodes), 1)
-    for layer in range(index.n_layers):
-        for site in index.at(layer):
-            name = index.hook(layer, site)
-            piece = index.slices[name]
-            activations = run.seen[name][run.packed.real].view(-1, piece.stop - piece.start)
-            matters = (activations != values[piece]).any(0)
-            here = (nodes >= piece.start) & (nodes < piece.stop)
-            here[here.clone()] = matters[nodes[here] - piece.start]
-            todo = torch.nonzero(here).flatten()
-            copies = max(1, max_slots // run.slots(layer, site))
-            for some in todo.split(copies) if len(todo) else ():
-                mask = torch.ones(len(some), piece.stop - piece.start, dtype=torch.bool)
-                mask[torch.arange(len(some)), nodes[some].cpu() - piece.start] = False
-                change = Intervention(mask.to(values.device), values[piece][None])
-                logit_diffs[some] = run.changed(layer, site, (name, change), len(some))
+    for name, piece in index.slices.items():
+        activations = run.seen[name][run.packed.real].view(-1, piece.stop - piece.start)
+        matters = (activations != values[piece]).any(0)
+        here = (nodes >= piece.start) & (nodes < piece.stop)
+        here[here.clone()] = matters[nodes[here] - piece.start]
+        todo = torch.nonzero(here).flatten()
+        copies = max(1, max_slots // run.slots(name))
+        for some in todo.split(copies) if len(todo) else ():
+            mask = torch.ones(len(some), piece.stop - piece.start, dtype=torch.bool)
+            mask[torch.arange(len(some)), nodes[some].cpu() - piece.start] = False
+            change = Intervention(mask.to(values.device), values[piece][None])
+            logit_diffs[some] = run.changed((name, change), len(some))
     return logit_diffs
 
 
@@ -219,12 +220,12 @@ def restoration_importance(
     """
     started = time.perf_counter()
     batch = trimmed(batch.to(next(model.parameters()).device))
-    last = ("final_resid",) if "final_resid" in index.sites else ("embed", "attn_out", "mlp_out")
+    rows = {hook: site_at(hook) for hook in index.slices}
+    ends = any(row is not None and row.part == "final" for row in rows.values())
     heard = [
-        index.slices[index.hook(layer, site)]
-        for layer in range(index.n_layers)
-        for site in index.at(layer)
-        if site in last
+        index.slices[hook]
+        for hook, row in rows.items()
+        if row is None or (row.part == "final" if ends else row.writes)
     ]
     scores = torch.zeros(index.n_nodes, device=values.device)
     none = torch.zeros(1, index.n_nodes, dtype=torch.bool, device=values.device)

@@ -21,19 +21,10 @@ from tl_sparse.ablation import ActivationMeans
 from tl_sparse.checkpoints.openai_files import local_folder
 from tl_sparse.circuits.by_hand import circuit_of_nodes
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.sites import BLOCK_SITES, NodeIndex
+from tl_sparse.sites import SITES, NodeIndex, site
 from tl_sparse.storage.torch_files import check_plain, read_pt
 
 PAYLOAD = "viz_data.pt"
-PLACES = {
-    "attn.act_in": "attn_in", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
-    "attn.resid_delta": "attn_out", "mlp.act_in": "mlp_in", "mlp.post_act": "mlp_neuron",
-    "mlp.resid_delta": "mlp_out",
-}  # fmt: skip
-"""The released name of a place in a layer → the paper's name of the site. Channels are numbered
-alike."""
-FINAL_STREAM = "final_resid"
-"""The stream after the last layer. The released circuits prune its channels too."""
 SIZES = {
     "n_layer": "n_layers", "d_model": "d_model", "n_head": "n_heads", "d_head": "d_head",
     "d_mlp": "d_mlp", "n_mlp": "d_mlp",
@@ -74,7 +65,12 @@ class CircuitPayload:
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites that it has nodes at, for ``activation_means(model, tokens, sites=...)``."""
-        return (*BLOCK_SITES, FINAL_STREAM) if FINAL_STREAM in self.kept else BLOCK_SITES
+        # the released circuits prune the final residual stream's channels too
+        return tuple(
+            row.name
+            for row in SITES
+            if not row.optional or (row.openai and row.openai.format(layer=0) in self.kept)
+        )
 
 
 def read_payload(path_or_url: str | Path, progress: bool = True) -> CircuitPayload:
@@ -233,20 +229,25 @@ def circuit_from_openai(
             f"{', '.join(index.sites)}: use activation_means(model, tokens, sites=payload.sites)"
         )
     kept = torch.zeros(index.n_nodes, dtype=torch.bool)
+    hooks = locations(index)
     for location, channels in payload.kept.items():
-        layer, _, place = location.partition(".")
-        hook = (
-            index.hook(index.n_layers - 1, FINAL_STREAM)
-            if location == FINAL_STREAM
-            else index.hook(int(layer), PLACES[place])
-        )
-        kept[index.slices[hook].start + channels] = True
+        kept[index.slices[hooks[location]].start + channels] = True
     return replace(
         circuit_of_nodes(model, task, kept, means),
         selection_loss=payload.circuit_loss,
         model_loss=payload.model_loss,
         config=payload.prune_config,
     )
+
+
+def locations(index: NodeIndex) -> dict[str, str]:
+    """The released name of every place with nodes, such as ``3.attn.q``, and its hook. Channels are
+    numbered alike."""
+    return {
+        site(name).openai.format(layer=layer): index.hook(layer, name)
+        for layer in range(index.n_layers)
+        for name in index.at(layer)
+    }
 
 
 def check_model(payload: CircuitPayload, model: nn.Module, index: NodeIndex) -> None:
@@ -256,19 +257,13 @@ def check_model(payload: CircuitPayload, model: nn.Module, index: NodeIndex) -> 
         stored, own = payload.model_config.get(theirs), getattr(cfg, ours)
         if stored not in (None, own):
             raise ValueError(f"the payload is of a model with {theirs}={stored}, not {own}")
-    widths = {
-        f"{layer}.{place}": index.widths[index.sites.index(site)]
-        for layer in range(index.n_layers)
-        for place, site in PLACES.items()
-        if site in index.sites
-    }
-    if FINAL_STREAM in index.sites:
-        widths[FINAL_STREAM] = cfg.d_model
+    pieces = {location: index.slices[hook] for location, hook in locations(index).items()}
+    widths = {location: piece.stop - piece.start for location, piece in pieces.items()}
     stored = set(payload.kept)
     if strange := sorted(stored ^ set(widths)):
         raise ValueError(
             f"the payload's locations are not this model's: {', '.join(strange[:8])}; they must be "
-            f"{', '.join(PLACES)} of {index.n_layers} layers, and {FINAL_STREAM} if need be"
+            f"{', '.join(site(name).openai for name in index.sites)} of {index.n_layers} layers"
         )
     for location, width in widths.items():
         channels = payload.kept.get(location)

@@ -13,23 +13,9 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Role = Literal["block", "embedding", "bias"]
+from tl_sparse.sites import BLOCK_MATRICES
 
-# Matrix → (part of the block, dimension along which one neuron's or channel's weights lie):
-# incoming weights of q, k, v channels and neurons, outgoing weights of z channels and neurons
-# (released training script: rows of c_attn and c_fc, columns of the two c_proj).
-BLOCK_MATRICES: dict[str, tuple[str, int]] = {
-    "W_Q": ("attn", 1),
-    "W_K": ("attn", 1),
-    "W_V": ("attn", 1),
-    "W_O": ("attn", 2),
-    "W_in": ("mlp", 0),
-    "W_gate": ("mlp", 0),
-    "W_out": ("mlp", 1),
-}
-# Rows that read concatenated positions belong to the matrix that reads the stream beside them.
-POSITIONAL = {"W_Q": "W_Q_pos", "W_K": "W_K_pos", "W_V": "W_V_pos", "W_in": "W_in_pos"}
-BIASES = {"attn": ("b_Q", "b_K", "b_V", "b_O"), "mlp": ("b_in", "b_out")}
+Role = Literal["block", "embedding", "bias"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +72,8 @@ def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMa
     blocks: Any = model.blocks
     found = []
     for layer, block in enumerate(blocks):
-        for matrix, (part, fan_dim) in BLOCK_MATRICES.items():
+        for matrix, row in BLOCK_MATRICES.items():
+            part = row.part
             if part == "mlp" and getattr(cfg, "attn_only", False):
                 continue
             module = getattr(block, part)
@@ -98,11 +85,11 @@ def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMa
                     f"{matrix}, so it cannot be made sparse"
                 )
             tensors = [getattr(module, matrix)]
-            extra = getattr(module, POSITIONAL.get(matrix, ""), None)
+            extra = getattr(module, row.positional, None) if row.positional else None
             if extra is not None:
                 tensors.append(extra)
             name = f"blocks.{layer}.{part}.{matrix}"
-            found.append(_matrix(name, "block", tensors, owners, fan_dim))
+            found.append(_matrix(name, "block", tensors, owners, row.fan_dim))
     tensors_of: Any = model
     found.append(_matrix("embed.W_E", "embedding", [tensors_of.W_E], owners, 1))
     unembed = tensors_of.W_U
@@ -112,12 +99,11 @@ def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMa
         found.append(_matrix("pos_embed.W_pos", "embedding", [tensors_of.W_pos], owners, 1))
     if biases:
         for layer, block in enumerate(blocks):
-            for part, names in BIASES.items():
-                for bias in names:
-                    tensor = getattr(getattr(block, part, None), bias, None)
-                    if isinstance(tensor, nn.Parameter):
-                        name = f"blocks.{layer}.{part}.{bias}"
-                        found.append(_matrix(name, "bias", [tensor], owners, 0))
+            for row in BLOCK_MATRICES.values():
+                tensor = getattr(getattr(block, row.part, None), row.bias, None)
+                if isinstance(tensor, nn.Parameter):
+                    name = f"blocks.{layer}.{row.part}.{row.bias}"
+                    found.append(_matrix(name, "bias", [tensor], owners, 0))
     return tuple(found)
 
 

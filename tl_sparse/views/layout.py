@@ -11,19 +11,14 @@ from tl_sparse.views.placement import barycentre, order_lanes, place_items
 from tl_sparse.views.style import node_places
 
 ROWS: dict[str, tuple[str, ...]] = {
-    "embedding": ("embed",),
-    "attn in": ("attn_in",),
-    "q k v": ("attn_q", "attn_k", "attn_v"),
-    "attn out": ("attn_out",),
-    "mlp in": ("mlp_in",),
-    "neurons": ("mlp_neuron",),
-    "mlp out": ("mlp_out",),
-    "final stream": ("final_resid",),
+    row: tuple(site.name for site in SITES if site.row == row)
+    for row in dict.fromkeys(site.row for site in SITES)
 }
 """Rows of one layer in the order of the forward pass, and the sites that stand in each."""
 
-READS: tuple[str, ...] = tuple(s.name for s in SITES if s.kind == "residual" and s.read_by)
-WRITES: tuple[str, ...] = tuple(s.name for s in SITES if s.kind == "residual" and s.written_by)
+READS: tuple[str, ...] = tuple(site.name for site in SITES if site.reads)
+WRITES: tuple[str, ...] = tuple(site.name for site in SITES if site.writes)
+OF_HEADS: tuple[str, ...] = tuple(site.name for site in SITES if site.kind == "head")
 
 NODE_COLUMNS = ("layer", "site", "channel", "head", "head_channel", "hook")
 EDGE_COLUMNS = ("layer", "source_site", "source", "target_site", "target", "matrix", "weight")
@@ -175,7 +170,7 @@ def _require(table: pd.DataFrame, columns: tuple[str, ...], name: str) -> None:
 
 
 def _check_heads(nodes: pd.DataFrame) -> None:
-    headless = nodes[nodes["site"].isin(ROWS["q k v"]) & nodes["head"].isna()]
+    headless = nodes[nodes["site"].isin(OF_HEADS) & nodes["head"].isna()]
     if len(headless):
         first = headless.iloc[0]
         raise ValueError(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_sparse.sites import SITES
 from tl_sparse.views.text import number
 
 POSITIVE = "#2f6fd0"
@@ -28,18 +29,9 @@ class SiteStyle:
 
 
 SITE_STYLES: dict[str, SiteStyle] = {
-    "embed": SiteStyle("embedding writes", "", "#6b7688", "square"),
-    "attn_in": SiteStyle("attention reads", "", "#a3acba", "circle"),
-    "attn_q": SiteStyle("query", "q", "#e39a1c", "circle"),
-    "attn_k": SiteStyle("key", "k", "#c9b400", "circle"),
-    "attn_v": SiteStyle("value", "v", "#b765b0", "circle"),
-    "attn_out": SiteStyle("attention writes", "", "#6b7688", "square"),
-    "mlp_in": SiteStyle("mlp reads", "", "#a3acba", "circle"),
-    "mlp_neuron": SiteStyle("neuron", "", "#1f9d78", "circle"),
-    "mlp_out": SiteStyle("mlp writes", "", "#6b7688", "square"),
-    "final_resid": SiteStyle("final norm reads", "", "#a3acba", "circle"),
+    site.name: SiteStyle(site.label, site.short, site.colour, "square" if site.writes else "circle")
+    for site in SITES
 }
-"""Blue and red are left to the signs of edges and activations."""
 
 
 OTHER = SiteStyle("node", "", "#4aa3df", "circle")
