@@ -236,20 +236,16 @@ def test_bad_requests_are_refused(measured_model, batch):
     assert nothing.shape == (0, len(none))
 
 
-def test_removals_at_any_hooks_are_those_of_one_by_one(measured_model, batch):
-    """Hooks of several layers, in and between the sites of the table, and one before the blocks."""
-    model, _ = measured_model
+@pytest.mark.parametrize("before", ["hook_embed", "hook_pos_embed"])
+def test_removals_at_any_hooks_are_those_of_one_by_one(small_model, batch, before):
+    """Hooks of several layers, in and between the sites of the table, and before the blocks."""
+    model = small_model("standard", zeros=0.5)
     tokens = torch.randint(3, 30, (8, 12), generator=torch.Generator().manual_seed(4))
-    inside = {
-        "blocks.1.mlp.hook_pre": 24,
-        "blocks.0.attn.hook_z": 24,
-        "blocks.1.hook_resid_pre": 16,
-    }
-    for widths in (inside, inside | {"hook_pos_embed": 4}):
-        index = NodeIndex.over(model, widths)
-        values = activation_means(model, tokens, index=index).values
-        nodes, keep = some_nodes(index, 2), torch.ones(index.n_nodes, dtype=torch.bool)
-        base, logit_diffs = ablated_logit_diffs(model, batch, index, values, nodes=nodes)
-        expected = one_by_one(model, batch, index, values, keep, nodes)
-        torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
-        assert ((expected - base).abs().amax(1) > 1e-5).sum() >= len(widths)
+    hooks = ("blocks.1.mlp.hook_pre", "blocks.0.attn.hook_z", "blocks.1.hook_resid_pre", before)
+    index = NodeIndex.over(model, dict(zip(hooks, (24, 16, 16, 16), strict=True)))
+    values = activation_means(model, tokens, index=index).values
+    nodes, keep = some_nodes(index, 2), torch.ones(index.n_nodes, dtype=torch.bool)
+    base, logit_diffs = ablated_logit_diffs(model, batch, index, values, nodes=nodes)
+    expected = one_by_one(model, batch, index, values, keep, nodes)
+    torch.testing.assert_close(logit_diffs, expected, atol=1e-5, rtol=1e-5)
+    assert ((expected - base).abs().amax(1) > 1e-5).sum() >= len(hooks)
