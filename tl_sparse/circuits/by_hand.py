@@ -59,7 +59,7 @@ def circuit_of_channels(
     kept: Mapping[str, Bool[Tensor, " channel"]],
     tokens: Int[Tensor, "sequence pos"],
     groups: Mapping[str, Int[Tensor, " channel"]] | None = None,
-    d_head: int = 1,
+    d_head: int | None = None,
 ) -> Circuit:
     """A circuit over the channels of any hooks, such as a dictionary's features.
 
@@ -69,7 +69,7 @@ def circuit_of_channels(
         kept: Hook name → which of its channels are kept; it is chosen from these hooks alone.
         tokens: Text over which the means are taken that removed channels are set to.
         groups: Hook name → the group of every channel, where groups are kept or removed together.
-        d_head: Channels of each head, where a hook comes by head.
+        d_head: Channels of each head, where a hook comes by head; by default the model's.
 
     Raises:
         ValueError: an unknown hook, a mask of another width, or a group that is kept in part.
@@ -79,8 +79,8 @@ def circuit_of_channels(
     index = NodeIndex.over(model, {name: len(mask) for name, mask in kept.items()}, d_head)
     check_widths(model, index)
     component, start = [], 0
-    for name, mask in kept.items():
-        group = (groups or {}).get(name, torch.arange(len(mask)))
+    for name in index.slices:
+        group = (groups or {}).get(name, torch.arange(len(kept[name])))
         component.append(start + group.unique(return_inverse=True)[1])
         start = int(component[-1].max()) + 1
     flat = index.flat({name: mask.cpu() for name, mask in kept.items()})
