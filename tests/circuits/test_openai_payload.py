@@ -12,7 +12,7 @@ from tl_sparse import Circuit, activation_means
 from tl_sparse.ablation import ActivationMeans
 from tl_sparse.circuits.openai_payload import circuit_from_openai, read_payload
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.sites import SITE_NAMES
+from tl_sparse.sites import BLOCK_SITES
 from tl_sparse.views import circuit_html
 
 WIDTHS = {"attn.act_in": D, "attn.q": D, "attn.k": D, "attn.v": D, "attn.resid_delta": D,
@@ -94,7 +94,7 @@ def model(write, state):
 @pytest.fixture
 def means(model):
     tokens = torch.randint(0, V, (8, 10), generator=torch.Generator().manual_seed(1))
-    return activation_means(model, tokens, sites=SITE_NAMES[1:])
+    return activation_means(model, tokens, sites=(*BLOCK_SITES, "final_resid"))
 
 
 @pytest.fixture

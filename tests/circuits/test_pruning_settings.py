@@ -257,7 +257,9 @@ def test_the_embedding_and_the_final_stream_are_sites(
         model, chain = request.getfixturevalue("dense_planted")
     else:
         model, chain = planted(attn_only=kind == "attn_only")
-    sites = tuple(n for n in SITE_NAMES if kind != "attn_only" or not n.startswith("mlp"))
+    sites = tuple(
+        n for n in SITE_NAMES if n != "attn_z" and (kind != "attn_only" or n[:3] != "mlp")
+    )
     means = activation_means(model, random_tokens, sites)
     circuit = prune(model, marks, SEARCH, means=means, progress=False)
     ends = {(0, "embed", 0), (1, "final_resid", 2 if kind == "ours" else 1)}
