@@ -58,7 +58,7 @@ class ActivationDensity:
 
     @classmethod
     def paper(cls, density: float = 0.25) -> ActivationDensity:
-        """The paper's choice: the eight node sites at one density, the stream untouched."""
+        """The paper's choice: the eight node sites at one density, off on the residual stream."""
         sites = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("resid_")]
         return cls(**dict.fromkeys(sites, density))
 
@@ -211,7 +211,8 @@ class SparseTransformerConfig:
 
     @property
     def concat_positions(self) -> bool:
-        """Whether positions are extra channels that attention and MLP read beside the stream."""
+        """Whether positions are extra channels that attention and MLP read beside the residual
+        stream."""
         return self.positional_embedding_type in ("concat", "sinusoidal_concat")
 
     def eps_for(self, dtype: torch.dtype) -> float:

@@ -45,7 +45,7 @@ def test_a_dense_run_warms_up_and_decays_linearly():
     assert config.lr_at(0) == pytest.approx(0.0002)
     middle = 100 + 9900 // 2
     assert config.lr_at(middle) == pytest.approx(0.01)
-    assert all(config.lr_at(s) == config.plain_lr_at(s) for s in range(0, STEPS, 500))
+    assert all(config.lr_at(s) == config.base_lr_at(s) for s in range(0, STEPS, 500))
 
 
 def test_no_warmup_starts_at_the_full_rate():

@@ -78,7 +78,7 @@ def block_layout(config: SparseTransformerConfig, theirs: str, ours: str) -> Ite
             yield from norm_layout(config, f"{theirs}.ln_p{place}", name, config.d_pos)
 
     def parts(weight: Tensor) -> tuple[Tensor, ...]:
-        """Rows that read the stream, and those that read the positions beside it."""
+        """Rows that read the residual stream, and those that read the positions beside it."""
         return weight.split((d_model, config.d_pos), dim=-2) if config.d_pos else (weight,)
 
     def read_qkv(weight: Tensor) -> tuple[Tensor, ...]:
@@ -87,8 +87,8 @@ def block_layout(config: SparseTransformerConfig, theirs: str, ours: str) -> Ite
 
     def write_qkv(*weights: Tensor) -> Tensor:
         count = len(positional)
-        whole = [torch.cat(weights[i : i + count], dim=-2) for i in range(0, 3 * count, count)]
-        return rearrange(whole, "x head d_in d_head -> (x head d_head) d_in")
+        joined = [torch.cat(weights[i : i + count], dim=-2) for i in range(0, 3 * count, count)]
+        return rearrange(joined, "x head d_in d_head -> (x head d_head) d_in")
 
     yield Entry(
         f"{theirs}.attn.c_attn.weight",

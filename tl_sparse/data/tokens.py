@@ -1,4 +1,4 @@
-"""Token files: documents as memory-mapped ids, checked on reading, written whole or not at all."""
+"""Token files: documents as memory-mapped ids, checked on reading, written in one step."""
 
 import hashlib
 import json

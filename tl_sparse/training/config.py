@@ -122,9 +122,9 @@ class TrainingConfig:
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (0-based): warm-up, linear decay, the 1/sqrt(L0) factor."""
         factor = 1.0 if self.sparsity is None else self.sparsity.lr_factor_at(step, self.steps)
-        return self.plain_lr_at(step) * factor
+        return self.base_lr_at(step) * factor
 
-    def plain_lr_at(self, step: int) -> float:
+    def base_lr_at(self, step: int) -> float:
         """Learning rate of a step without the 1/sqrt(L0) factor."""
         rising = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
         start = self.warmup * self.steps

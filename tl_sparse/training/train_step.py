@@ -92,7 +92,7 @@ def training_starts(seed: int, step: int, batch_size: int, tokens: int, context:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, other parameters do not, a learned bigram table keeps a plain lr.
+    """AdamW; matrices decay, other parameters do not, a learned bigram table keeps the base lr.
 
     The first group holds the matrices; each group says whether the 1/sqrt(L0) factor of the
     learning rate applies to it (``sharkfin``).
@@ -118,7 +118,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> None:
     """Give each group the learning rate of a step (0-based)."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step) if group["sharkfin"] else config.plain_lr_at(step)
+        group["lr"] = config.lr_at(step) if group["sharkfin"] else config.base_lr_at(step)
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import check_l0, final_budget, l0, project_all
-from tl_sparse.training import resume as training_state
-from tl_sparse.training import train_step as steps
+from tl_sparse.training import resume, train_step
 from tl_sparse.training.config import TrainingConfig
 
 
@@ -74,12 +73,14 @@ class Trainer:
         self.model, self.corpus, self.config = model, corpus, config or TrainingConfig()
         self.folder = None if folder is None else Path(folder)
         self.progress, self.restart = progress, restart
-        self.accelerator = steps.make_accelerator()
+        self.accelerator = train_step.make_accelerator()
         self.context = self.config.context or model.config.n_ctx
-        steps.check_run(model, corpus, self.config, self.context, self.accelerator.num_processes)
+        train_step.check_run(
+            model, corpus, self.config, self.context, self.accelerator.num_processes
+        )
         self.model.to(self.accelerator.device)
         self.matrices = self.sparse_matrices()
-        self.optimizer = steps.make_optimizer(model, self.config)
+        self.optimizer = train_step.make_optimizer(model, self.config)
         self.wandb = self.start_wandb(wandb_project)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
@@ -95,21 +96,21 @@ class Trainer:
             RuntimeError: the loss or a weight is no longer finite.
         """
         if self.folder is not None:
-            self.restore(self.folder)
+            self.resume(self.folder)
         if self.step == 0:
-            steps.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
+            train_step.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
         model = self.distributed_model()
         self.model.train()
         bar = tqdm(
             total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True,
             disable=not (self.progress and self.accelerator.is_main_process),
         )  # fmt: skip
-        with bar, training_state.interrupt_deferred() as interrupted:
+        with bar, resume.interrupt_deferred() as interrupted:
             self.run_steps(model, bar, interrupted)
         self.model.eval()
         record = self.record()
         if self.folder is not None and self.accelerator.is_main_process:
-            self.model.save_pretrained(self.folder / training_state.MODEL, record)
+            self.model.save_pretrained(self.folder / resume.MODEL, record)
         self.accelerator.wait_for_everyone()
         if self.wandb is not None:
             self.wandb.finish()
@@ -155,30 +156,30 @@ class Trainer:
     def train_step(self, model: nn.Module) -> Float[Tensor, ""]:
         """One optimiser step; returns the mean training loss of this process' sequences."""
         config = self.config
-        steps.set_learning_rate(self.optimizer, config, self.step)
+        train_step.set_learning_rate(self.optimizer, config, self.step)
         losses = []
         batches = self.batch(self.step).chunk(config.accumulation)
         for index, tokens in enumerate(batches):
             syncs = index == len(batches) - 1
-            autocast = steps.autocast(config.precision, self.accelerator.device)
+            autocast = train_step.autocast(config.precision, self.accelerator.device)
             with nullcontext() if syncs else self.accelerator.no_sync(model):
                 with autocast:
                     loss = model(tokens, return_type="loss")
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
-        steps.apply_gradient_rule(self.model.parameters(), config.gradient)
+        train_step.apply_gradient_rule(self.model.parameters(), config.gradient)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if config.sparsity is not None:
             project_all(self.matrices, config.sparsity, self.step + 1, config.steps)
         if config.decay_after_projection:
-            steps.decay_matrices(self.optimizer, config)
+            train_step.decay_matrices(self.optimizer, config)
         return torch.stack(losses).mean()
 
     def batch(self, step: int) -> Int[Tensor, "sequence pos"]:
         """This process' sequences of a step."""
         config, tokens = self.config, self.corpus.train
-        starts = steps.training_starts(
+        starts = train_step.training_starts(
             config.seed, step, config.batch_size, len(tokens), self.context
         )
         mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -198,7 +199,7 @@ class Trainer:
         losses = []
         self.model.eval()
         for part in np.array_split(starts, math.ceil(len(starts) / 64)):
-            with steps.autocast(self.config.precision, self.accelerator.device):
+            with train_step.autocast(self.config.precision, self.accelerator.device):
                 loss = self.model(
                     self.sequences(tokens, part), return_type="loss", loss_per_token=True
                 )
@@ -265,7 +266,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         if self.folder is not None:
-            training_state.append_metrics(self.folder, row)
+            resume.append_metrics(self.folder, row)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
@@ -297,7 +298,7 @@ class Trainer:
             RuntimeError: a weight is not finite, so that no such model is ever saved.
             ValueError: a matrix is over or under its budget.
         """
-        steps.check_finite(self.model, self.step)
+        train_step.check_finite(self.model, self.step)
         counts = l0(weight_matrices(self.model))
         if self.config.sparsity is not None and self.has_final_density():
             counts = check_l0(self.matrices, self.config.sparsity)
@@ -316,23 +317,19 @@ class Trainer:
         if self.folder is None or not self.accelerator.is_main_process:
             return
         run, record = self.description(), self.record()
-        training_state.save_checkpoint(
-            self.folder, self.step, run, self.model, self.optimizer, record
-        )
+        resume.save_checkpoint(self.folder, self.step, run, self.model, self.optimizer, record)
 
-    def restore(self, folder: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Go on from the newest checkpoint of a folder, or begin there."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
-            training_state.remove_drafts(folder)
+            resume.remove_drafts(folder)
             if self.restart and self.step == 0:
-                training_state.remove_run(folder)
+                resume.remove_run(folder)
         self.accelerator.wait_for_everyone()
-        found = training_state.load_checkpoint(
-            folder, self.description(), self.model, self.optimizer
-        )
+        found = resume.load_checkpoint(folder, self.description(), self.model, self.optimizer)
         if found is not None:
-            self.step, self.rows = found, training_state.read_metrics(folder, found)
+            self.step, self.rows = found, resume.read_metrics(folder, found)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            training_state.write_metrics(folder, self.rows)
+            resume.write_metrics(folder, self.rows)
