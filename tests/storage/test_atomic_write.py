@@ -9,6 +9,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def fail_after(write, text):
+    write(text)
+    raise KeyError
+
+
 def test_a_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_file(path) as file:
@@ -25,8 +30,7 @@ def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     write_whole(path, "old")
     with pytest.raises(KeyError), atomic_file(path) as file:
-        file.write("new")
-        raise KeyError
+        fail_after(file.write, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -47,8 +51,7 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
         (work / "a.txt").write_text("old")
         assert not folder.exists()
     with pytest.raises(KeyError), atomic_folder(folder) as work:
-        (work / "a.txt").write_text("new")
-        raise KeyError
+        fail_after((work / "a.txt").write_text, "new")
     assert (folder / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["folder"]
 
