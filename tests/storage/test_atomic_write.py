@@ -2,7 +2,7 @@
 
 import pytest
 
-from tl_sparse.storage.atomic_write import atomic_file, atomic_folder, write_whole
+from tl_sparse.storage.atomic_write import atomic_file, atomic_folder, write_atomic
 
 
 def names(folder):
@@ -20,7 +20,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
         file.write("one\n")
         assert not path.exists()
     assert path.read_bytes() == b"one\n"
-    write_whole(path, "zwei — ü")
+    write_atomic(path, "zwei — ü")
     assert path.read_text(encoding="utf-8") == "zwei — ü"
     assert path.stat().st_mode & 0o777 == 0o644
     assert names(tmp_path) == ["a.txt"]
@@ -28,7 +28,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
 
 def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     with pytest.raises(KeyError), atomic_file(path) as file:
         fail_after(file.write, "new")
     assert path.read_text() == "old"
@@ -37,10 +37,10 @@ def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
 
 def test_a_link_to_a_file_stays_one(tmp_path):
     (tmp_path / "real").mkdir()
-    write_whole(tmp_path / "real" / "a.txt", "old")
+    write_atomic(tmp_path / "real" / "a.txt", "old")
     link = tmp_path / "link.txt"
     link.symlink_to(tmp_path / "real" / "a.txt")
-    write_whole(link, "new")
+    write_atomic(link, "new")
     assert link.is_symlink()
     assert (tmp_path / "real" / "a.txt").read_text() == "new"
 

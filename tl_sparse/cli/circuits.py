@@ -15,7 +15,7 @@ from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.frontier import attempted, frontier
 from tl_sparse.tasks import Task, get, names, table
 
@@ -60,7 +60,7 @@ class Prune:
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
         circuit.save(folder)
-        write_whole(page, f"<!doctype html><meta charset=utf-8>{circuit._repr_html_()}")
+        write_atomic(page, f"<!doctype html><meta charset=utf-8>{circuit._repr_html_()}")
         say(f"{circuit!r}\nsaved in {folder}; drawing: {page}")
 
 
@@ -142,7 +142,7 @@ class Sweep:
                 row["circuit"] = name
             rows.append(row)
         frame = pd.DataFrame(rows)
-        write_whole(Path(self.out) / "sweep.csv", frame.to_csv(index=False))
+        write_atomic(Path(self.out) / "sweep.csv", frame.to_csv(index=False))
         say(smallest_of(frame))
         say(f"{len(frame)} rows in {Path(self.out) / 'sweep.csv'}")
 
@@ -248,10 +248,10 @@ class FrontierOf:
         )
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "frontier.csv", found.to_dataframe().to_csv(index=False))
-        write_whole(out / "tasks.csv", found.interpretability.to_dataframe().to_csv(index=False))
+        write_atomic(out / "frontier.csv", found.to_dataframe().to_csv(index=False))
+        write_atomic(out / "tasks.csv", found.interpretability.to_dataframe().to_csv(index=False))
         figure = found.to_plotly()
-        write_whole(out / "frontier.html", figure.to_html(include_plotlyjs=True))
+        write_atomic(out / "frontier.html", figure.to_html(include_plotlyjs=True))
         say(repr(found))
         for (name, task), why in found.failures.items():
             say(f"No circuit for {task} in {name}: {why}")

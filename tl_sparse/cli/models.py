@@ -13,7 +13,7 @@ from tl_sparse.cli.words import say
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.tasks import evaluate_task, from_jsonl, get, names, table
 from tl_sparse.training.config import RecipeName, TrainingConfig
 from tl_sparse.training.trainer import Trainer
@@ -124,4 +124,4 @@ class Tasks:
         found = table(model, self.pairs, [*names(), *own])
         say(repr(found))
         if self.csv is not None:
-            write_whole(Path(self.csv), found.examples().to_csv(index=False))
+            write_atomic(Path(self.csv), found.examples().to_csv(index=False))

@@ -31,7 +31,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that no reader ever sees a part of it."""
     with atomic_file(path) as file:
         file.write(text)

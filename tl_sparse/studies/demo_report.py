@@ -16,7 +16,7 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.compat import transformer_lens_version
 from tl_sparse.sparsity.matrices import weight_matrices
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.demo import DemoResult, TrainedModel
 from tl_sparse.studies.interpretability import geometric_mean
 from tl_sparse.tasks import get
@@ -32,9 +32,9 @@ def write_report(result: DemoResult) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for (task, model), circuit in result.circuits.items():
         circuit.save(out / "circuits" / f"{task}-{model}")
-    write_whole(out / "report.csv", result.rows.to_csv(index=False))
-    write_whole(out / "report.json", json.dumps(summary(result), indent=1, allow_nan=False))
-    write_whole(out / "report.html", page_html(page(result)))
+    write_atomic(out / "report.csv", result.rows.to_csv(index=False))
+    write_atomic(out / "report.json", json.dumps(summary(result), indent=1, allow_nan=False))
+    write_atomic(out / "report.html", page_html(page(result)))
     return out / "report.html"
 
 

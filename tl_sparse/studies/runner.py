@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 from tl_sparse.compat import transformer_lens_version
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.json_files import read_json
 
 RECORD = "unit.json"
@@ -160,7 +160,7 @@ def read_unit(unit: Unit) -> UnitRecord | None:
 def write_record(folder: Path, record: UnitRecord) -> None:
     """Say that the unit of a folder is finished; everything else of it must be there."""
     text = json.dumps({"format": FORMAT, **asdict(record)}, indent=1)
-    write_whole(folder / RECORD, text)
+    write_atomic(folder / RECORD, text)
 
 
 @contextmanager

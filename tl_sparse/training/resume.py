@@ -17,7 +17,7 @@ import torch
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.atomic_write import atomic_folder, write_whole
+from tl_sparse.storage.atomic_write import atomic_folder, write_atomic
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.tensor_files import read_weights
 from tl_sparse.storage.torch_files import read_pt
@@ -119,7 +119,7 @@ def read_metrics(folder: Path, last_step: int) -> list[dict[str, Any]]:
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Replace the logged rows."""
-    write_whole(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from tl_sparse.compat import transformer_lens_version
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.grid.figures import StudyFigure, metric_of, study_figures
 from tl_sparse.studies.grid.results import StudyResult
 from tl_sparse.views import Bullets, Chart, Page, Section, Table, page_html
@@ -32,10 +32,10 @@ def write_study(result: StudyResult) -> Path:
     for folder in ("tables", "figures"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        write_whole(out / "tables" / f"{name}.csv", table.to_csv(index=False))
+        write_atomic(out / "tables" / f"{name}.csv", table.to_csv(index=False))
     for one in figures:
-        write_whole(out / "figures" / f"{one.name}.json", one.figure.to_json())
-    write_whole(out / "report.html", page_html(page(result, figures)))
+        write_atomic(out / "figures" / f"{one.name}.json", one.figure.to_json())
+    write_atomic(out / "report.html", page_html(page(result, figures)))
     return out / "report.html"
 
 
