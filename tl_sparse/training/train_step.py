@@ -6,11 +6,10 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from jaxtyping import Int
 from torch import nn
 
@@ -18,11 +17,16 @@ from tl_sparse.data import TokenizedCorpus, bigram_log_probs
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.training.config import GradientRule, Precision, TrainingConfig
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 Starts = Int[np.ndarray, " sequence"]
 
 
 def make_accelerator() -> Accelerator:
     """What knows the device and the other processes, if a launcher started several."""
+    from accelerate import Accelerator  # slow to import, and needed for training alone
+
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # without a GPU, accelerate joins the processes only if told to use the CPU; else each of them
     # would be a run of its own
