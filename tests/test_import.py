@@ -8,9 +8,7 @@ HEAVY = {"accelerate", "datasets", "networkx", "optuna", "plotly", "scipy", "skl
 
 def imported(statement: str) -> set[str]:
     """Top-level packages in a fresh process after an import."""
-    code = (
-        f"{statement}; import sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    )
+    code = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(run.stdout.split())
 

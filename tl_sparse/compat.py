@@ -68,22 +68,19 @@ SINKS = "use_attention_sinks"
 HAS_ATTENTION_SINKS = any(f.name == SINKS for f in dataclasses.fields(ConfigBase))
 """Whether the models that :func:`transformer_lens_model` makes can have attention sinks."""
 
-Bridge: Any
 BridgeConfig: Any
 
 try:  # 3.x and 4.x
     from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
 
-    Bridge, BridgeConfig = TransformerBridge, TransformerBridgeConfig
+    BridgeConfig = TransformerBridgeConfig
 except ImportError:  # 2.x
-    Bridge = BridgeConfig = ()  # the class of which nothing is an instance
+    BridgeConfig = ()  # the class of which nothing is an instance
 
 __all__ = [
     "HAS_ATTENTION_SINKS",
     "HAS_HOOKED_TRANSFORMER",
     "ActivationCache",
-    "Bridge",
     "BridgeConfig",
     "ConfigBase",
     "FactoredMatrix",
@@ -92,6 +89,7 @@ __all__ = [
     "KeyValueCache",
     "ModelBase",
     "ReadingHook",
+    "bridge_class",
     "has_hooks",
     "hooked",
     "is_transformer_lens_model",
@@ -158,11 +156,20 @@ def runtime_dtype(module: nn.Module) -> torch.dtype:
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
+def bridge_class() -> Any:
+    """``TransformerBridge``; on 2.x, which has none, a class of which nothing is an instance."""
+    try:
+        # it brings most of transformers' models, and takes longer to import than all else together
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        return ()
+    return TransformerBridge
+
+
 def is_transformer_lens_model(model: Any) -> bool:
     """Whether it is a HookedTransformer or a TransformerBridge."""
-    kinds = [Bridge] if Bridge else []
-    kinds += [ModelBase] if HAS_HOOKED_TRANSFORMER else []
-    return isinstance(model, tuple(kinds))
+    hooked_transformer = HAS_HOOKED_TRANSFORMER and isinstance(model, ModelBase)
+    return hooked_transformer or isinstance(model, bridge_class())
 
 
 def transformer_lens_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -170,7 +177,7 @@ def transformer_lens_weights(model: Any) -> dict[str, torch.Tensor]:
 
     Most share their storage with the model's own.
     """
-    if not isinstance(model, Bridge):
+    if not isinstance(model, bridge_class()):
         return dict(model.named_parameters())
     # it makes up zeros for MLPs that a block does not have
     absent = tuple(
@@ -212,7 +219,7 @@ def transformer_lens_model(
         if fields["act_fn"] in ("gelu_fast", "gelu_pytorch_tanh"):
             fields["act_fn"] = "gelu_new"  # the same function; the native model knows it so
         config = BridgeConfig(**fields, architecture="TransformerLensNative")
-        model = Bridge.boot_native(config, device=fields["device"], dtype=fields["dtype"])
+        model = bridge_class().boot_native(config, device=fields["device"], dtype=fields["dtype"])
         model.load_state_dict(convert_tl_checkpoint(dict(weights), config), strict=True)
     if tokenizer is not None:
         # not set_tokenizer, which would reload it by its name, if it has one

@@ -28,14 +28,11 @@ class Output(NamedTuple):
 def eager_with_hooks(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward pass that torch.compile leaves alone while there are hooks: all are called."""
 
-    @torch.compiler.disable
-    def run_eagerly(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and self.any_hooks():
-            return run_eagerly(self, *args, **kwargs)
+            # not above as a decorator: it takes seconds to import what it needs
+            return torch.compiler.disable(forward)(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
     return run
