@@ -5,7 +5,7 @@ import torch
 
 from tests.circuits.test_circuit import hand_made
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import circuit_edges, compile_circuit
+from tl_sparse.circuits import circuit_edges, circuit_equations, compile_circuit
 from tl_sparse.circuits.compiled import check
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
@@ -191,7 +191,7 @@ def test_equations_name_what_the_nodes_are_made_of(planted, marks, random_tokens
     compiled = compile_circuit(
         known(model, chain, random_tokens), model, marks.batch(8, split="held_out", seed=0)
     )
-    frame = compiled.equations()
+    frame = circuit_equations(compiled)
     formulas = {
         (site, channel): formula
         for site, channel, formula in zip(
@@ -213,7 +213,7 @@ def test_equations_name_what_the_nodes_are_made_of(planted, marks, random_tokens
 def test_every_option_has_equations(option, small_model, random_tokens, prompts):
     model = small_model(option)
     compiled = compile_circuit(hand_made(model, random_tokens, 0.4), model, prompts)
-    frame = compiled.equations()
+    frame = circuit_equations(compiled)
     assert len(frame) == len(compiled.nodes) + len(compiled.tracked) + 2
     assert (frame["formula"].str.startswith("AbsTopK(").any()) == (option == "together")
     assert frame["formula"].str.contains("mean").any() == (option == "layer_norm")

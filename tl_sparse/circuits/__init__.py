@@ -15,6 +15,7 @@ from tl_sparse.circuits.edge_search import EdgePruningConfig as EdgePruningConfi
 from tl_sparse.circuits.edges import circuit_edges as circuit_edges
 from tl_sparse.circuits.edges import count_edges as count_edges
 from tl_sparse.circuits.edges import random_edges as random_edges
+from tl_sparse.circuits.equations import circuit_equations as circuit_equations
 from tl_sparse.circuits.hard_concrete import hard_concrete as hard_concrete
 from tl_sparse.circuits.importance import NodeScores as NodeScores
 from tl_sparse.circuits.importance import ablation_importance as ablation_importance
@@ -42,6 +43,7 @@ __all__ = [
     "SearchResult",
     "ablation_importance",
     "circuit_edges",
+    "circuit_equations",
     "circuit_from_openai",
     "circuit_from_ranking",
     "circuit_of_channels",

@@ -175,17 +175,6 @@ class CompiledCircuit(HookedRootModule):
             if group.projection is not None
         )
 
-    def equations(self) -> pd.DataFrame:
-        """Every computed node, the stream and the logits as formulas: layer, site, channel,
-        formula.
-
-        ``stream[c]`` is a tracked channel where it is read, ``attend[h](x)`` head h's weighted sum
-        of x over positions, ``mass[h]`` its weight on all positions together (below 1 with a sink).
-        """
-        from tl_sparse.circuits.equations import equations
-
-        return equations(self)
-
     def __repr__(self) -> str:
         return (
             f"CompiledCircuit({self.task!r}, {len(self.nodes)} nodes, {self.n_weights} weights, "
@@ -217,7 +206,8 @@ def compile_circuit(
         TypeError: the model is no SparseTransformer.
         ValueError: the circuit is another model's, has nodes at the embedding or the final stream,
             has removed edges, or was found under resampling or frozen norms; AbsTopK or ReLU acts
-            on the stream itself; an unknown token; or the logits deviate by more than ``tolerance``.
+            on the stream itself; an unknown token; or the logits deviate by more than
+            ``tolerance``.
     """
     if not isinstance(model, SparseTransformer):
         raise TypeError(f"only a SparseTransformer can be compiled, not a {type(model).__name__}")

@@ -168,8 +168,8 @@ class EdgePruningRun:
         keep = torch.ones(len(self.ends), dtype=torch.bool, device=self.values.device)
         if (before := self.loss(keep)) > target:
             raise ValueError(
-                f"the circuit itself has loss {before:.3f} on {self.circuit.task}, above the target "
-                f"{target}: no edge can go"
+                f"the circuit itself has loss {before:.3f} on {self.circuit.task}, above the "
+                f"target {target}: no edge can go"
             )
         score, minimal = self.effect(keep), False
         if config.method == "learned":

@@ -14,8 +14,12 @@ from tl_sparse.circuits.folding import Group
 COLUMNS = ["layer", "site", "channel", "formula"]
 
 
-def equations(compiled: CompiledCircuit) -> pd.DataFrame:
-    """See :meth:`CompiledCircuit.equations`."""
+def circuit_equations(compiled: CompiledCircuit) -> pd.DataFrame:
+    """Every computed node, the stream and the logits as formulas: layer, site, channel, formula.
+
+    ``stream[c]`` is a tracked channel where it is read, ``attend[h](x)`` head h's weighted sum of x
+    over positions, ``mass[h]`` its weight on all positions together (below 1 with a sink).
+    """
     found: list[tuple[int | None, str, int, str]] = []
     for group in compiled.groups:
         formulas = reads(compiled, group) if group.projection is None else written(group)
