@@ -9,6 +9,10 @@ from tl_sparse.ablation.interventions import ablation_hooks as ablation_hooks
 from tl_sparse.ablation.interventions import broadcast as broadcast
 from tl_sparse.ablation.interventions import check_fired as check_fired
 from tl_sparse.ablation.interventions import gated_ablation_hooks as gated_ablation_hooks
+from tl_sparse.ablation.kinds import KINDS as KINDS
+from tl_sparse.ablation.kinds import Ablation as Ablation
+from tl_sparse.ablation.kinds import AblationKind as AblationKind
+from tl_sparse.ablation.kinds import takes_sources as takes_sources
 from tl_sparse.ablation.means import ActivationMeans as ActivationMeans
 from tl_sparse.ablation.means import activation_means as activation_means
 from tl_sparse.ablation.resampling import ResampleSources as ResampleSources

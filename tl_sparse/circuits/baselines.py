@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, FwdHook, check_fired, gated_ablation_hooks
+from tl_sparse.ablation import (
+    KINDS,
+    ActivationMeans,
+    FwdHook,
+    check_fired,
+    gated_ablation_hooks,
+    takes_sources,
+)
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
 from tl_sparse.circuits.backward_elimination import backward_elimination
@@ -73,10 +80,11 @@ def rank_nodes(
     if n_pairs < 1 or steps < 1:
         raise ValueError(f"n_pairs={n_pairs} and steps={steps} must be at least 1")
     config = config or PruningConfig()
-    if config.ablation == "resample":
+    if takes_sources(config.ablation):
         raise ValueError(
             "nodes are ranked against what each is set to when removed; resampling has no such "
-            "value: choose ablation from mean, task_mean, zero"
+            "value: choose ablation from "
+            + ", ".join(name for name in KINDS if not takes_sources(name))
         )
     return score_nodes(set_up(model, task, config, means=means), method, n_pairs, steps)
 

@@ -21,6 +21,7 @@ from tl_sparse.ablation import (
     ResampleSources,
     ablation_hooks,
     frozen_norm_hooks,
+    takes_sources,
 )
 from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edge_weights import edges_removed
@@ -188,9 +189,10 @@ class Circuit:
                 edges are removed.
         """
         self._check_edges()
-        if (sources is None) == (self.config.get("ablation") == "resample"):
+        if (sources is None) == takes_sources(self.config.get("ablation")):
             raise ValueError(
-                "sources= belong to circuits pruned with ablation='resample', and to no others "
+                "sources= belong to circuits pruned with ablation='resample' or another kind that "
+                "takes removed nodes from other sequences, and to no others "
                 f"(this one: {self.config.get('ablation')!r})"
             )
         values = self.means.values if sources is None else sources
@@ -223,7 +225,7 @@ class Circuit:
             )
 
     def _fixed_hooks(self) -> list[FwdHook]:
-        if self.config.get("ablation") == "resample" or self.config.get("freeze_norm"):
+        if takes_sources(self.config.get("ablation")) or self.config.get("freeze_norm"):
             raise ValueError(
                 f"this circuit was pruned with ablation={self.config.get('ablation')!r} and "
                 f"freeze_norm={self.config.get('freeze_norm')!r}, so its hooks depend on the "

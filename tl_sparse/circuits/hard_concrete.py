@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans
+from tl_sparse.ablation import ActivationMeans, takes_sources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.gates import CLOSED, HardConcreteGates
@@ -55,8 +55,11 @@ def hard_concrete(
         PruningFailed: all gates open at the end together miss the target loss.
     """
     config = config or PruningConfig()
-    if config.tie_qk or config.ablation == "resample":
-        raise ValueError("HardConcrete gates know neither tie_qk nor ablation='resample'")
+    if config.tie_qk or takes_sources(config.ablation):
+        raise ValueError(
+            f"HardConcrete gates know neither tie_qk nor ablation='resample' and its like (this is "
+            f"tie_qk={config.tie_qk}, ablation={config.ablation!r})"
+        )
     if not lr > 0:
         raise ValueError(f"lr={lr} must be positive")
     run = set_up(model, task, config, means=means)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tl_sparse.ablation.kinds import Ablation
+
 Penalty = Literal["adaptive", "fixed"]
-Ablation = Literal["mean", "task_mean", "zero", "resample"]
 OnCollapse = Literal["eliminate", "fail"]
 
 
@@ -47,9 +48,10 @@ class PruningConfig:
     temperature: float = 1.0
     """Temperature of the gate's surrogate gradient."""
     ablation: Ablation = "mean"
-    """What removed nodes are set to. mean: their means over the pretraining distribution (the
-    paper's). task_mean: their means over the task's training prompts. zero. resample: what they are
-    on other sequences (``sources``), drawn anew in every step."""
+    """What removed nodes are set to: a key of :data:`~tl_sparse.ablation.KINDS`. mean: their means
+    over the pretraining distribution (the paper's). task_mean: their means over the task's training
+    prompts. zero. resample and positional_mean: their activations in ``sources``; what is resampled
+    is drawn anew in every step."""
     freeze_norm: bool = False
     """Hold every norm's scale at what it is in the full model on the same prompt. Without it,
     ablation shrinks the stream and the norms amplify what is kept (Drori 2026)."""

@@ -17,12 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation import (
+    KINDS,
     ActivationMeans,
     FwdHook,
     Replacement,
     ResampleSources,
     ablation_hooks,
-    activation_means,
+    takes_sources,
 )
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
@@ -168,10 +169,12 @@ def set_up(
     mine, index = fingerprint(model), means.index
     if means.model_fingerprint != mine:
         raise ValueError("means belong to another model: compute them with activation_means")
-    if (sources is None) == (config.ablation == "resample"):
+    kind = KINDS[config.ablation]
+    if (sources is None) == (kind.sources is not None):
+        takers = " and ".join(repr(name) for name in KINDS if takes_sources(name))
         raise ValueError(
-            "sources= are the sequences that ablation='resample' takes removed nodes from: give "
-            f"both or neither (ablation={config.ablation!r})"
+            f"sources= are what ablation={takers} take removed nodes from: give both or neither "
+            f"(ablation={config.ablation!r})"
         )
     if sources is not None and (sources.model_fingerprint != mine or sources.index != index):
         raise ValueError(
@@ -195,10 +198,8 @@ def set_up(
     selection, train = selection_and_training(task, config)
     report = task.batch(config.report_pairs, split="held_out", seed=config.seed)
     with eval_mode(model):
-        if config.ablation == "task_mean":
-            means = activation_means(model, train.tokens, last=train.last, index=index)
-        elif config.ablation == "zero":
-            means = replace(means, values=torch.zeros_like(means.values))
+        if kind.means is not None:
+            means = kind.means(model, means, train)
         values: Replacement = means.values.to(device)
         if sources is not None:
             longest = max(len(selection), len(report), 2 * config.batch_pairs)

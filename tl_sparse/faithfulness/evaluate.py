@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_sparse.ablation import takes_sources
 from tl_sparse.circuits import Circuit
 from tl_sparse.circuits.edges import joined
 from tl_sparse.compat import transformer_lens_version
@@ -106,7 +107,7 @@ def evaluate(
 def caveats(subject: Subject) -> tuple[str, ...]:
     """What every number of the report has to be read with."""
     found = []
-    if subject.circuit.config.get("ablation") == "resample":
+    if takes_sources(subject.circuit.config.get("ablation")):
         found.append(
             "the circuit was found by resampling removed nodes; here they are held at their means"
         )

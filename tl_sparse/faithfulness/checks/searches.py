@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from tl_sparse.ablation import ActivationMeans, resample_sources
+from tl_sparse.ablation import KINDS, ActivationMeans
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune_many
@@ -111,11 +111,12 @@ def search(
     means = subject.circuit.means if means is None else means
     posed = [(task, search_config(subject, seed, steps)) for task, seed in jobs]
     donors = None
-    if posed and posed[0][1].ablation == "resample":
+    make = KINDS[posed[0][1].ablation].sources if posed else None
+    if make is not None:
         if subject.tokens is None:
             raise ValueError("the circuit resamples removed nodes: give tokens= to do so")
         with eval_mode(model):
-            donors = resample_sources(model, subject.tokens[:DONORS], index=subject.index)
+            donors = make(model, subject.tokens[:DONORS], index=subject.index)
     return prune_many(
         model, posed, means=means, sources=donors, exclude=exclude,
         groups=subject.circuit.groups, progress=False,
