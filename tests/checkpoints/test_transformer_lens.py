@@ -475,7 +475,9 @@ def test_to_transformer_lens_gives_equal_logits_or_says_what_it_cannot_express(
             ours.to_transformer_lens()
         return
     theirs = ours.to_transformer_lens()
-    assert isinstance(theirs, compat.ModelBase if compat.HAS_HOOKED_TRANSFORMER else compat.bridge_class())
+    assert isinstance(
+        theirs, compat.ModelBase if compat.HAS_HOOKED_TRANSFORMER else compat.bridge_class()
+    )
     assert not isinstance(theirs, SparseTransformer)
     assert not theirs.training
     assert_same_logits(theirs, ours, tokens)

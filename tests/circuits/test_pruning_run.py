@@ -184,7 +184,7 @@ def test_donors_too_short_for_the_prompts_are_told(planted, marks, random_tokens
     donors = resample_sources(model, random_tokens[:, :5])
     config = replace(SEARCH, ablation="resample")
     problem = set_up(model, marks, config, means=means, sources=donors)
-    with pytest.raises(ValueError, match=r"donor sequences of 5 tokens are too few or too short"):
+    with pytest.raises(ValueError, match=r"resample sources of 5 tokens are too few or too short"):
         problem.losses(torch.zeros(1, problem.index.n_nodes, dtype=torch.bool))
 
 
