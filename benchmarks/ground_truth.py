@@ -49,7 +49,7 @@ def rows(seed: int) -> list[Row]:
         heads = circuit_of_heads(program.model, program.task.name, program.heads, program.text)
         found.append(Row(f"{name}, heads", program, heads))
     found += [
-        Row(f"**{false.name}** in {false.model}", false.planted, false.circuit(), false.caught_by)
+        Row(f"**{false.name}** in {false.model}", false.truth, false.circuit(), false.caught_by)
         for false in ground_truth.false_circuits(seed, models)
     ]
     return found

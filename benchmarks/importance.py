@@ -1,8 +1,8 @@
 """How much faster is the exact importance of all nodes batched than one node after another?
 
-``batched`` is ``ablated_logit_diffs``: many single removals a forward, from where each begins. One by
-one, each removal is a forward pass of its own over all prompts, twice measured on a random sample
-of nodes and scaled to all: ``logit_diffs``, the answer logit_diffs under one node's ablation hooks (the
+``batched`` is ``ablated_logit_diffs``: many single removals a forward, from where each begins. One
+by one, each removal is a forward pass of its own over all prompts, twice measured on a sample
+of nodes and scaled to all: ``logit_diffs``, those under one node's ablation hooks (the
 unembedding at the last tokens only), and ``run_with_hooks``, logits everywhere, as anyone would
 write it. Processor seconds, one process; the largest deviation on the sample is reported.
 Prints a table and writes importance.json.

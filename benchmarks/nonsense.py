@@ -60,7 +60,8 @@ def main() -> None:
                     "arbitrary_map": arbitrary_map(task, args.seed),
                 }  # fmt: skip
                 config = PruningConfig(
-                    target_loss=args.target, steps=args.steps, batch_pairs=8, l0_penalty=args.l0_penalty,
+                    target_loss=args.target, steps=args.steps, batch_pairs=8,
+                    l0_penalty=args.l0_penalty,
                     penalty="fixed", ablation=ablation, seed=args.seed, on_collapse="fail",
                     must_solve=False,
                 )  # fmt: skip

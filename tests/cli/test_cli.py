@@ -103,7 +103,7 @@ def test_help_lists_the_commands(capsys):
         ("prune", ("--pruning.target-loss", "--task", "--mean-sequences")),
         ("info", ("--model", "--pairs")),
         ("demo", ("--quick", "--target-loss", "--out")),
-        ("sweep", ("--k-coefs", "--seeds", "--search-rounds", "--pruning.steps")),
+        ("sweep", ("--l0-penalties", "--seeds", "--search-rounds", "--pruning.steps")),
         ("frontier", ("--groups", "--sequences", "--pruning.target-loss")),
         ("study", ("--widths", "--l0-unit", "--compare", "--training.steps", "--targets")),
     ],
@@ -319,7 +319,7 @@ def test_info_of_a_model_without_tokenizer_or_record(capsys, trained, tmp_path):
         capsys, "prune", "--model", str(tmp_path / "bare"), "--task", "for_while",
         "--out", str(tmp_path / "c"),
     )  # fmt: skip
-    assert words.endswith("bare has no tokenizer: there are no prompts to prune on")
+    assert words.endswith("bare has no tokenizer: there are no prompts for it")
 
 
 def test_info_of_a_model_whose_loss_was_never_measured(capsys, trained, tmp_path):
@@ -448,7 +448,7 @@ def test_a_sweep_leaves_a_row_and_a_circuit_for_every_setting(
 def test_a_sweep_takes_the_tasks_that_the_model_does(solver, sixty_sources, tmp_path):
     out = tmp_path / "sweep"
     cli.main(
-        ["sweep", "--model", str(solver), "--out", str(out), "--k-coefs", "0.001", "0.01",
+        ["sweep", "--model", str(solver), "--out", str(out), "--l0-penalties", "0.001", "0.01",
          "--mean-sequences", "9", "--corpus.sources", str(sixty_sources), *QUICK]
     )  # fmt: skip
     rows = pd.read_csv(out / "sweep.csv")
@@ -459,8 +459,8 @@ def test_a_sweep_takes_the_tasks_that_the_model_does(solver, sixty_sources, tmp_
 def test_a_sweep_is_refused_before_anything_runs(capsys, tmp_path):
     start = ("sweep", "--model", "m", "--out", str(tmp_path / "o"))
     assert "unknown task(s) quotes; choose from" in refused(capsys, *start, "--tasks", "quotes")
-    words = refused(capsys, *start, "--search-rounds", "2", "--k-coefs", "0.1")
-    assert "k_coefs and lrs are what the search chooses" in words
+    words = refused(capsys, *start, "--search-rounds", "2", "--l0-penalties", "0.1")
+    assert "l0_penalties and lrs are what the search chooses" in words
     assert "target_loss=3.0" in refused(capsys, *start, "--targets", "3.0")
     assert not (tmp_path / "o").exists()
 

@@ -72,15 +72,15 @@ def attention(model, kept):
 def test_there_are_six_and_none_is_the_true_circuit(falses):
     assert tuple(falses) == NAMES
     for false in falses.values():
-        assert not torch.equal(false.kept, false.planted.kept)
+        assert not torch.equal(false.kept, false.truth.kept)
         assert not set(false.fools) & set(false.caught_by)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_answers_as_the_whole_model_does(falses, name):
     false = falses[name]
-    assert share(false.planted, [false.kept])[0] == pytest.approx(0.95, abs=0.06)
-    assert F.softplus(-logit_diffs(false.planted, [false.kept])).mean() < 0.02
+    assert share(false.truth, [false.kept])[0] == pytest.approx(0.95, abs=0.06)
+    assert F.softplus(-logit_diffs(false.truth, [false.kept])).mean() < 0.02
     circuit = false.circuit()
     assert circuit.loss < 0.02
     assert circuit.accuracy == 1.0
@@ -89,32 +89,32 @@ def test_each_answers_as_the_whole_model_does(falses, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "missing_backup"])
 def test_without_its_nodes_the_model_cannot_answer(falses, name):
     false = falses[name]
-    assert share(false.planted, [~false.kept])[0].abs() < 0.01
+    assert share(false.truth, [~false.kept])[0].abs() < 0.01
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "extra_nodes"])
 def test_nearly_all_of_its_nodes_are_needed_for_what_it_does(falses, name):
     false = falses[name]
-    needed = effects(false.planted, false.kept) > 0.05  # a hundredth of the logit_diff
+    needed = effects(false.truth, false.kept) > 0.05  # a hundredth of the logit_diff
     assert needed.float().mean() > 0.9
 
 
 def test_extra_nodes_can_go(falses):
     false = falses["extra_nodes"]
-    found = effects(false.planted, false.kept) > 0.05
+    found = effects(false.truth, false.kept) > 0.05
     assert found.float().mean() == pytest.approx(1 / 3)
-    assert (false.kept & false.planted.kept).sum() == found.sum()
+    assert (false.kept & false.truth.kept).sum() == found.sum()
 
 
 def test_without_the_one_head_its_backup_answers(falses):
     false = falses["missing_backup"]
-    assert share(false.planted, [~false.kept])[0] > 0.85
-    assert share(false.planted, [~false.planted.kept])[0].abs() < 0.01
+    assert share(false.truth, [~false.kept])[0] > 0.85
+    assert share(false.truth, [~false.truth.kept])[0].abs() < 0.01
 
 
 def test_one_of_two_cancelling_writes_breaks_the_answer(falses):
     false = falses["cancelling_ablations"]
-    model = false.planted
+    model = false.truth
     by_neuron = without(model, parts={(0, "mlp")})
     by_head = without(model, parts={(1, "attn")})
     losses = F.softplus(-logit_diffs(model, [by_neuron, by_head, false.kept])).mean(1)
@@ -125,7 +125,7 @@ def test_one_of_two_cancelling_writes_breaks_the_answer(falses):
 
 def test_the_repurposed_node_helps_in_the_model_and_hurts_in_the_circuit(falses):
     false = falses["repurposed_node"]
-    model = false.planted
+    model = false.truth
     role = model.nodes["role"].loc[torch.nonzero(false.kept).flatten().tolist()]
     inside = dict(zip(role, effects(model, false.kept), strict=True))
     whole = dict(zip(model.nodes["role"], effects(model, None), strict=True))
@@ -137,7 +137,7 @@ def test_the_repurposed_node_helps_in_the_model_and_hurts_in_the_circuit(falses)
 
 def test_its_head_attends_to_all_tokens_alike(falses):
     false = falses["uniform_attention"]
-    model = false.planted
+    model = false.truth
     assert (attention(model, torch.ones_like(model.kept)) > 0.99).all()
     assert (attention(model, model.kept) > 0.99).all()
     last = model.task.batch(8, split="held_out", seed=2).last
@@ -146,7 +146,7 @@ def test_its_head_attends_to_all_tokens_alike(falses):
 
 def test_at_the_models_own_scale_the_whisper_is_no_answer(falses):
     false = falses["norm_scale_cheat"]
-    model = false.planted
+    model = false.truth
     batch = model.task.batch(8, split="held_out", seed=2)
 
     def whole(run, hooks):

@@ -97,12 +97,11 @@ def solvers(corpus: Any) -> Callable[..., tuple[Any, Any]]:
     """``solvers(extra)``: the sparse and the dense model as the study knows them."""
 
     def build(losses: tuple[float, float] = (2.5, 2.52), extra: int = 5) -> tuple[Any, Any]:
-        from tl_sparse.studies.demo import TrainedModel
-
         from tl_sparse.ablation import activation_means
         from tl_sparse.model.transformer import SparseTransformer
         from tl_sparse.sparsity.matrices import weight_matrices
         from tl_sparse.sparsity.projection import l0
+        from tl_sparse.studies.demo import TrainedModel
         from tl_sparse.tasks import evaluate_task, get
 
         made = []

@@ -126,7 +126,7 @@ def test_a_task_of_another_tokenizer_or_longer_prompts_is_an_error(tokenizer):
 
 def test_bad_arguments_are_errors_and_not_refusals(tokenizer):
     stub = Lengths(tokenizer, 32)
-    with pytest.raises(ValueError, match=r"unknown task\(s\) quotes: choose from bracket_brace"):
+    with pytest.raises(ValueError, match=r"unknown task\(s\) quotes; choose from bracket_brace"):
         table(stub, names=("quotes", "var_if"))
     with pytest.raises(ValueError, match="two tasks have one name"):
         table(stub, names=("var_if", "var_if"))

@@ -16,8 +16,8 @@ import tyro
 from tl_sparse.circuits import PruningFailed
 from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
+from tl_sparse.cli.inputs import say
 from tl_sparse.cli.models import Info, Tasks, Train
-from tl_sparse.cli.words import say
 from tl_sparse.studies.demo import DemoConfig, run_demo
 from tl_sparse.studies.demo_report import write_report
 from tl_sparse.studies.grid import StudyConfig, run_study, write_study

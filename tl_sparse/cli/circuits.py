@@ -12,24 +12,12 @@ import tyro
 
 from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune
-from tl_sparse.cli.words import say
-from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.cli.inputs import model_with_tokenizer, say, task_of, text_of
+from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.frontier import attempted, frontier
-from tl_sparse.tasks import Task, get, names, table
-
-
-def model_with_tokenizer(name: str) -> SparseTransformer:
-    """A saved or bundled model that can be given prompts.
-
-    Raises:
-        ValueError: it has no tokenizer.
-    """
-    model = SparseTransformer.from_pretrained(name)
-    if model.tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer: there are no prompts to prune on")
-    return model
+from tl_sparse.tasks import Task, check_names, table
 
 
 @dataclass(frozen=True)
@@ -51,12 +39,9 @@ class Prune:
 
     def run(self) -> None:
         """Prune, save the circuit and its drawing, and say where they are."""
-        if self.mean_sequences < 1:
-            raise ValueError(f"mean_sequences={self.mean_sequences} must be at least 1")
         model = model_with_tokenizer(self.model)
-        length = model.config.n_ctx
-        task = get(self.task, model.tokenizer, length)
-        text = validation_text(self.corpus, model.tokenizer, self.mean_sequences, length)
+        task = task_of(model, self.task)
+        text = text_of(model, self.corpus, self.mean_sequences, "mean_sequences")
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
         circuit.save(folder)
@@ -76,8 +61,8 @@ class Sweep:
     """Tasks to prune on; default those that the model does."""
     targets: tuple[float, ...] = (0.15,)
     """Target losses."""
-    k_coefs: tuple[float, ...] = ()
-    """Prices of an open gate; default that of --pruning."""
+    l0_penalties: tuple[float, ...] = ()
+    """L0 penalties per open gate; default that of --pruning."""
     lrs: tuple[float, ...] = ()
     """Learning rates; default that of --pruning."""
     seeds: tuple[int, ...] = (0,)
@@ -93,14 +78,11 @@ class Sweep:
     """All other settings."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.tasks) - set(names())):
-            raise ValueError(
-                f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(names())}"
-            )
+        check_names(self.tasks)
         if self.search_rounds < 0:
             raise ValueError(f"search_rounds={self.search_rounds} must not be negative")
-        if self.search_rounds and (self.k_coefs or self.lrs):
-            raise ValueError("k_coefs and lrs are what the search chooses: leave them out")
+        if self.search_rounds and (self.l0_penalties or self.lrs):
+            raise ValueError("l0_penalties and lrs are what the search chooses: leave them out")
         if not self.targets or not self.seeds:
             raise ValueError("a sweep needs at least one target and one seed")
         tuple(self.settings())  # refused now, not after the model is loaded
@@ -109,18 +91,20 @@ class Sweep:
         """Every combination."""
         base = self.pruning
         for target, l0_penalty, lr, seed in product(
-            self.targets, self.k_coefs or (base.l0_penalty,), self.lrs or (base.lr,), self.seeds
+            self.targets,
+            self.l0_penalties or (base.l0_penalty,),
+            self.lrs or (base.lr,),
+            self.seeds,
         ):
             yield replace(base, target_loss=target, l0_penalty=l0_penalty, lr=lr, seed=seed)
 
     def run(self) -> None:
         """Prune, save table and circuits, and say the smallest circuit of every task."""
         model = model_with_tokenizer(self.model)
-        length = model.config.n_ctx
-        text = validation_text(self.corpus, model.tokenizer, self.mean_sequences, length)
+        text = text_of(model, self.corpus, self.mean_sequences, "mean_sequences")
         means = activation_means(model, text)
         jobs = [
-            (get(task, model.tokenizer, length), settings)
+            (task_of(model, task), settings)
             for task in self.tasks or self.solved(model)
             for settings in self.settings()
         ]
@@ -237,7 +221,7 @@ class FrontierOf:
         if self.groups and len(self.groups) != len(self.models):
             raise ValueError(f"{len(self.groups)} groups for {len(self.models)} models")
         first = model_with_tokenizer(self.models[0])
-        text = validation_text(self.corpus, first.tokenizer, self.sequences, first.config.n_ctx)
+        text = text_of(first, self.corpus, self.sequences)
         found = frontier(
             {name: name for name in self.models},
             text,

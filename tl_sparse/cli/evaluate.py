@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.cli.circuits import model_with_tokenizer
-from tl_sparse.cli.words import say
-from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.cli.inputs import model_with_tokenizer, say, task_of, text_of
+from tl_sparse.data import CorpusConfig
 from tl_sparse.faithfulness import EvaluationConfig, Thresholds, evaluate
 from tl_sparse.storage.atomic_write import write_atomic
-from tl_sparse.tasks import get
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,10 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluate, write the report and say the verdict."""
-        if self.sequences < 1:
-            raise ValueError(f"sequences={self.sequences} must be at least 1")
         model = model_with_tokenizer(self.model)
-        length = model.config.n_ctx
         circuit = Circuit.load(self.circuit, model)
-        task = get(circuit.task, model.tokenizer, length)
-        text = validation_text(self.corpus, model.tokenizer, self.sequences, length)
+        task = task_of(model, circuit.task)
+        text = text_of(model, self.corpus, self.sequences)
         report = evaluate(
             model, circuit, task, self.evaluation, tokens=text, thresholds=self.thresholds
         )

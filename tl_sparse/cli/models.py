@@ -9,12 +9,12 @@ from pathlib import Path
 import tyro
 
 from tl_sparse.checkpoints.packed import training_record
-from tl_sparse.cli.words import say
+from tl_sparse.cli.inputs import model_with_tokenizer, say, task_of
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import write_atomic
-from tl_sparse.tasks import evaluate_task, from_jsonl, get, names, table
+from tl_sparse.tasks import evaluate_task, from_jsonl, names, table
 from tl_sparse.training.config import RecipeName, TrainingConfig
 from tl_sparse.training.trainer import Trainer
 
@@ -95,9 +95,7 @@ class Info:
             say("no tokenizer, so no tasks")
             return
         for name in names():
-            result = evaluate_task(
-                model, get(name, model.tokenizer, model.config.n_ctx), self.pairs
-            )
+            result = evaluate_task(model, task_of(model, name), self.pairs)
             say(f"{name:32s} held-out loss {result.loss:.3f}  accuracy {result.accuracy:.2f}")
 
 
@@ -116,9 +114,7 @@ class Tasks:
 
     def run(self) -> None:
         """Say the table, write the prompts' results."""
-        model = SparseTransformer.from_pretrained(self.model)
-        if model.tokenizer is None:
-            raise ValueError(f"{self.model} has no tokenizer: there are no prompts for it")
+        model = model_with_tokenizer(self.model)
         length = model.config.n_ctx
         own = [from_jsonl(file, model.tokenizer, max_tokens=length) for file in self.files]
         found = table(model, self.pairs, [*names(), *own])

@@ -1,4 +1,4 @@
-"""A planted circuit's edges between whole heads and MLPs, for circuit discovery at that level."""
+"""A true circuit's edges between whole heads and MLPs, for circuit discovery at that level."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ SENDS = {"W_O": "attn", "W_out": "mlp"}
 RECEIVES = {"W_Q": "attn", "W_K": "attn", "W_V": "attn", "W_in": "mlp"}
 
 
-def component_edges(planted: GroundTruthModel) -> pd.DataFrame:
+def component_edges(truth: GroundTruthModel) -> pd.DataFrame:
     """A row per pair of parts of which one writes a stream channel that a later one reads.
 
     Columns ``sender``: embed, position, a{layer}.{head} or m{layer}; ``receiver``: a head's query,
     key or value, as in a1.0.q, an m{layer}, or logits. Only the circuit's own weights count, so
-    these are the edges of Conmy et al. 2023 (ACDC) that the planted circuit has, and all others are
+    these are the edges of Conmy et al. 2023 (ACDC) that the true circuit has, and all others are
     false. A query that is a constant has no sender.
     """
-    model: Any = planted.model
+    model: Any = truth.model
     d_head, n_layers = model.config.d_head, model.config.n_layers
     sent: dict[tuple[float, str], set[int]] = defaultdict(set)
     received: dict[tuple[float, str], set[int]] = defaultdict(set)
-    for row in planted.edges.itertuples():
+    for row in truth.edges.itertuples():
         matrix, layer = str(row.matrix), int(row.layer)
         if matrix in SENDS:
             here = part(SENDS[matrix], layer, int(row.source), d_head)
@@ -41,7 +41,7 @@ def component_edges(planted: GroundTruthModel) -> pd.DataFrame:
         ends["position"] = model.pos_embed.W_pos
     for name, weight in ends.items():
         sent[-1.0, name] = own & written(weight)
-    batch = planted.task.batch(64, split="train", seed=0)
+    batch = truth.task.batch(64, split="train", seed=0)
     answers = torch.cat([batch.correct_token, batch.incorrect_token]).unique()
     received[2.0 * n_layers, "logits"] = own & written(model.unembed.W_U[:, answers].T)
     rows = [

@@ -32,9 +32,9 @@ class FalseCircuit:
     name: str
     """What is wrong with it."""
     model: str
-    """Name of the planted model, see ``MODELS``."""
-    planted: GroundTruthModel
-    """The planted model, whose ``kept`` is the true circuit."""
+    """Name of the model with the true circuit, see ``MODELS``."""
+    truth: GroundTruthModel
+    """The model, whose ``kept`` is the true circuit."""
     kept: Bool[Tensor, " node"]
     """The false circuit's nodes."""
     fools: tuple[str, ...]
@@ -46,7 +46,7 @@ class FalseCircuit:
 
     def circuit(self, config: PruningConfig | None = None) -> Circuit:
         """The false circuit with what it was measured to do; see ``GroundTruthModel.circuit``."""
-        return self.planted.circuit(self.kept, config)
+        return self.truth.circuit(self.kept, config)
 
 
 def ground_truth_models(seed: int = 0) -> dict[str, GroundTruthModel]:
@@ -143,7 +143,7 @@ def false_circuits(
 
 
 def without(
-    planted: GroundTruthModel,
+    truth: GroundTruthModel,
     roles: Collection[str] = (),
     parts: Collection[tuple[int, str]] = (),
 ) -> Bool[Tensor, " node"]:
@@ -152,22 +152,22 @@ def without(
     Raises:
         ValueError: it has no node of such a role or part.
     """
-    kept = planted.kept.clone()
-    part = list(zip(planted.nodes["layer"], planted.nodes["site"].str[:4], strict=True))
+    kept = truth.kept.clone()
+    part = list(zip(truth.nodes["layer"], truth.nodes["site"].str[:4], strict=True))
     part = [(layer, name.rstrip("_")) for layer, name in part]
-    known = {*planted.nodes["role"], *part}
+    known = {*truth.nodes["role"], *part}
     if unknown := [wanted for wanted in (*roles, *parts) if wanted not in known]:
         raise ValueError(f"no node of the circuit is {unknown[0]!r}; there are {known}")
-    for node, role, here in zip(planted.nodes.index, planted.nodes["role"], part, strict=True):
+    for node, role, here in zip(truth.nodes.index, truth.nodes["role"], part, strict=True):
         if role in roles or here in parts:
             kept[node] = False
     return kept
 
 
-def with_distractors(planted: GroundTruthModel, seed: int) -> Bool[Tensor, " node"]:
+def with_distractors(truth: GroundTruthModel, seed: int) -> Bool[Tensor, " node"]:
     """The true circuit and ``EXTRA`` times as many random nodes of the MLPs outside of it."""
-    kept = planted.kept.clone()
-    mlp = torch.tensor(planted.index.nodes()["site"].str.startswith("mlp").tolist())
+    kept = truth.kept.clone()
+    mlp = torch.tensor(truth.index.nodes()["site"].str.startswith("mlp").tolist())
     outside = torch.nonzero(~kept & mlp).flatten()
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(outside), generator=generator)[: EXTRA * int(kept.sum())]

@@ -83,16 +83,16 @@ class GroundTruthModel:
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """How a set of nodes differs from the planted circuit."""
+    """How a set of nodes differs from the true circuit."""
 
     missing: pd.DataFrame
-    """Planted nodes that are not in the set, as in ``GroundTruthModel.nodes``."""
+    """True nodes that are not in the set, as in ``GroundTruthModel.nodes``."""
     extra: pd.DataFrame
-    """Nodes of the set that were not planted, as in ``NodeIndex.nodes``."""
+    """Nodes of the set that are not in the true circuit, as in ``NodeIndex.nodes``."""
 
     @property
     def exact(self) -> bool:
-        """Whether the set is the planted circuit."""
+        """Whether the set is the true circuit."""
         return not len(self.missing) and not len(self.extra)
 
     def __str__(self) -> str:
@@ -102,15 +102,15 @@ class Recovery:
             for name, frame in (("missing", self.missing), ("extra", self.extra))
             if len(frame)
         ]
-        return "; ".join(parts) or "exactly the planted nodes"
+        return "; ".join(parts) or "exactly the true nodes"
 
 
-def recovery(planted: GroundTruthModel, kept: Bool[Tensor, " node"]) -> Recovery:
-    """Which planted nodes a set of nodes lacks, and which others it has.
+def recovery(truth: GroundTruthModel, kept: Bool[Tensor, " node"]) -> Recovery:
+    """Which true nodes a set of nodes lacks, and which others it has.
 
     Raises:
         ValueError: ``kept`` is not one entry per node.
     """
-    kept = planted.check(kept)
-    missing = torch.nonzero(planted.kept & ~kept).flatten().tolist()
-    return Recovery(planted.nodes.loc[missing], planted.index.nodes(kept & ~planted.kept))
+    kept = truth.check(kept)
+    missing = torch.nonzero(truth.kept & ~kept).flatten().tolist()
+    return Recovery(truth.nodes.loc[missing], truth.index.nodes(kept & ~truth.kept))

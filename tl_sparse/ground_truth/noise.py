@@ -1,4 +1,4 @@
-"""Random sparse weights, which planted circuits have to be told apart from."""
+"""Random sparse weights, which true circuits have to be told apart from."""
 
 from __future__ import annotations
 

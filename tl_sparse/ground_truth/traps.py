@@ -1,7 +1,8 @@
-"""Planted models that close quoted text, each with a mechanism of which a false circuit can be cut.
+"""Models with known circuits, each with a mechanism of which a false circuit can be cut.
 
+All of them close quoted text.
 In all of them a head attends from the full stop, where texts are closed, to the opening. They are
-written so that removing any one node of the true circuit takes from the full model's answer logit_diff
+written so that removing any one node of the true circuit takes from the full model's logit_diff
 (but for one constant node of ``gated``).
 """
 
@@ -81,7 +82,7 @@ def both_quotes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "sequence pos
     return torch.cat([text, exchanged])
 
 
-def planted(plan: Plan, seed: int, description: str) -> GroundTruthModel:
+def written(plan: Plan, seed: int, description: str) -> GroundTruthModel:
     """The model of a plan for closing quoted text."""
     tokenizer = quoted_tokenizer()
     return build(
@@ -93,7 +94,7 @@ def averaging(seed: int = 0) -> GroundTruthModel:
     """One head finds the opening; what it finds is amplified until it is full.
 
     If the head attended to everything alike, a thirteenth of the opening would still fill the
-    output. That a little of what was found is read directly shows the difference: 8% of the logit_diff.
+    output. That a little of what was found is read directly shows the difference: 8% of it.
     """
     gain, direct = 16.0, 0.1  # 1 / gain is less than the share of one token of the longest prompt
     embed = dict(MARKS) | {
@@ -117,7 +118,7 @@ def averaging(seed: int = 0) -> GroundTruthModel:
             "out": whole, "double found": whole * direct, "single found": -whole * direct
         }),
     )  # fmt: skip
-    return planted(plan, seed, averaging.__doc__ or "")
+    return written(plan, seed, averaging.__doc__ or "")
 
 
 def backup(seed: int = 0) -> GroundTruthModel:
@@ -142,7 +143,7 @@ def backup(seed: int = 0) -> GroundTruthModel:
     )  # fmt: skip
     gain = MARGIN / (2 * loud) * math.sqrt(1 + 2 * (loud / BALLAST) ** 2)
     plan = Plan(2, embed, closings({"out": gain}), heads, unread=frozenset({"out"}))
-    return planted(plan, seed, backup.__doc__ or "")
+    return written(plan, seed, backup.__doc__ or "")
 
 
 def cancelling(seed: int = 0) -> GroundTruthModel:
@@ -171,7 +172,7 @@ def cancelling(seed: int = 0) -> GroundTruthModel:
         ),
         unembed=closings({"out": MARGIN}),
     )  # fmt: skip
-    return planted(plan, seed, cancelling.__doc__ or "")
+    return written(plan, seed, cancelling.__doc__ or "")
 
 
 def steered(seed: int = 0) -> GroundTruthModel:
@@ -195,7 +196,7 @@ def steered(seed: int = 0) -> GroundTruthModel:
         ),
         unembed=closings({"out": MARGIN / (1 + size / 2)}),
     )
-    return planted(plan, seed, steered.__doc__ or "")
+    return written(plan, seed, steered.__doc__ or "")
 
 
 def loud_answer(seed: int = 0) -> GroundTruthModel:
@@ -217,7 +218,7 @@ def loud_answer(seed: int = 0) -> GroundTruthModel:
         unembed=closings({"whisper": whisper, "loud": gain}),
         unread=frozenset({"loud"}),
     )  # fmt: skip
-    return planted(plan, seed, loud_answer.__doc__ or "")
+    return written(plan, seed, loud_answer.__doc__ or "")
 
 
 def gated(seed: int = 0) -> GroundTruthModel:
@@ -261,4 +262,4 @@ def gated(seed: int = 0) -> GroundTruthModel:
         neurons=answers,
         unembed=closings({"out": MARGIN}),
     )  # fmt: skip
-    return planted(plan, seed, gated.__doc__ or "")
+    return written(plan, seed, gated.__doc__ or "")

@@ -27,7 +27,7 @@ from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.sparsity.weight_masks import WeightMasks
 from tl_sparse.studies.runner import Say
 from tl_sparse.studies.trained import Kind, ModelUnit, load_trained, shared_corpus, train_now
-from tl_sparse.tasks import Task, TaskResult, evaluate_task, get, names, table
+from tl_sparse.tasks import Task, TaskResult, check_names, evaluate_task, get, names, table
 from tl_sparse.training.config import TrainingConfig
 
 SPARSITY = SparsityConfig(density=1 / 16, floor=4, embedding_floor=4, lr_factor="unnormalised")
@@ -60,10 +60,7 @@ class DemoConfig:
     """Train again even if the cache has the models."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.tasks) - set(names())):
-            raise ValueError(
-                f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(names())}"
-            )
+        check_names(self.tasks)
         PruningConfig(target_loss=self.target_loss)  # refused now, not after the training
         if self.max_tasks < 1 or self.pairs < 1:
             raise ValueError("max_tasks and pairs must be at least 1")

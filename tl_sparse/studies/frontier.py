@@ -30,7 +30,7 @@ from tl_sparse.studies.interpretability import (
     geometric_mean,
     interpretability,
 )
-from tl_sparse.tasks import Task, get, names, table
+from tl_sparse.tasks import Task, check_names, get, names, table
 from tl_sparse.views.display import frame_html
 from tl_sparse.views.frontier import frontier_figure
 
@@ -108,8 +108,8 @@ def frontier(
                 f"{what} of unknown model(s) {', '.join(unknown)}; the models are "
                 f"{', '.join(models)}"
             )
-    if not isinstance(tasks, str) and (unknown := sorted(set(tasks) - set(names()))):
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(names())}")
+    if not isinstance(tasks, str):
+        check_names(tasks)
     vocabulary: dict[str, int] | None = None
     facts, solved = {}, {}
     for name, source in models.items():
@@ -254,6 +254,6 @@ def attempted(
             set_up(model, task, config, means=means)
         except ValueError as error:
             refused[i] = error
-    posed = [job for i, job in enumerate(jobs) if i not in refused]
-    found = iter(prune_many(model, posed, means=means, progress=progress))
+    wanted = [job for i, job in enumerate(jobs) if i not in refused]
+    found = iter(prune_many(model, wanted, means=means, progress=progress))
     return [refused[i] if i in refused else next(found) for i in range(len(jobs))]

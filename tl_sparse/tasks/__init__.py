@@ -10,7 +10,7 @@ from tl_sparse.tasks.evaluate import (
     task_losses,
 )
 from tl_sparse.tasks.files import from_jsonl, to_jsonl
-from tl_sparse.tasks.registry import get, names, variants
+from tl_sparse.tasks.registry import check_names, get, names, variants
 from tl_sparse.tasks.table import TaskTable, table
 from tl_sparse.tasks.task import Pair, Task, TaskBatch, TaskSpec, task
 
@@ -23,6 +23,7 @@ __all__ = [
     "TaskResult",
     "TaskSpec",
     "TaskTable",
+    "check_names",
     "evaluate_task",
     "from_jsonl",
     "get",

@@ -1,5 +1,7 @@
 """Finding a task, and its variants, by name."""
 
+from collections.abc import Iterable, Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.tasks import builtin
@@ -44,6 +46,16 @@ def get(
         choice = f"choose from {', '.join(of_task)}" if of_task else "it has none"
         raise ValueError(f"task {spec.name!r} has no variant {variant!r}: {choice}")
     return Task.bind(of_task[variant].of(spec, **options), tokenizer, max_tokens)
+
+
+def check_names(wanted: Iterable[str], known: Sequence[str] = ()) -> None:
+    """Raise `ValueError`, which lists the choices, unless all are names of built-in tasks.
+
+    `known` are the choices where not every built-in task is one.
+    """
+    choices = tuple(known) or names()
+    if unknown := sorted(set(wanted) - set(choices)):
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(choices)}")
 
 
 def _spec(task: str) -> TaskSpec:

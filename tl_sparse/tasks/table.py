@@ -77,9 +77,7 @@ def table(
         raise ValueError("the model has no tokenizer: there are no prompts for it")
     wanted = registry.names() if names is None else tuple(names)
     called = [task.name if isinstance(task, Task) else task for task in wanted]
-    if unknown := sorted({t for t in wanted if isinstance(t, str)} - set(registry.names())):
-        choice = ", ".join(registry.names())
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}: choose from {choice}")
+    registry.check_names(task for task in wanted if isinstance(task, str))
     if len(set(called)) < len(called):
         raise ValueError(f"two tasks have one name among {', '.join(called)}")
     for task in wanted:

@@ -14,7 +14,7 @@ from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import SparsityConfig
-from tl_sparse.tasks import names
+from tl_sparse.tasks import check_names
 from tl_sparse.training.config import TrainingConfig
 
 L0Unit = Literal["nonzeros", "density"]
@@ -129,11 +129,8 @@ class StudyConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.l0_unit not in ("nonzeros", "density"):
             raise ValueError(f"l0_unit={self.l0_unit!r} is unknown; choose nonzeros or density")
-        for tasks, known in ((self.tasks, names()), (self.compare_tasks, self.tasks or names())):
-            if unknown := sorted(set(tasks) - set(known)):
-                raise ValueError(
-                    f"unknown task(s) {', '.join(unknown)}; choose from {', '.join(known)}"
-                )
+        check_names(self.tasks)
+        check_names(self.compare_tasks, self.tasks)
         settings = [cell.name for cell in self.cells()]
         if unknown := sorted(set(self.compare) - set(settings)):
             raise ValueError(
