@@ -58,17 +58,17 @@ def additive(monkeypatch, cost):
 @pytest.mark.parametrize("tie_qk", [False, True])
 def test_nodes_are_removed_as_one_by_one_in_their_order(posed, monkeypatch, tie_qk, seed):
     """Against trying every component in turn, in three passes with rising limits."""
-    problem = replace(posed[0], config=replace(SEARCH, tie_qk=tie_qk))
+    run = replace(posed[0], config=replace(SEARCH, tie_qk=tie_qk))
     draw = torch.Generator().manual_seed(seed)
-    n = problem.index.n_nodes
+    n = run.index.n_nodes
     # many that cost nothing, some that cost a little, a few that cost all there is
     cost = torch.tensor([0.0, 0.0, 0.0, 1.07e-3, 2.31e-2, 1.0])[
         torch.randint(6, (n,), generator=draw)
     ]
     order = torch.randperm(n, generator=draw)
     additive(monkeypatch, cost.double())
-    kept = eliminate_from_full_model(problem, order)
-    component = components(problem.index, tie_qk)
+    kept = eliminate_from_full_model(run, order)
+    component = components(run.index, tie_qk)
     by_hand = torch.ones(n, dtype=torch.bool)
     for share in SHARES:
         for node in order:
@@ -91,23 +91,19 @@ def test_where_few_nodes_are_needed_few_trials_are(posed, monkeypatch):
 
 
 def test_excluded_nodes_are_not_among_the_rest(posed, monkeypatch):
-    problem, _ = posed
-    exclude = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
+    run, _ = posed
+    exclude = torch.zeros(run.index.n_nodes, dtype=torch.bool)
     exclude[::3] = True
     additive(monkeypatch, (~exclude).double())  # no other can go
-    kept = eliminate_from_full_model(
-        replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes)
-    )
+    kept = eliminate_from_full_model(replace(run, exclude=exclude), torch.arange(run.index.n_nodes))
     assert torch.equal(kept, ~exclude)
 
 
 def test_nothing_is_tried_where_the_excluded_nodes_are_needed(posed, monkeypatch):
-    problem, _ = posed
-    exclude = torch.arange(problem.index.n_nodes) == 7
+    run, _ = posed
+    exclude = torch.arange(run.index.n_nodes) == 7
     tried = additive(monkeypatch, exclude.double())
-    kept = eliminate_from_full_model(
-        replace(problem, exclude=exclude), torch.arange(problem.index.n_nodes)
-    )
+    kept = eliminate_from_full_model(replace(run, exclude=exclude), torch.arange(run.index.n_nodes))
     assert torch.equal(kept, ~exclude)
     assert len(tried) == 1
 
@@ -141,28 +137,28 @@ def test_a_collapsed_mask_is_made_up_for(planted, marks, random_tokens, change):
 def test_refining_leaves_no_node_that_could_go(planted, marks, random_tokens, sites):
     """From the chain among many others: the target holds, and no node can be removed alone."""
     model, chain = planted()
-    problem = set_up(model, marks, LONGER, means=activation_means(model, random_tokens, sites))
-    index = problem.index
+    run = set_up(model, marks, LONGER, means=activation_means(model, random_tokens, sites))
+    index = run.index
     mine = kept_of(index, [node for node in chain if node[1] in index.sites])
     before = mine | (torch.rand(index.n_nodes) < 0.4)
-    after = backward_elimination(problem, before)
+    after = backward_elimination(run, before)
     assert not (after & ~before).any()
     assert torch.equal(after, mine)
-    batch = problem.selection
-    assert loss_of(model, batch, ablation_hooks(index, after, problem.values)) <= 0.15
+    batch = run.selection
+    assert loss_of(model, batch, ablation_hooks(index, after, run.values)) <= 0.15
     for node in torch.nonzero(after).flatten():
         fewer = after.clone()
         fewer[node] = False
-        assert loss_of(model, batch, ablation_hooks(index, fewer, problem.values)) > 0.15
+        assert loss_of(model, batch, ablation_hooks(index, fewer, run.values)) > 0.15
 
 
 def test_refining_what_needs_no_nodes_leaves_none(posed):
-    problem, _ = posed
+    run, _ = posed
     with torch.no_grad():
-        problem.model.unembed.W_U.zero_()
-        problem.model.unembed.b_U.copy_(torch.zeros(30))
-    easy = replace(problem, config=replace(LONGER, target_loss=0.6931))
-    kept = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
+        run.model.unembed.W_U.zero_()
+        run.model.unembed.b_U.copy_(torch.zeros(30))
+    easy = replace(run, config=replace(LONGER, target_loss=0.6931))
+    kept = torch.zeros(run.index.n_nodes, dtype=torch.bool)
     assert torch.equal(backward_elimination(easy, kept), kept)
 
 

@@ -82,11 +82,11 @@ def test_integrated_gradients_sum_to_what_removing_all_nodes_costs(posed):
     from tl_sparse.circuits.pruning_run import set_up
 
     model, _, task, means = posed
-    problem = set_up(model, task, SEARCH, means=means)
-    batch = problem.train.pairs(0, 4)
+    run = set_up(model, task, SEARCH, means=means)
+    batch = run.train.pairs(0, 4)
     steps = 50
     levels = [(step + 0.5) / steps for step in range(steps)]
-    total = sum(float(gate_gradient(problem, batch, level).sum()) for level in levels) / steps
+    total = sum(float(gate_gradient(run, batch, level).sum()) for level in levels) / steps
     both = torch.stack([torch.ones(means.index.n_nodes), torch.zeros(means.index.n_nodes)]).bool()
     whole, none = masked_losses(model, batch, means.index, both, means.values).tolist()
     assert none - whole > 0.5
@@ -98,9 +98,9 @@ def test_integrated_gradients_average_the_gradients_on_the_way(posed):
     from tl_sparse.circuits.pruning_run import set_up
 
     model, _, task, means = posed
-    problem = set_up(model, task, SEARCH, means=means)
-    batch = problem.train.pairs(0, 4)
-    expected = sum(gate_gradient(problem, batch, level) for level in (0.25, 0.75)) / 2
+    run = set_up(model, task, SEARCH, means=means)
+    batch = run.train.pairs(0, 4)
+    expected = sum(gate_gradient(run, batch, level) for level in (0.25, 0.75)) / 2
     scores = rank_nodes(
         model, task, "integrated_gradients", means=means, config=SEARCH, n_pairs=4, steps=2
     )

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import PruningConfig, PruningFailed
-from tl_sparse.circuits import pruning_run as problems
+from tl_sparse.circuits import PruningConfig, PruningFailed, pruning_run
 from tl_sparse.circuits.bisection import bisect, evenly, middle, quarters
 from tl_sparse.circuits.pruning_run import bisect_size, set_up
 
@@ -45,34 +44,34 @@ def test_the_smallest_number_that_is_enough_is_found(grid, high):
 
 @pytest.fixture
 def posed(planted, marks, random_tokens):
-    """The planted model's problem, and the places of its chain."""
+    """The planted model's run, and the places of its chain."""
     model, chain = planted()
-    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
-    return problem, places_of(problem.index, chain)
+    run = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
+    return run, places_of(run.index, chain)
 
 
 @pytest.mark.parametrize("target", [0.05, 0.15, 0.6])
 def test_one_node_fewer_misses_the_target(posed, target):
     """Minimal along the order, for an order in which the chain's last node is the 20th."""
-    problem, places = posed
-    problem = replace(problem, config=replace(SEARCH, target_loss=target))
-    model, index, batch = problem.model, problem.index, problem.selection
+    run, places = posed
+    run = replace(run, config=replace(SEARCH, target_loss=target))
+    model, index, batch = run.model, run.index, run.selection
     others = [i for i in range(index.n_nodes) if i not in places]
     order = [*places[:3], *others[:12], *places[3:5], *others[12:14], places[5], *others[14:60]]
     assert order.index(places[5]) == 19
-    kept, curve = bisect_size(problem, torch.tensor(order))
+    kept, curve = bisect_size(run, torch.tensor(order))
     chosen = torch.nonzero(kept).flatten().tolist()
     assert sorted(order[: len(chosen)]) == chosen
     assert len(chosen) >= 20
-    assert loss_of(model, batch, ablation_hooks(index, kept, problem.values)) <= target
+    assert loss_of(model, batch, ablation_hooks(index, kept, run.values)) <= target
     fewer = kept.clone()
     fewer[order[len(chosen) - 1]] = False
-    assert loss_of(model, batch, ablation_hooks(index, fewer, problem.values)) > target
+    assert loss_of(model, batch, ablation_hooks(index, fewer, run.values)) > target
     assert curve["n_nodes"].is_monotonic_increasing
     for size, loss in curve.sample(4, random_state=0).itertuples(index=False):
         keep = torch.zeros(index.n_nodes, dtype=torch.bool)
         keep[order[:size]] = True
-        by_hand = loss_of(model, batch, ablation_hooks(index, keep, problem.values))
+        by_hand = loss_of(model, batch, ablation_hooks(index, keep, run.values))
         assert loss == pytest.approx(by_hand, abs=1e-5)
 
 
@@ -84,7 +83,7 @@ def table_of_losses(monkeypatch, table):
         asked.extend(keep.sum(1).tolist())
         return torch.tensor([table[n] for n in keep.sum(1).tolist()])
 
-    monkeypatch.setattr(problems, "masked_losses", look_up)
+    monkeypatch.setattr(pruning_run, "masked_losses", look_up)
     return asked
 
 
@@ -92,11 +91,11 @@ def table_of_losses(monkeypatch, table):
 @given(st.lists(st.sampled_from([0.05, 0.1, 0.3, math.nan]), min_size=1, max_size=100))
 def test_of_the_sizes_tried_the_smallest_that_reaches_the_target_counts(posed, losses):
     """Whatever the curve: losses need not fall with the number of nodes."""
-    problem = posed[0]
+    run = posed[0]
     table = [*losses, 0.1]
     with pytest.MonkeyPatch.context() as patch:
         asked = table_of_losses(patch, table)
-        kept, curve = bisect_size(problem, torch.arange(len(losses)))
+        kept, curve = bisect_size(run, torch.arange(len(losses)))
     n = int(kept.sum())
     assert kept[:n].all()
     assert table[n] <= 0.15
@@ -136,13 +135,13 @@ def test_no_candidates_are_an_empty_circuit_or_a_failure(posed, monkeypatch):
 
 
 def test_tied_nodes_count_as_one_by_their_first_place(posed, monkeypatch):
-    problem = replace(posed[0], config=replace(SEARCH, tie_qk=True))
-    index = problem.index
+    run = replace(posed[0], config=replace(SEARCH, tie_qk=True))
+    index = run.index
     q, k = (index.slices[index.hook(0, name)].start for name in ("attn_q", "attn_k"))
     last = index.n_nodes - 1
     # units: {0}, {q + 1, k + 1}, {last}, {q, k}; the key of the first pair comes late
     order = torch.tensor([0, k + 1, last, q + 1, q])
     table_of_losses(monkeypatch, {0: 1.0, 1: 1.0, 3: 1.0, 4: 0.1, 6: 0.1})
-    kept, curve = bisect_size(problem, order)
+    kept, curve = bisect_size(run, order)
     assert set(torch.nonzero(kept).flatten().tolist()) == {0, q + 1, k + 1, last}
     assert curve["n_nodes"].tolist() == [0, 1, 3, 4, 6]

@@ -26,12 +26,12 @@ CHAIN_EDGES = {
 
 def circuit_of(model, task, tokens, chain, share, config=SEARCH):
     """The planted chain and a share of all other nodes, as a circuit."""
-    problem = set_up(model, task, config, means=activation_means(model, tokens))
-    index = problem.index
+    run = set_up(model, task, config, means=activation_means(model, tokens))
+    index = run.index
     kept = torch.rand(index.n_nodes, generator=torch.Generator().manual_seed(1)) < share
     for layer, site, channel in chain:
         kept[index.slices[index.hook(layer, site)].start + channel] = True
-    return build_circuit(problem, kept, torch.zeros(index.n_nodes), n_active=int(kept.sum()))
+    return build_circuit(run, kept, torch.zeros(index.n_nodes), n_active=int(kept.sum()))
 
 
 @pytest.fixture
@@ -205,15 +205,15 @@ def test_what_is_left_is_minimal(found, marks):
     record = pruned.config["edge_pruning"]
     assert record["loss_before"] == pytest.approx(float(F.softplus(-before).mean()), abs=1e-6)
     with eval_mode(model):
-        problem = EdgePruningRun.set_up(model, circuit, marks, replace(EDGES, method="greedy"))
+        run = EdgePruningRun.set_up(model, circuit, marks, replace(EDGES, method="greedy"))
         gone = names(pruned.removed_edges)
         columns = circuit.edges[["layer", "matrix", "source", "target"]]
         keep = torch.tensor([e not in gone for e in columns.itertuples(index=False, name=None)])
-        assert problem.loss(keep, pruned.kept) == pytest.approx(pruned.selection_loss)
+        assert run.loss(keep, pruned.kept) == pytest.approx(pruned.selection_loss)
         for which in torch.nonzero(keep).flatten().tolist():
             fewer = keep.clone()
             fewer[which] = False
-            assert problem.loss(fewer) > pruned.target_loss
+            assert run.loss(fewer) > pruned.target_loss
 
 
 def test_the_same_again(padded, marks):

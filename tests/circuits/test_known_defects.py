@@ -70,11 +70,11 @@ def sparse(planted):
 @pytest.fixture
 def posed(planted, marks, random_tokens):
     model, chain = planted()
-    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
-    keep = torch.zeros(problem.index.n_nodes, dtype=torch.bool)
+    run = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
+    keep = torch.zeros(run.index.n_nodes, dtype=torch.bool)
     for layer, site, channel in chain:
-        keep[problem.index.slices[problem.index.hook(layer, site)].start + channel] = True
-    return problem, keep
+        keep[run.index.slices[run.index.hook(layer, site)].start + channel] = True
+    return run, keep
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,32 +188,32 @@ def test_3_an_unknown_field_is_an_error(kind):
 
 
 def test_4_calibration_is_of_the_two_answers_and_blind_to_all_other_tokens(posed):
-    problem, keep = posed
+    run, keep = posed
     tau = keep.float()
-    first = build_circuit(problem, keep, tau, n_active=6)
+    first = build_circuit(run, keep, tau, n_active=6)
     assert first.calibration.scale != 1
     third = 20
-    assert third not in problem.selection.correct_token
+    assert third not in run.selection.correct_token
     with torch.no_grad():
-        problem.model.unembed.b_U[third] += 50.0  # with it, the cross-entropy over all tokens is 50
-    again = build_circuit(problem, keep, tau, n_active=6)
+        run.model.unembed.b_U[third] += 50.0  # with it, the cross-entropy over all tokens is 50
+    again = build_circuit(run, keep, tau, n_active=6)
     assert again.calibration == first.calibration
     assert torch.equal(again.losses_calibrated, first.losses_calibrated)
-    logits = problem.model(problem.report.tokens, return_type="logits")
-    rows = range(len(problem.report))
-    all_tokens = F.cross_entropy(logits[rows, problem.report.last], problem.report.correct_token)
+    logits = run.model(run.report.tokens, return_type="logits")
+    rows = range(len(run.report))
+    all_tokens = F.cross_entropy(logits[rows, run.report.last], run.report.correct_token)
     assert all_tokens > 30
     assert again.loss < 0.15
 
 
 def test_4_the_shift_undoes_a_lean_that_the_circuit_has(posed):
-    problem, keep = posed
+    run, keep = posed
     tau = keep.float()
-    straight = build_circuit(problem, keep, tau, n_active=6)
-    lean = float(task_logit_diffs(problem.model, problem.selection).detach().mean())
+    straight = build_circuit(run, keep, tau, n_active=6)
+    lean = float(task_logit_diffs(run.model, run.selection).detach().mean())
     with torch.no_grad():
-        problem.model.unembed.b_U[problem.selection.correct_token[0]] += 2 * lean
-    leaning = build_circuit(problem, keep, tau, n_active=6)
+        run.model.unembed.b_U[run.selection.correct_token[0]] += 2 * lean
+    leaning = build_circuit(run, keep, tau, n_active=6)
     assert leaning.accuracy == pytest.approx(0.5)
     assert leaning.loss > math.log(2)
     assert leaning.loss_calibrated == pytest.approx(straight.loss_calibrated, abs=0.02)
@@ -225,15 +225,15 @@ def test_4_the_shift_undoes_a_lean_that_the_circuit_has(posed):
 
 
 def test_5_edges_are_counted_and_not_nodes(posed):
-    problem, keep = posed
-    circuit = build_circuit(problem, keep, keep.float(), n_active=6)
+    run, keep = posed
+    circuit = build_circuit(run, keep, keep.float(), n_active=6)
     assert (circuit.n_nodes, circuit.n_edges) == (6, 4)
-    assert circuit.n_edges == len(circuit_edges(problem.model, problem.index, keep))
+    assert circuit.n_edges == len(circuit_edges(run.model, run.index, keep))
 
 
 def test_6_a_loss_does_not_depend_on_how_many_prompts_or_tokens_there_are(posed):
-    problem, keep = posed
-    batch = problem.selection
+    run, keep = posed
+    batch = run.selection
     twice = replace(
         batch,
         tokens=F.pad(batch.tokens, (0, 3)).repeat(2, 1),
@@ -242,26 +242,23 @@ def test_6_a_loss_does_not_depend_on_how_many_prompts_or_tokens_there_are(posed)
         answers=batch.answers * 2,
     )
     masks = torch.stack([keep, torch.ones_like(keep), torch.zeros_like(keep)])
-    losses = [
-        masked_losses(problem.model, b, problem.index, masks, problem.values)
-        for b in (batch, twice)
-    ]
+    losses = [masked_losses(run.model, b, run.index, masks, run.values) for b in (batch, twice)]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
     assert losses[0][2] == pytest.approx(math.log(2), abs=0.05)  # no node: chance
 
 
 def test_7_the_bisection_gives_the_same_answer_twice(posed, marks):
-    problem, _ = posed
-    order = torch.randperm(problem.index.n_nodes, generator=torch.Generator().manual_seed(0))
-    with eval_mode(problem.model):
+    run, _ = posed
+    order = torch.randperm(run.index.n_nodes, generator=torch.Generator().manual_seed(0))
+    with eval_mode(run.model):
         torch.manual_seed(1)
-        first, curve = bisect_size(problem, order)
+        first, curve = bisect_size(run, order)
         torch.manual_seed(2)
-        again, curve_again = bisect_size(problem, order)
+        again, curve_again = bisect_size(run, order)
         assert torch.equal(first, again)
         assert curve.equals(curve_again)
-        redrawn = replace(problem, selection=marks.batch(16, split="train", seed=99))
-        assert float(redrawn.losses(first[None])) != float(problem.losses(first[None]))
+        redrawn = replace(run, selection=marks.batch(16, split="train", seed=99))
+        assert float(redrawn.losses(first[None])) != float(run.losses(first[None]))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def found(once, planted, marks, random_tokens):
 
 @pytest.fixture
 def posed(planted, marks, random_tokens):
-    """The planted model's problem, and its chain."""
+    """The planted model's run, and its chain."""
     model, chain = planted()
     return set_up(model, marks, SEARCH, means=activation_means(model, random_tokens)), chain
 
@@ -257,8 +257,8 @@ def test_tau_is_trained_as_written_down(posed, penalty):
         warmup_frac=0.25, l0_penalty=4e-3, adapt_rate=0.1, temperature=0.7, init_scale=0.05, seed=3,
         batch_pairs=8,
     )  # fmt: skip
-    problem = replace(posed[0], config=config)
-    index, means, train = problem.index, problem.values, problem.train
+    run = replace(posed[0], config=config)
+    index, means, train = run.index, run.values, run.train
     start = 0.1 + 0.05 * torch.randn(index.n_nodes, generator=torch.Generator().manual_seed(3))
     tau = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([tau], betas=(0.8, 0.9), weight_decay=0.1)
@@ -278,7 +278,7 @@ def test_tau_is_trained_as_written_down(posed, penalty):
         first = (step * 8) % (n_pairs - 8 + 1)
         batch = train.pairs(first, first + 8)
         loss = F.softplus(
-            -task_logit_diffs(problem.model, batch, [(name, mix) for name in index.slices])
+            -task_logit_diffs(run.model, batch, [(name, mix) for name in index.slices])
         ).mean()
         optimizer.zero_grad()
         (loss + price * gates.sum()).backward()
@@ -292,7 +292,7 @@ def test_tau_is_trained_as_written_down(posed, penalty):
         if penalty == "adaptive":
             price *= math.exp(0.1 * max(-1, min(1, (goal - average) / goal)))
         prices.append(price)
-    trained = train_masks([problem], progress=False)[-1][0]
+    trained = train_masks([run], progress=False)[-1][0]
     torch.testing.assert_close(trained, tau.detach(), atol=1e-4, rtol=1e-3)
     assert (trained - start).abs().max() > 0.1
     assert ((trained < 0) & (start > 0)).any()
@@ -359,29 +359,29 @@ def test_pruning_leaves_the_model_and_the_users_hooks(
 
 
 def test_the_mask_with_the_fewest_open_gates_that_reach_the_target_is_taken(posed):
-    problem, chain = posed
+    run, chain = posed
 
     def open_gates(nodes):
-        return torch.where(kept_of(problem.index, nodes), 0.0, -0.01)
+        return torch.where(kept_of(run.index, nodes), 0.0, -0.01)
 
     broken = open_gates(sorted(chain)[1:])
     right = open_gates(chain)
     larger = open_gates([*chain, (0, "mlp_in", 3)])
     for masks in ([larger, right, broken], [broken, right, larger]):
-        assert choose_mask(problem, masks) is right
-    assert choose_mask(problem, [larger, broken]) is larger
+        assert choose_mask(run, masks) is right
+    assert choose_mask(run, [larger, broken]) is larger
     with pytest.raises(
         PruningFailed, match=r"collapsed: none of its 2 checkpoints.*5 gates were open"
     ):
-        choose_mask(problem, [broken, broken])
+        choose_mask(run, [broken, broken])
 
 
 def test_closed_gates_are_never_chosen(posed):
-    problem, chain = posed
-    tau = torch.full((problem.index.n_nodes,), 0.5)
+    run, chain = posed
+    tau = torch.full((run.index.n_nodes,), 0.5)
     tau[::5] = -0.01
-    tau[kept_of(problem.index, chain)] = 0.4
-    kept, curve = choose_nodes(problem, tau)
+    tau[kept_of(run.index, chain)] = 0.4
+    kept, curve = choose_nodes(run, tau)
     assert not kept[tau < 0].any()
-    assert (kept & kept_of(problem.index, chain)).sum() == 6
+    assert (kept & kept_of(run.index, chain)).sum() == 6
     assert curve["n_nodes"].iloc[-1] == (tau >= 0).sum()

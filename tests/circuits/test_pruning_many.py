@@ -70,11 +70,11 @@ def test_masks_trained_together_are_those_trained_alone(
         model = planted(activation_density=density)[0]
     means = activation_means(model, random_tokens)
     jobs = [(task, replace(config, steps=5)) for task, config in jobs]
-    problems = set_up_many(model, jobs, means, None, None)
-    assert len({int(p.train.last.max()) for p in problems}) > 1
-    together = train_masks(problems, progress=False)
-    for row, problem in enumerate(problems):
-        alone = train_masks([problem], progress=False)
+    runs = set_up_many(model, jobs, means, None, None)
+    assert len({int(p.train.last.max()) for p in runs}) > 1
+    together = train_masks(runs, progress=False)
+    for row, run in enumerate(runs):
+        alone = train_masks([run], progress=False)
         assert len(alone) == len(together) == 5
         for mine, theirs in zip(together, alone, strict=True):
             torch.testing.assert_close(mine[row], theirs[0], atol=1e-4, rtol=0)
@@ -193,14 +193,14 @@ def test_every_step_takes_the_next_pairs(request, planted, marks, late, random_t
     model = planted()[0] if kind == "ours" else request.getfixturevalue("dense_planted")[0]
     means = activation_means(model, random_tokens)
     configs = [replace(SEARCH, steps=3), replace(SEARCH, steps=3, seed=1)]
-    problems = set_up_many(model, list(zip([marks, late], configs, strict=True)), means, None, None)
-    pool = TrainingPool(problems)
-    assert [len(p.train) for p in problems] == [48, 48]
+    runs = set_up_many(model, list(zip([marks, late], configs, strict=True)), means, None, None)
+    pool = TrainingPool(runs)
+    assert [len(p.train) for p in runs] == [48, 48]
     for step, first in ((0, 0), (1, 8), (2, 16), (3, 24 % 17)):
         losses = pool.losses(step, torch.ones(2, means.index.n_nodes))
         expected = [
             F.softplus(-task_logit_diffs(model, p.train.pairs(first, first + 8))).mean()
-            for p in problems
+            for p in runs
         ]
         torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-5)
 

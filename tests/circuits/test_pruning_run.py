@@ -31,10 +31,10 @@ def places_of(index, nodes):
 
 @pytest.fixture
 def posed(planted, marks, random_tokens):
-    """The planted model's problem, and the places of its chain."""
+    """The planted model's run, and the places of its chain."""
     model, chain = planted()
-    problem = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
-    return problem, places_of(problem.index, chain)
+    run = set_up(model, marks, SEARCH, means=activation_means(model, random_tokens))
+    return run, places_of(run.index, chain)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ def test_a_long_search_draws_no_more_pairs_than_it_can_use(marks):
 
 
 def test_no_pair_is_both_reported_and_searched_with(posed):
-    problem = posed[0]
-    assert len(problem.report) == 2 * SEARCH.report_pairs
-    assert not pairs_of(problem.report) & (pairs_of(problem.selection) | pairs_of(problem.train))
+    run = posed[0]
+    assert len(run.report) == 2 * SEARCH.report_pairs
+    assert not pairs_of(run.report) & (pairs_of(run.selection) | pairs_of(run.train))
 
 
 def few(count, words):
@@ -98,12 +98,12 @@ def test_jobs_that_draw_the_same_prompts_share_them(planted, marks, random_token
     assert found[0].train.prompts != found[2].train.prompts
     assert torch.equal(found[1].values, means.values)
     assert not found[3].values.any()
-    for problem, config in zip(found, configs, strict=True):
+    for run, config in zip(found, configs, strict=True):
         alone = set_up(model, marks, config, means=means)
         for part in ("selection", "train", "report"):
-            assert getattr(problem, part).prompts == getattr(alone, part).prompts
-        assert torch.equal(problem.values, alone.values)
-        assert problem.full_loss == alone.full_loss
+            assert getattr(run, part).prompts == getattr(alone, part).prompts
+        assert torch.equal(run.values, alone.values)
+        assert run.full_loss == alone.full_loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,9 +113,9 @@ def test_jobs_that_draw_the_same_prompts_share_them(planted, marks, random_token
 def test_zero_ablation_has_zeros_for_means(planted, marks, random_tokens):
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    problem = set_up(model, marks, replace(SEARCH, ablation="zero"), means=means)
-    assert torch.equal(problem.values, torch.zeros(problem.index.n_nodes))
-    assert torch.equal(problem.means.values, problem.values)
+    run = set_up(model, marks, replace(SEARCH, ablation="zero"), means=means)
+    assert torch.equal(run.values, torch.zeros(run.index.n_nodes))
+    assert torch.equal(run.means.values, run.values)
     assert means.values.abs().max() > 0
 
 
@@ -124,16 +124,16 @@ def test_task_means_are_those_of_the_training_prompts_without_padding(
 ):
     model, _ = planted()
     means = activation_means(model, random_tokens, sites=("attn_in", "mlp_neuron"))
-    problem = set_up(model, marks, replace(SEARCH, ablation="task_mean"), means=means)
-    train = problem.train
+    run = set_up(model, marks, replace(SEARCH, ablation="task_mean"), means=means)
+    train = run.train
     assert train.last.min() < train.last.max()
     _, cache = model.run_with_cache(train.tokens)
     real = torch.arange(train.tokens.shape[1]) <= train.last[:, None]
-    for hook, piece in problem.index.slices.items():
+    for hook, piece in run.index.slices.items():
         by_hand = cache[hook][real].double().mean(0)
-        torch.testing.assert_close(problem.values[piece].double(), by_hand, atol=1e-6, rtol=1e-6)
-    assert torch.equal(problem.means.values, problem.values)
-    assert problem.means.n_tokens == int(real.sum())
+        torch.testing.assert_close(run.values[piece].double(), by_hand, atol=1e-6, rtol=1e-6)
+    assert torch.equal(run.means.values, run.values)
+    assert run.means.n_tokens == int(real.sum())
 
 
 def test_resampling_draws_donors_for_the_longest_batch(planted, marks, random_tokens):
@@ -141,10 +141,10 @@ def test_resampling_draws_donors_for_the_longest_batch(planted, marks, random_to
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens[:7])
     config = replace(SEARCH, ablation="resample", selection_pairs=30)
-    problem = set_up(model, marks, config, means=means, sources=donors)
-    assert len(problem.values) == 60
+    run = set_up(model, marks, config, means=means, sources=donors)
+    assert len(run.values) == 60
     hook = "blocks.1.hook_mlp_out"
-    drawn = problem.values.activations[hook]
+    drawn = run.values.activations[hook]
     same = (drawn[:, None] == donors.activations[hook]).flatten(2).all(2)
     assert (same.sum(1) >= 1).all()
     assert same.any(0).all()
@@ -183,9 +183,9 @@ def test_donors_too_short_for_the_prompts_are_told(planted, marks, random_tokens
     means = activation_means(model, random_tokens)
     donors = resample_sources(model, random_tokens[:, :5])
     config = replace(SEARCH, ablation="resample")
-    problem = set_up(model, marks, config, means=means, sources=donors)
+    run = set_up(model, marks, config, means=means, sources=donors)
     with pytest.raises(ValueError, match=r"resample sources of 5 tokens are too few or too short"):
-        problem.losses(torch.zeros(1, problem.index.n_nodes, dtype=torch.bool))
+        run.losses(torch.zeros(1, run.index.n_nodes, dtype=torch.bool))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,22 +226,20 @@ def test_tying_without_both_sites_is_refused_at_once(planted, marks, random_toke
 
 def test_a_circuit_of_given_nodes_is_measured(posed):
     """Of any nodes at all: here the chain, without a search."""
-    problem, places = posed
-    model, index = problem.model, problem.index
+    run, places = posed
+    model, index = run.model, run.index
     kept = torch.zeros(index.n_nodes, dtype=torch.bool)
     kept[places] = True
-    circuit = build_circuit(problem, kept, kept.float(), n_active=6)
-    hooks = ablation_hooks(index, kept, problem.values)
-    assert circuit.selection_loss == pytest.approx(loss_of(model, problem.selection, hooks))
-    assert circuit.loss == pytest.approx(loss_of(model, problem.report, hooks), abs=1e-6)
-    assert circuit.model_loss == pytest.approx(loss_of(model, problem.report), abs=1e-6)
+    circuit = build_circuit(run, kept, kept.float(), n_active=6)
+    hooks = ablation_hooks(index, kept, run.values)
+    assert circuit.selection_loss == pytest.approx(loss_of(model, run.selection, hooks))
+    assert circuit.loss == pytest.approx(loss_of(model, run.report, hooks), abs=1e-6)
+    assert circuit.model_loss == pytest.approx(loss_of(model, run.report), abs=1e-6)
     assert circuit.edges.equals(circuit_edges(model, index, kept))
     assert circuit.seconds > 0
     assert circuit.size_curve.empty
     assert list(circuit.size_curve.columns) == ["n_nodes", "loss"]
-    told = build_circuit(
-        problem, kept, kept.float(), n_active=6, seconds=2.5, config={"by": "hand"}
-    )
+    told = build_circuit(run, kept, kept.float(), n_active=6, seconds=2.5, config={"by": "hand"})
     assert (told.seconds, told.config) == (2.5, {"by": "hand"})
 
 

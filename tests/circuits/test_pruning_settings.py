@@ -82,17 +82,17 @@ def test_a_key_brings_its_query_if_they_are_tied(attentive, marks, random_tokens
 def test_tied_channels_are_chosen_and_removed_together(attentive, marks, random_tokens):
     model, chain = attentive
     means = activation_means(model, random_tokens)
-    problem = set_up(model, marks, replace(SEARCH, tie_qk=True), means=means)
-    index = problem.index
+    run = set_up(model, marks, replace(SEARCH, tie_qk=True), means=means)
+    index = run.index
     q, k = (index.slices[index.hook(0, name)] for name in ("attn_q", "attn_k"))
     tau = torch.full((index.n_nodes,), -1.0)
     tau[kept_of(index, chain)] = 0.2
     tau[q], tau[k] = torch.linspace(0.9, 0.1, 8), torch.linspace(0.9, 0.1, 8)
-    kept, curve = choose_nodes(problem, tau)
+    kept, curve = choose_nodes(run, tau)
     assert torch.equal(kept[q], kept[k])
     assert int(kept[q].sum()) > 1
     assert int(kept.sum()) in curve["n_nodes"].tolist()
-    after = refined(problem, kept)
+    after = refined(run, kept)
     assert torch.equal(after, kept_of(index, chain | {(0, "attn_q", 2)}))
 
 
@@ -147,13 +147,13 @@ def test_other_values_in_the_place_of_means(planted, marks, random_tokens, ablat
     search = replace(SEARCH, ablation=ablation)
     circuit = prune(model, marks, search, means=means, progress=False)
     assert named(circuit) == chain
-    problem = set_up(model, marks, search, means=means)
-    assert torch.equal(circuit.means.values, problem.values)
+    run = set_up(model, marks, search, means=means)
+    assert torch.equal(circuit.means.values, run.values)
     assert (circuit.means.values - means.values).abs().max() > 0.05
     hooks = circuit.hooks()
-    assert circuit.loss == pytest.approx(loss_of(model, problem.report, hooks), abs=1e-6)
-    by_hand = ablation_hooks(circuit.index, circuit.kept, problem.values)
-    assert loss_of(model, problem.report, hooks) == loss_of(model, problem.report, by_hand)
+    assert circuit.loss == pytest.approx(loss_of(model, run.report, hooks), abs=1e-6)
+    by_hand = ablation_hooks(circuit.index, circuit.kept, run.values)
+    assert loss_of(model, run.report, hooks) == loss_of(model, run.report, by_hand)
 
 
 @pytest.mark.parametrize("kind", ["ours", "dense"])
@@ -165,17 +165,17 @@ def test_removed_nodes_are_resampled(request, planted, marks, random_tokens, kin
     circuit = prune(model, marks, search, means=means, sources=donors, progress=False)
     assert chain <= named(circuit)
     assert len(named(circuit) - chain) <= 2
-    problem = set_up(model, marks, search, means=means, sources=donors)
-    hooks = circuit.hooks_for(model, problem.report.tokens, problem.values)
-    assert circuit.loss == pytest.approx(loss_of(model, problem.report, hooks), abs=1e-6)
-    hooks = circuit.hooks_for(model, problem.selection.tokens, problem.values)
-    found = loss_of(model, problem.selection, hooks)
+    run = set_up(model, marks, search, means=means, sources=donors)
+    hooks = circuit.hooks_for(model, run.report.tokens, run.values)
+    assert circuit.loss == pytest.approx(loss_of(model, run.report, hooks), abs=1e-6)
+    hooks = circuit.hooks_for(model, run.selection.tokens, run.values)
+    found = loss_of(model, run.selection, hooks)
     assert circuit.selection_loss == pytest.approx(found, abs=1e-6)
     assert found < 0.15
     with pytest.raises(ValueError, match=r"ablation='resample' .*use hooks_for\(model, tokens\)"):
         circuit.hooks()
     with pytest.raises(ValueError, match="sources= belong to circuits pruned with"):
-        circuit.hooks_for(model, problem.report.tokens)
+        circuit.hooks_for(model, run.report.tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,14 +219,14 @@ def test_a_frozen_norm_does_not_amplify_what_is_kept(planted, marks, random_toke
     losses = {}
     for freeze_norm in (False, True):
         search = replace(SEARCH, ablation="zero", freeze_norm=freeze_norm)
-        problem = set_up(model, marks, search, means=means)
-        hooks = [*problem.selection_hooks, *ablation_hooks(index, kept, problem.values)]
-        whole = scales_under(model, problem.selection, [])
-        shrunk = scales_under(model, problem.selection, hooks)
+        run = set_up(model, marks, search, means=means)
+        hooks = [*run.selection_hooks, *ablation_hooks(index, kept, run.values)]
+        whole = scales_under(model, run.selection, [])
+        shrunk = scales_under(model, run.selection, hooks)
         for name, scale in whole.items():
             assert torch.equal(shrunk[name], scale) == freeze_norm, name
-        losses[freeze_norm] = float(problem.losses(kept[None]))
-        assert losses[freeze_norm] == pytest.approx(loss_of(model, problem.selection, hooks))
+        losses[freeze_norm] = float(run.losses(kept[None]))
+        assert losses[freeze_norm] == pytest.approx(loss_of(model, run.selection, hooks))
     assert losses[False] < losses[True]
 
 
@@ -238,9 +238,9 @@ def test_jobs_with_frozen_norms_are_those_alone(planted, marks, random_tokens):
         (marks, replace(config, freeze_norm=frozen, seed=seed))
         for seed, frozen in ((0, True), (1, True), (0, False))
     ]
-    problems = set_up_many(model, jobs, means, None, None)
-    together = train_masks(problems[:2], progress=False)[-1]
-    alone = [train_masks([problem], progress=False)[-1][0] for problem in problems]
+    runs = set_up_many(model, jobs, means, None, None)
+    together = train_masks(runs[:2], progress=False)[-1]
+    alone = [train_masks([run], progress=False)[-1][0] for run in runs]
     torch.testing.assert_close(together, torch.stack(alone[:2]), atol=1e-4, rtol=0)
     assert (alone[0] - alone[2]).abs().max() > 1e-3
 

@@ -68,8 +68,8 @@ class GroundTruthModel:
                 target.
         """
         kept = self.check(self.kept if kept is None else kept)
-        problem = set_up(self.model, self.task, config, means=self.means)
-        return build_circuit(problem, kept, 2 * kept.float() - 1, n_active=int(kept.sum()))
+        pruning_run = set_up(self.model, self.task, config, means=self.means)
+        return build_circuit(pruning_run, kept, 2 * kept.float() - 1, n_active=int(kept.sum()))
 
     def check(self, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
         """The mask on the CPU; ValueError if it is not one entry per node."""
