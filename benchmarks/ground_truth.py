@@ -55,29 +55,30 @@ def rows(seed: int) -> list[Row]:
     return found
 
 
-def cells(report: FaithfulnessReport) -> dict[str, str]:
-    """Letter of a part → how many of its checks passed, and which did not."""
-    found = {}
-    for letter in report.config.parts:
-        here = [check for check in report.checks if check.criterion.part == letter]
-        measured = [check for check in here if check.outcome != "not measured"]
-        passed = sum(check.outcome == "passed" for check in measured)
-        text = f"{passed}/{len(measured)}" if measured else "–"
-        wrong = [check for check in measured if check.outcome != "passed"]
-        names = [
-            check.criterion.key + ("" if check.outcome == "failed" else f" ({check.outcome})")
-            for check in wrong
-        ]
-        found[letter] = ": ".join([text, ", ".join(names)]) if names else text
-    return found
+CHECKS = (
+    "sufficiency", "necessity", "completeness", "minimality", "partial_ablation", "norms",
+    "node_values", "attention_patterns", "component_effects", "cumulative_restoration",
+)  # fmt: skip
+
+
+def passed(report: FaithfulnessReport) -> str:
+    """How many of the measured criteria passed, and which did not."""
+    asked = [one for one in report.criteria if one.outcome != "not measured"]
+    wrong = [one for one in asked if one.outcome != "passed"]
+    names = [
+        one.criterion.key + ("" if one.outcome == "failed" else f" ({one.outcome})")
+        for one in wrong
+    ]
+    text = f"{len(asked) - len(wrong)}/{len(asked)}"
+    return ": ".join([text, ", ".join(names)]) if names else text
 
 
 def judged(row: Row, report: FaithfulnessReport) -> str:
     """Whether the suite says of a circuit what is known of it."""
     wrong = {
-        check.criterion.key: check.outcome
-        for check in report.checks
-        if check.outcome not in ("passed", "not measured")
+        one.criterion.key: one.outcome
+        for one in report.criteria
+        if one.outcome not in ("passed", "not measured")
     }
     if not row.caught_by:
         return "not all passed" if wrong else "passes all"
@@ -89,14 +90,14 @@ def judged(row: Row, report: FaithfulnessReport) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="ABCDEI")
+    parser.add_argument("--checks", nargs="+", default=list(CHECKS))
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--out", default="ground_truth.json")
     args = parser.parse_args()
-    config = EvaluationConfig(parts=args.parts, pairs=args.pairs, seed=args.seed)
-    header = ["circuit", "units", "loss", "f", *args.parts, "told"]
+    config = EvaluationConfig(checks=tuple(args.checks), pairs=args.pairs, seed=args.seed)
+    header = ["circuit", "components", "loss", "f", "criteria passed", "told"]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     records = []
     for row in rows(args.seed):
@@ -107,14 +108,21 @@ def main() -> None:
             row.planted.model, row.circuit, row.planted.task, config, tokens=row.planted.text,
             progress=False,
         )  # fmt: skip
-        own = {name: report.part("A").measure(name, "own").value for name in ("loss", "f")}
-        line = [row.name, str(report.n_units), *(f"{own[name]:.2f}" for name in ("loss", "f"))]
-        line += [*cells(report).values(), judged(row, report)]
+        own = {
+            name: report.check("sufficiency").measure(name, "as_pruned").value
+            for name in ("loss", "f")
+        }
+        line = [row.name, str(report.n_components), *(f"{own[name]:.2f}" for name in ("loss", "f"))]
+        line += [passed(report), judged(row, report)]
         print("| " + " | ".join(line) + " |", flush=True)
         records.append(
             dict(zip(header, line, strict=True))
             | {"seconds": time.perf_counter() - start}
-            | {"failed": [c.reason for c in report.checks if c.outcome in ("failed", "uncertain")]}
+            | {
+                "failed": [
+                    c.reason for c in report.criteria if c.outcome in ("failed", "uncertain")
+                ]
+            }
         )
     machine = {
         "torch": torch.__version__, "python": platform.python_version(),

@@ -1,7 +1,7 @@
 """What does the faithfulness suite cost, in all and against the number of prompts?
 
-Times every part of ``evaluate`` with its defaults on one circuit of the bundled sparse model, then
-the parts that run on prompts (all but F to H, which search for circuits) at several numbers of
+Times every check of ``evaluate`` with its defaults on one circuit of the bundled sparse model, then
+the checks that run on prompts (all that do not search for circuits) at several numbers of
 pairs. Below 1 an exponent says: less than linear in prompts.
 
     python benchmarks/suite_cost.py
@@ -41,15 +41,15 @@ def main() -> None:
 
     def seconds(config: EvaluationConfig) -> dict[str, float]:
         report = tls.evaluate(model, circuit, task, config, tokens=text, progress=False)
-        return {part.part: part.seconds for part in report.parts} | {"all": report.seconds}
+        return {result.check: result.seconds for result in report.results} | {"all": report.seconds}
 
     whole = seconds(config)
-    rows = {n: seconds(replace(config, parts="ABCDEIJK", pairs=n)) for n in args.pairs}
+    rows = {n: seconds(replace(config, searches=False, pairs=n)) for n in args.pairs}
     table = pd.DataFrame(rows).T.rename_axis("pairs")
     first, last = args.pairs[0], args.pairs[-1]
     exponents = {
-        part: math.log(table[part][last] / table[part][first]) / math.log(last / first)
-        for part in table
+        check: math.log(table[check][last] / table[check][first]) / math.log(last / first)
+        for check in table
     }
     print(pd.DataFrame({"defaults": whole}).T.to_string(float_format="{:.1f}".format))
     print(table.to_string(float_format="{:.1f}".format))

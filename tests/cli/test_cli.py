@@ -400,20 +400,20 @@ def test_evaluating_leaves_a_report_a_page_and_tables(capsys, solver, sixty_sour
     out = tmp_path / "e"
     cli.main(
         ["evaluate", "--model", str(solver), "--circuit", str(tmp_path / "c" / "circuit"),
-         "--out", str(out), *corpus, "--sequences", "9", "--evaluation.parts", "BD",
-         "--evaluation.pairs", "8", "--thresholds.minimality", "0.5"]
+         "--out", str(out), *corpus, "--sequences", "9", "--evaluation.checks", "norms",
+         "minimality", "--evaluation.pairs", "8", "--thresholds", "minimal", "0.5"]
     )  # fmt: skip
     report = FaithfulnessReport.load(out / "report.json")
-    assert [part.part for part in report.parts] == ["B", "D"]
-    assert report.thresholds.minimality == 0.5
+    assert [result.check for result in report.results] == ["minimality", "norms"]
+    assert report.thresholds["minimal"] == 0.5
     assert report.verdict in capsys.readouterr().out
     assert len(pd.read_csv(out / "numbers.csv")) == len(report.to_dataframe())
     assert "for_while" in (out / "report.html").read_text(encoding="utf-8")
     words = refused(
         capsys, "evaluate", "--model", str(solver), "--circuit", str(tmp_path), "--out", str(out),
-        "--evaluation.parts", "XY",
+        "--evaluation.checks", "X", "Y",
     )  # fmt: skip
-    assert "unknown parts X, Y; choose from A (sufficiency)" in words
+    assert "unknown checks X, Y; choose from attention_patterns" in words
 
 
 # --------------------------------------------------------------------------------------------------

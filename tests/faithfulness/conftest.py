@@ -12,22 +12,22 @@ __all__ = ["chain", "circuit_of"]
 
 
 @pytest.fixture
-def subject_of(random_tokens: Any) -> Callable[..., Any]:
-    """``subject_of(model, task, circuit, **config)``: a Subject, small, with text."""
+def tested(random_tokens: Any) -> Callable[..., Any]:
+    """``tested(model, task, circuit, **config)``: a CircuitUnderTest, small, with text."""
 
     def build(model: Any, task: Any, circuit: Any, **config: Any) -> Any:
-        from tl_sparse.faithfulness import EvaluationConfig, subject
+        from tl_sparse.faithfulness import EvaluationConfig, under_test
 
         small = {"pairs": 8, "draws": 200, "controls": 4, "subsets": 6, "attack_steps": 6}
         chosen = EvaluationConfig(**(small | config))
-        return subject(model, circuit, task, chosen, random_tokens)
+        return under_test(model, circuit, task, chosen, random_tokens)
 
     return build
 
 
 @pytest.fixture
-def whole(chain: Any, subject_of: Any) -> Any:
-    """The Subject of the chain of six nodes in the planted model."""
+def whole(chain: Any, tested: Any) -> Any:
+    """The CircuitUnderTest of the chain of six nodes in the planted model."""
     model, task, circuit = chain
     torch.manual_seed(0)
-    return subject_of(model, task, circuit)
+    return tested(model, task, circuit)

@@ -4,7 +4,8 @@ import math
 
 
 def slow_logit_diffs(model, batch, index, keep, value_of):
-    """Margins of each prompt alone; ``value_of(hook, prompt, positions)`` is [pos, channel]."""
+    """Logit differences, one prompt at a time; ``value_of(hook, prompt, positions)`` is [pos,
+    channel]."""
     import torch
 
     found = []
@@ -36,3 +37,20 @@ def loss(logit_diffs):
 def fixed(index, values):
     """Values for :func:`slow_logit_diffs` that are the same for all prompts and positions."""
     return lambda name, number, positions: values[index.slices[name]].expand(positions, -1)
+
+
+def together(*names):
+    """A function that runs several checks and gives all they find as one result."""
+    from tl_sparse.faithfulness import CheckResult
+    from tl_sparse.faithfulness.evaluate import measured
+    from tl_sparse.faithfulness.registry import check_of
+
+    def run(test):
+        found = [measured(check_of(name), test) for name in names]
+        return CheckResult(
+            tuple(m for one in found for m in one.measures),
+            {name: table for one in found for name, table in one.tables.items()},
+            tuple(note for one in found for note in one.notes),
+        )
+
+    return run

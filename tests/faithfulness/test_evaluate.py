@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -10,58 +11,69 @@ from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
 from tl_sparse.faithfulness import (
     EvaluationConfig,
     FaithfulnessReport,
-    Thresholds,
+    checks,
     evaluate,
 )
-from tl_sparse.faithfulness.config import PARTS
-from tl_sparse.faithfulness.evaluate import RUNS
+from tl_sparse.faithfulness.checks import check_names
+from tl_sparse.faithfulness.registry import all_checks
 
 SMALL = EvaluationConfig(
     pairs=8, draws=50, controls=3, few_pairs=4, subsets=4, constant_steps=3, optimal_controls=1,
-    relaxation_draws=2, attack_steps=3, attack_pairs=4, attack_restarts=1, attacked_controls=1,
+    restoration_draws=2, attack_steps=3, attack_pairs=4, attack_restarts=1, attacked_controls=1,
     search_steps=8, search_pairs=4, null_steps=8, seeds=2, null_seeds=1, rounds=1,
 )  # fmt: skip
 
 
-def test_every_part_runs_and_the_report_comes_back_exactly(chain, random_tokens, tmp_path):
+def test_every_check_runs_and_the_report_comes_back_exactly(chain, random_tokens, tmp_path):
     model, task, circuit = chain
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = evaluate(model, circuit, task, SMALL, tokens=random_tokens, progress=False)
-    assert [part.part for part in report.parts] == list(PARTS)
-    assert all(part.measures for part in report.parts if part.part != "K")
-    assert report.part("K").notes  # the task has no variants
-    assert all(part.seconds > 0 for part in report.parts)
-    assert (report.n_units, report.n_edges) == (6, circuit.n_edges)
+    assert [r.check for r in report.results] == [check.name for check in all_checks()]
+    assert all(r.measures for r in report.results if r.check != "predictions")
+    assert report.check("predictions").notes  # the task has no variants
+    assert all(r.seconds > 0 for r in report.results)
+    assert (report.n_components, report.n_edges) == (6, circuit.n_edges)
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
     report.save(tmp_path / "r.json")
     back = FaithfulnessReport.load(tmp_path / "r.json")
     pd.testing.assert_frame_equal(back.to_dataframe(), report.to_dataframe())
-    for mine, theirs in zip(report.parts, back.parts, strict=True):
+    for mine, theirs in zip(report.results, back.results, strict=True):
         assert list(mine.tables) == list(theirs.tables)
         for name, table in mine.tables.items():
             pd.testing.assert_frame_equal(theirs.tables[name], table.reset_index(drop=True))
     assert back.verdict == report.verdict
     page = report.write_page(tmp_path / "r.html").read_text(encoding="utf-8")
-    assert all(f">{letter} · " in page for letter in PARTS)
+    assert all(f">{name.replace('_', ' ')}<" in page for name in check_names())
+
+
+DRAWN = (
+    "sufficiency", "necessity", "completeness", "minimality", "partial_ablation", "nulls",
+    "generalisation",
+)  # fmt: skip
 
 
 def test_the_same_seed_gives_the_same_numbers(chain, random_tokens):
     model, task, circuit = chain
     runs = [
-        evaluate(model, circuit, task, replace(SMALL, parts="ABCFG"), tokens=random_tokens,
-                 progress=False).to_dataframe()
+        evaluate(
+            model, circuit, task, replace(SMALL, checks=DRAWN), tokens=random_tokens, progress=False
+        ).to_dataframe()
         for _ in range(2)
     ]  # fmt: skip
     pd.testing.assert_frame_equal(*runs)
 
 
-def test_parts_run_in_their_order_whatever_is_asked(chain):
+def test_checks_run_in_their_order_whatever_is_asked(chain):
     model, task, circuit = chain
-    report = evaluate(model, circuit, task, replace(SMALL, parts="DA"), progress=False)
-    assert [part.part for part in report.parts] == ["A", "D"]
-    assert any("resample" in note for note in report.part("A").notes)  # no text: said, not hidden
+    report = evaluate(
+        model, circuit, task, replace(SMALL, checks=("norms", "sufficiency")), progress=False
+    )
+    assert [r.check for r in report.results] == ["sufficiency", "norms"]
+    assert any(
+        "resample" in note for note in report.check("sufficiency").notes
+    )  # no text: said, not hidden
 
 
 @pytest.mark.parametrize("share", ["none", "all"])
@@ -70,9 +82,31 @@ def test_the_empty_circuit_and_the_whole_model_have_reports_too(chain, random_to
     kept = torch.full_like(circuit.kept, share == "all")
     circuit = replace(circuit, kept=kept, edges=circuit.edges.iloc[:0])
     report = evaluate(
-        model, circuit, task, replace(SMALL, parts="ABCDEIJ"), tokens=random_tokens, progress=False
+        model,
+        circuit,
+        task,
+        replace(
+            SMALL,
+            checks=(
+                "sufficiency",
+                "necessity",
+                "completeness",
+                "minimality",
+                "partial_ablation",
+                "norms",
+                "node_values",
+                "attention_patterns",
+                "component_effects",
+                "interchange",
+                "cumulative_restoration",
+                "edge_ablation",
+                "binarisation",
+            ),
+        ),
+        tokens=random_tokens,
+        progress=False,
     )
-    f = report.part("A").measure("f", "own").value
+    f = report.check("sufficiency").measure("f", "as_pruned").value
     assert f == (1.0 if share == "all" else 0.0)
     assert report._repr_html_()
 
@@ -81,24 +115,43 @@ def test_circuits_of_heads_and_of_dense_models_have_reports(dense_planted, marks
     model, _ = dense_planted
     heads = circuit_of_heads(model, marks.name, [(0, 0)], random_tokens)
     report = evaluate(
-        model, heads, marks, replace(SMALL, parts="ABCDEI"), tokens=random_tokens, progress=False
+        model,
+        heads,
+        marks,
+        replace(
+            SMALL,
+            checks=(
+                "sufficiency",
+                "necessity",
+                "completeness",
+                "minimality",
+                "partial_ablation",
+                "norms",
+                "node_values",
+                "attention_patterns",
+                "component_effects",
+                "interchange",
+                "cumulative_restoration",
+                "edge_ablation",
+            ),
+        ),
+        tokens=random_tokens,
+        progress=False,
     )
     assert report.n_edges is None
     assert report.target_loss is None
-    assert math.isfinite(report.part("A").measure("f", "own").value)
-    assert any("edge" in note for note in report.part("I").notes)
+    assert math.isfinite(report.check("sufficiency").measure("f", "as_pruned").value)
+    assert any("edge" in note for note in report.check("edge_ablation").notes)
 
 
 def test_thresholds_change_the_verdict_and_nothing_else(chain):
     model, task, circuit = chain
-    config = replace(SMALL, parts="A")
-    strict = evaluate(
-        model, circuit, task, config, thresholds=Thresholds(loss=1e-9), progress=False
-    )
+    config = replace(SMALL, checks=("sufficiency",))
+    strict = evaluate(model, circuit, task, config, thresholds={"sufficient": 1e-9}, progress=False)
     plain = evaluate(model, circuit, task, config, progress=False)
     pd.testing.assert_frame_equal(strict.to_dataframe(), plain.to_dataframe())
     outcomes = [
-        {check.criterion.key: check.outcome for check in report.checks}["sufficient"]
+        {check.criterion.key: check.outcome for check in report.criteria}["sufficient"]
         for report in (strict, plain)
     ]
     assert outcomes == ["failed", "passed"]
@@ -107,25 +160,30 @@ def test_thresholds_change_the_verdict_and_nothing_else(chain):
 def test_transformer_lens_own_statistics_take_the_prompts_values(chain, random_tokens):
     model, task, circuit = chain
     report = evaluate(
-        model, circuit, task, replace(SMALL, parts="A"), tokens=random_tokens, progress=False
+        model,
+        circuit,
+        task,
+        replace(SMALL, checks=("sufficiency",)),
+        tokens=random_tokens,
+        progress=False,
     )
     if HAS_HOOKED_TRANSFORMER:
         with pytest.raises(NotImplementedError, match="no PatchingResult"):
-            report.patching_result("A", "loss")
+            report.patching_result("sufficiency", "loss")
         return
-    result = report.patching_result("A", "loss")
+    result = report.patching_result("sufficiency", "loss")
     variants = result.index_df["variant"].tolist()
-    assert {"own", "zero", "mean", "resample"} <= set(variants)
-    own = report.part("A").measure("loss", "own")
-    row = variants.index("own")
+    assert {"as_pruned", "zero", "mean", "resample"} <= set(variants)
+    own = report.check("sufficiency").measure("loss", "as_pruned")
+    row = variants.index("as_pruned")
     assert float(result.mean()[row]) == pytest.approx(own.value, abs=1e-6)
     low, high = result.bootstrap_ci()
     assert float(low[row]) <= own.value <= float(high[row])
-    model_loss = report.part("A").measure("model_loss").value
+    model_loss = report.check("sufficiency").measure("model_loss").value
     assert float(result.effect()[row].mean()) == pytest.approx(own.value - model_loss, abs=1e-6)
     assert len(result.permutation_pvalue(n_permutations=20)) == len(variants)
     with pytest.raises(KeyError, match="no 'nothing' by prompt"):
-        report.patching_result("A", "nothing")
+        report.patching_result("sufficiency", "nothing")
 
 
 def test_a_circuit_without_target_and_scores_has_a_report(chain, random_tokens):
@@ -139,27 +197,98 @@ def test_a_circuit_without_target_and_scores_has_a_report(chain, random_tokens):
         config={},
     )
     report = evaluate(
-        model, bare, task, replace(SMALL, parts="AF"), tokens=random_tokens, progress=False
+        model,
+        bare,
+        task,
+        replace(SMALL, checks=("sufficiency", "nulls")),
+        tokens=random_tokens,
+        progress=False,
     )
-    assert "cpr, cmd: these units were not ranked" in report.part("A").notes
-    assert report.part("F").measures
+    assert "cpr, cmd: these components were not ranked" in report.check("sufficiency").notes
+    assert report.check("nulls").measures
 
 
-def test_what_cannot_be_measured_does_not_lose_the_rest(chain, monkeypatch):
-    def fails(subject):
-        raise ValueError("grouped keys have no matrices")
+BROKEN = """
+from tl_sparse.faithfulness.measure import CheckResult, NotMeasured, measured_count
+from tl_sparse.faithfulness.registry import Check, Criterion
 
+
+def roundness(test):
+    if test.config.seed == 1:
+        raise NotMeasured("the circuit is square")
+    if test.config.seed == 2:
+        raise ValueError("a bug")
+    return CheckResult((measured_count("roundness", float(test.kept_components.sum())),))
+
+
+CHECK = Check(
+    roundness, "is it round?", 15, criteria=(Criterion("round", "is round", "roundness", 6.0),)
+)
+"""
+
+
+@pytest.fixture
+def roundness(tmp_path, monkeypatch):
+    """One file more in the suite."""
+    (tmp_path / "roundness.py").write_text(BROKEN)
+    monkeypatch.setattr(checks, "__path__", [*checks.__path__, str(tmp_path)])
+    yield
+    sys.modules.pop("tl_sparse.faithfulness.checks.roundness", None)
+
+
+def test_one_file_is_a_check(chain, roundness, tmp_path):
+    """It runs in its place, is judged, saved, loaded, and shown."""
     model, task, circuit = chain
-    monkeypatch.setitem(RUNS, "F", fails)
-    report = evaluate(model, circuit, task, replace(SMALL, parts="AF"), progress=False)
-    assert report.part("A").measures
-    assert report.part("F").notes == ("not measured: grouped keys have no matrices",)
-    check = next(c for c in report.checks if c.criterion.key == "no nonsense")
-    assert (check.outcome, check.reason) == ("not measured", report.part("F").notes[0])
+    with pytest.raises(ValueError, match=r"unknown checks squareness; choose from .*roundness"):
+        replace(SMALL, checks=("squareness",))
+    config = replace(SMALL, checks=("norms", "roundness", "sufficiency"))
+    report = evaluate(model, circuit, task, config, progress=False)
+    assert [r.check for r in report.results] == ["sufficiency", "roundness", "norms"]
+    assert report.check("roundness").measure("roundness").value == 6
+    frame = report.criteria_frame().set_index("criterion")
+    assert frame.loc["round", ["check", "outcome"]].tolist() == ["roundness", "passed"]
+    strict = evaluate(
+        model, circuit, task, config, thresholds={"round": 5.0}, progress=False
+    ).criteria_frame()
+    assert strict.set_index("criterion").loc["round", "outcome"] == "failed"
+    report.save(tmp_path / "r.json")
+    assert FaithfulnessReport.load(tmp_path / "r.json").verdict == report.verdict
+    assert "is round" in report.write_page(tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_measured_does_not_lose_the_rest(chain, roundness):
+    model, task, circuit = chain
+    config = replace(SMALL, checks=("sufficiency", "roundness"), seed=1)
+    report = evaluate(model, circuit, task, config, progress=False)
+    assert report.check("sufficiency").measures
+    assert report.check("roundness").notes == ("not measured: the circuit is square",)
+    found = next(c for c in report.criteria if c.criterion.key == "round")
+    assert (found.outcome, found.reason) == ("not measured", report.check("roundness").notes[0])
+
+
+def test_a_bug_stays_a_bug(chain, roundness):
+    model, task, circuit = chain
+    with pytest.raises(ValueError, match="a bug"):
+        evaluate(
+            model, circuit, task, replace(SMALL, checks=("roundness",), seed=2), progress=False
+        )
+
+
+def test_unknown_criteria_are_refused(chain):
+    model, task, circuit = chain
+    with pytest.raises(ValueError, match="unknown criteria rond; choose from sufficient"):
+        evaluate(model, circuit, task, SMALL, thresholds={"rond": 1.0}, progress=False)
+
+
+def test_checks_that_search_may_be_left_out(chain):
+    model, task, circuit = chain
+    config = replace(SMALL, checks=("sufficiency", "nulls", "redundancy"), searches=False)
+    report = evaluate(model, circuit, task, config, progress=False)
+    assert [r.check for r in report.results] == ["sufficiency"]
 
 
 def test_what_has_to_be_read_with_the_numbers_is_said(chain):
     model, task, circuit = chain
     resampled = replace(circuit, config=dict(circuit.config) | {"ablation": "resample"})
-    report = evaluate(model, resampled, task, replace(SMALL, parts="D"), progress=False)
-    assert any("found by resampling" in note for note in report.part("D").notes)
+    report = evaluate(model, resampled, task, replace(SMALL, checks=("norms",)), progress=False)
+    assert any("found by resampling" in note for note in report.check("norms").notes)

@@ -3,26 +3,26 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from tests.faithfulness.checks.test_schemes import noisy
+from tests.faithfulness.test_ablation_masks import noisy
 from tl_sparse.ablation import activation_means, resample_sources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits import Circuit, PruningConfig, prune
 from tl_sparse.circuits.gates import HardGates
 from tl_sparse.circuits.pruning_run import PruningFailed, set_up
-from tl_sparse.faithfulness import subject
+from tl_sparse.faithfulness import under_test
 from tl_sparse.faithfulness.faithful import (
+    AblationMasksObjective,
     FaithfulConfig,
-    SchemesObjective,
+    add_nodes,
     faithful_prune,
-    grown,
-    withstanding,
+    repair_against_attack,
 )
 
 __all__ = ["noisy"]
 
 SEARCH = PruningConfig(steps=30, batch_pairs=6, selection_pairs=24, report_pairs=16, lr=0.05)
-QUICK = FaithfulConfig(attack_steps=8, rounds=3, schemes=2)
+QUICK = FaithfulConfig(attack_steps=8, rounds=3, ablation_masks=2)
 
 
 @pytest.fixture
@@ -52,16 +52,16 @@ def test_without_weights_it_is_plain_pruning_bit_for_bit(noisy, means):
     assert same(mine, theirs)
 
 
-def test_weights_next_to_nothing_and_no_schemes_find_the_same_nodes(noisy, means):
+def test_weights_next_to_nothing_and_no_ablation_masks_find_the_same_nodes(noisy, means):
     # through the other code path
-    least = FaithfulConfig(stochastic=1e-9, adversarial=0.0, schemes=0, limit=1e9)
+    least = FaithfulConfig(stochastic=1e-9, adversarial=0.0, ablation_masks=0, limit=1e9)
     mine = faithful_prune(noisy.model, noisy.task, SEARCH, least, means=means, progress=False)
     theirs = prune(noisy.model, noisy.task, SEARCH, means=means, progress=False)
     assert torch.equal(mine.kept, theirs.kept)
     torch.testing.assert_close(mine.tau, theirs.tau, atol=1e-4, rtol=0)
 
 
-def test_the_circuit_reaches_its_limit_under_the_schemes(noisy, means, tmp_path):
+def test_the_circuit_reaches_its_limit_under_the_ablation_masks(noisy, means, tmp_path):
     circuit = faithful_prune(noisy.model, noisy.task, SEARCH, QUICK, means=means, progress=False)
     record = circuit.config["faithful"]
     assert {name: record[name] for name in asdict(QUICK)} == asdict(QUICK)
@@ -73,13 +73,13 @@ def test_the_circuit_reaches_its_limit_under_the_schemes(noisy, means, tmp_path)
     assert again.config == circuit.config
     assert torch.equal(again.kept, circuit.kept)
     # part of the suite: the record does not get in the way
-    assert subject(noisy.model, again, noisy.task).kept.equal(circuit.kept)
+    assert under_test(noisy.model, again, noisy.task).kept.equal(circuit.kept)
 
 
 def test_the_objective_is_its_losses_weighted(problem):
     faithful = FaithfulConfig(stochastic=0.5, adversarial=2.0, frozen_norm=0.25, limit=0.3)
-    objective = SchemesObjective(problem, faithful)
-    start = objective.schemes.clone()
+    objective = AblationMasksObjective(problem, faithful)
+    start = objective.ablation_masks.clone()
     state = objective.generator.get_state()
     masks = HardGates(
         problem.component, init_bias=[0.1], init_scale=[0.1],
@@ -95,8 +95,8 @@ def test_the_objective_is_its_losses_weighted(problem):
     share.set_state(state)
     p = torch.rand(1, generator=share)
     random = (torch.rand(1, problem.index.n_nodes, generator=share) < p).float()
-    schemes = torch.cat([torch.zeros_like(random), random, start])
-    keep = torch.where(gates.detach().bool(), 1.0, schemes)
+    ablation_masks = torch.cat([torch.zeros_like(random), random, start])
+    keep = torch.where(gates.detach().bool(), 1.0, ablation_masks)
     pairs = problem.train.pairs(0, SEARCH.batch_pairs)
     full, stochastic, *adversarial = masked_losses(
         problem.model, pairs, problem.index, keep, problem.values
@@ -113,15 +113,15 @@ def test_the_objective_is_its_losses_weighted(problem):
 
 
 def test_adversaries_climb_their_own_loss_while_masks_train(problem):
-    objective = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
+    objective = AblationMasksObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
     masks = HardGates(
         problem.component, init_bias=[-0.5], init_scale=[0.1],
         temperature=[1.0], seeds=[0],
     )  # fmt: skip
-    start = objective.schemes.clone().requires_grad_()
+    start = objective.ablation_masks.clone().requires_grad_()
     with eval_mode(problem.model):
         gates = masks.draw().detach()
-        alone = SchemesObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
+        alone = AblationMasksObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
         rows = torch.cat([gates, gates + (1 - gates) * start])
         losses = alone.pool.losses(0, rows)
         (grad,) = torch.autograd.grad(losses[1:].sum(), start)
@@ -130,19 +130,19 @@ def test_adversaries_climb_their_own_loss_while_masks_train(problem):
     expected = (start + 0.2 * grad.sign()).clamp(0, 1).detach()
     moved = grad.abs() > 1e-6  # the sign of what is nearly zero is rounding
     assert int(moved.sum()) > 20
-    torch.testing.assert_close(objective.schemes[moved], expected[moved])
+    torch.testing.assert_close(objective.ablation_masks[moved], expected[moved])
 
 
 def test_nodes_that_an_attack_asks_for_are_added_and_no_others(noisy, problem):
     (chain,) = torch.nonzero(noisy.circuit.kept, as_tuple=True)
     part = noisy.circuit.kept.clone()
-    part[chain[2]] = False  # the scheme removes it, and leaves all else
-    scheme = torch.ones(problem.index.n_nodes)
-    scheme[chain[2]] = 0.0
-    held = replace(problem, ablation_masks=scheme[None], ablation_limit=0.15)
+    part[chain[2]] = False  # the ablation mask removes it, and leaves all else
+    ablation_mask = torch.ones(problem.index.n_nodes)
+    ablation_mask[chain[2]] = 0.0
+    held = replace(problem, ablation_masks=ablation_mask[None], ablation_limit=0.15)
     with eval_mode(problem.model):
         assert not held.reached(part[None])[0]
-        found = grown(held, part, scheme)
+        found = add_nodes(held, part, ablation_mask)
     assert torch.equal(found, noisy.circuit.kept)
 
 
@@ -154,7 +154,7 @@ def test_excluded_nodes_are_not_added(noisy, problem):
         problem, ablation_masks=torch.zeros(1, len(exclude)), ablation_limit=0.15, exclude=exclude
     )
     with eval_mode(problem.model):
-        found = grown(held, noisy.circuit.kept & ~exclude, held.ablation_masks[0])
+        found = add_nodes(held, noisy.circuit.kept & ~exclude, held.ablation_masks[0])
     assert not bool((found & exclude).any())
 
 
@@ -162,7 +162,7 @@ def test_attacks_go_on_until_they_are_withstood(noisy, problem):
     none = torch.zeros(0, problem.index.n_nodes)
     held = replace(problem, ablation_masks=none, ablation_limit=0.09)
     with eval_mode(problem.model):
-        kept, record = withstanding(held, noisy.circuit.kept, replace(QUICK, rounds=6))
+        kept, record = repair_against_attack(held, noisy.circuit.kept, replace(QUICK, rounds=6))
     assert record["withstood"]
     assert record["attack_loss"] <= 0.09
     assert record["attacks"] > 1
@@ -174,12 +174,12 @@ def test_attacks_go_on_until_they_are_withstood(noisy, problem):
     "setting", [{"ablation": "resample"}, {"freeze_norm": True}, {"tie_qk": True}]
 )
 def test_other_ablations_are_attacked_too(noisy, means, random_tokens, setting):
-    search, donors = replace(SEARCH, steps=8, on_collapse="fail", **setting), None
+    search, sources = replace(SEARCH, steps=8, on_collapse="fail", **setting), None
     if "ablation" in setting:
-        donors = resample_sources(noisy.model, random_tokens)
+        sources = resample_sources(noisy.model, random_tokens)
     circuit = faithful_prune(
         noisy.model, noisy.task, search, replace(QUICK, frozen_norm=0.5), means=means,
-        sources=donors, progress=False,
+        sources=sources, progress=False,
     )  # fmt: skip
     assert circuit.config["faithful"]["attacks"] >= 1
     assert circuit.selection_loss <= SEARCH.target_loss
@@ -203,16 +203,16 @@ def test_a_limit_that_the_model_itself_misses_cannot_be_reached(noisy, means):
         faithful_prune(noisy.model, noisy.task, search, impossible, means=means, progress=False)
 
 
-def test_losses_under_schemes_are_the_worst_in_proportion_to_their_limit(noisy, problem):
+def test_losses_under_ablation_masks_are_the_worst_in_proportion_to_their_limit(noisy, problem):
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(5, problem.index.n_nodes, generator=generator) < 0.9
     keep |= noisy.circuit.kept
-    schemes = torch.rand(3, problem.index.n_nodes, generator=generator)
-    held = replace(problem, ablation_masks=schemes, ablation_limit=0.3)
+    ablation_masks = torch.rand(3, problem.index.n_nodes, generator=generator)
+    held = replace(problem, ablation_masks=ablation_masks, ablation_limit=0.3)
     plain = problem.losses(keep)
     found = held.losses(keep)
     for mask, loss, before in zip(keep, found.tolist(), plain.tolist(), strict=True):
-        gates = torch.where(mask, 1.0, schemes)
+        gates = torch.where(mask, 1.0, ablation_masks)
         under = masked_losses(
             problem.model, held.few.selection, problem.index, gates, problem.values
         )
@@ -221,7 +221,7 @@ def test_losses_under_schemes_are_the_worst_in_proportion_to_their_limit(noisy, 
     assert bool((found >= plain - 1e-6).all())
 
 
-def test_what_misses_the_target_is_not_run_under_schemes(problem):
+def test_what_misses_the_target_is_not_run_under_ablation_masks(problem):
     none = torch.zeros(1, problem.index.n_nodes, dtype=torch.bool)
     held = replace(problem, ablation_masks=torch.full((1, problem.index.n_nodes), torch.nan))
     assert float(held.losses(none)) == float(problem.losses(none)) > SEARCH.target_loss
@@ -235,8 +235,8 @@ def test_the_last_attack_is_no_milder_than_plain_ablation(noisy, means):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stochastic", -1.0), ("adversarial", float("nan")), ("schemes", -1), ("adversaries", 0),
-     ("attack_steps", 0), ("limit", 0.0), ("attack_size", float("inf"))],
+    [("stochastic", -1.0), ("adversarial", float("nan")), ("ablation_masks", -1),
+     ("adversaries", 0), ("attack_steps", 0), ("limit", 0.0), ("attack_size", float("inf"))],
 )  # fmt: skip
 def test_bad_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=name):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.faithfulness.measure import bootstrap_means, interval, measured_mean
 
 
@@ -41,7 +42,11 @@ def test_odd_numbers_of_prompts_are_refused():
 def test_a_ratio_of_means_has_an_interval_of_its_own():
     top, bottom = torch.rand(40) + 1, torch.rand(40) + 2
     found = measured_mean(
-        "A", "f", "x", [top, bottom], lambda means: means[:, 0] / means[:, 1], draws=500, seed=0
+        EvaluationConfig(draws=500),
+        "f",
+        "x",
+        [top, bottom],
+        lambda means: means[:, 0] / means[:, 1],
     )
     assert found.value == pytest.approx(float(top.double().mean() / bottom.double().mean()))
     assert found.low < found.value < found.high
@@ -53,7 +58,7 @@ def test_a_ratio_of_means_has_an_interval_of_its_own():
 def test_a_null_is_kept_with_its_range():
     null = torch.linspace(0, 1, 101)
     found = measured_mean(
-        "A", "f", "", [torch.rand(4)], draws=10, seed=0, null=null, null_name="random"
+        EvaluationConfig(draws=10), "f", "", [torch.rand(4)], null=null, null_name="random"
     )
     assert found.null == pytest.approx(0.5)
     assert (found.null_low, found.null_high) == pytest.approx((0.025, 0.975))
@@ -66,7 +71,8 @@ def test_what_is_undefined_in_a_draw_has_an_interval_without_end():
 
 def test_few_pairs_have_an_interval_without_end():
     few, enough = (
-        measured_mean("A", "f", "", [torch.rand(2 * pairs)], draws=50, seed=0) for pairs in (7, 8)
+        measured_mean(EvaluationConfig(draws=50), "f", "", [torch.rand(2 * pairs)])
+        for pairs in (7, 8)
     )
     assert (few.low, few.high) == (-math.inf, math.inf)
     assert -math.inf < enough.low <= enough.high < math.inf

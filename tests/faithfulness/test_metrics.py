@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
-from tl_sparse.faithfulness.controls import per_unit_logit_diffs
+from tl_sparse.faithfulness.controls import component_logit_diffs
 from tl_sparse.faithfulness.metrics import (
-    FRACTIONS,
     average_precision,
     cmd,
     confusion,
@@ -14,12 +13,12 @@ from tl_sparse.faithfulness.metrics import (
     loss_recovered,
     necessity_of,
     normalised,
-    ranking_curve,
     roc_points,
     staircase_area,
     trapezoid_area,
     two_way_kl,
 )
+from tl_sparse.faithfulness.ranking import FRACTIONS, ranking_curve
 
 
 def of(*values):
@@ -73,20 +72,20 @@ def test_areas_of_curves_by_hand():
 
 
 def test_a_ranking_of_the_true_nodes_is_better_than_a_random_one(whole):
-    first = whole.kept_units.float() + 0.1
+    first = whole.kept_components.float() + 0.1
     good = ranking_curve(whole, first)
     bad = ranking_curve(whole, -first)
     assert good.table["fraction"].tolist() == list(FRACTIONS)
-    assert good.table["n_units"].tolist() == [int(p * whole.n_units) for p in FRACTIONS]
+    assert good.table["n_components"].tolist() == [int(p * whole.n_components) for p in FRACTIONS]
     assert good.cpr > bad.cpr
     assert good.cmd < 0.5
     assert good.table["f_signed"].iloc[-1] == pytest.approx(1.0, abs=1e-6)
-    # the units with the lowest scores have the highest absolute ones
+    # the components with the lowest scores have the highest absolute ones
     assert bad.cmd == pytest.approx(good.cmd, abs=1e-6)
 
 
 def test_a_curve_is_of_the_best_units_by_trapezoids(whole):
-    scores = torch.randn(whole.n_units, generator=torch.Generator().manual_seed(1))
+    scores = torch.randn(whole.n_components, generator=torch.Generator().manual_seed(1))
     fractions = (0.1, 0.4, 1.0)
     curve = ranking_curve(whole, scores, fractions)
     m_empty, m_model = (
@@ -96,10 +95,10 @@ def test_a_curve_is_of_the_best_units_by_trapezoids(whole):
     for name, order in (("signed", scores), ("absolute", scores.abs())):
         found[name] = []
         for fraction in fractions:
-            keep = torch.zeros(1, whole.n_units, dtype=torch.bool)
-            best = sorted(range(whole.n_units), key=lambda i, o=order: -float(o[i]))
-            keep[0, best[: int(fraction * whole.n_units)]] = True
-            m = float(per_unit_logit_diffs(whole, keep).double().mean())
+            keep = torch.zeros(1, whole.n_components, dtype=torch.bool)
+            best = sorted(range(whole.n_components), key=lambda i, o=order: -float(o[i]))
+            keep[0, best[: int(fraction * whole.n_components)]] = True
+            m = float(component_logit_diffs(whole, keep).double().mean())
             found[name].append((m - m_empty) / (m_model - m_empty))
     assert curve.table["f_signed"].tolist() == pytest.approx(found["signed"], abs=1e-5)
     assert curve.table["f_absolute"].tolist() == pytest.approx(found["absolute"], abs=1e-5)
@@ -113,10 +112,10 @@ def test_bad_rankings_are_refused(whole):
     with pytest.raises(ValueError, match="one for each of"):
         ranking_curve(whole, torch.zeros(3))
     with pytest.raises(ValueError, match="finite"):
-        ranking_curve(whole, torch.full((whole.n_units,), math.nan))
+        ranking_curve(whole, torch.full((whole.n_components,), math.nan))
     for fractions in ((), (0.5, 0.2), (0.5, 1.5), (0.0, 1.0)):
         with pytest.raises(ValueError, match="rise"):
-            ranking_curve(whole, torch.zeros(whole.n_units), fractions)
+            ranking_curve(whole, torch.zeros(whole.n_components), fractions)
 
 
 # --------------------------------------------------------------------------------------------------

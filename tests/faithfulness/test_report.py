@@ -5,30 +5,29 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_sparse.faithfulness import EvaluationConfig, FaithfulnessReport, Measure, PartResult
+from tl_sparse.faithfulness import CheckResult, EvaluationConfig, FaithfulnessReport, Measure
 from tl_sparse.faithfulness.figures import overview_figure
-from tl_sparse.faithfulness.verdict import Thresholds
+from tl_sparse.faithfulness.verdict import thresholds_of
 
 
 @pytest.fixture
 def report():
     prompts = ("a <b>", "a", "c", "d")
-    own = Measure("A", "f", "own", 0.9, 0.8, 1.0, 0.1, 0.0, 0.2, "random nodes", torch.rand(4))
-    worse = Measure("A", "f", "zero", -3.0, -4.0, -2.0, examples=torch.rand(4))
-    loss = Measure(
-        "C", "stochastic_loss", "", 0.2, 0.1, 0.3, 0.7, 0.6, 0.8, "random", torch.rand(2)
-    )
-    ratio = Measure("F", "size_ratio", "label_swap", math.inf)
+    own = Measure("f", "as_pruned", 0.9, 0.8, 1.0, 0.1, 0.0, 0.2, "random nodes", torch.rand(4))
+    worse = Measure("f", "zero", -3.0, -4.0, -2.0, examples=torch.rand(4))
+    loss = Measure("stochastic_loss", "", 0.2, 0.1, 0.3, 0.7, 0.6, 0.8, "random", torch.rand(2))
+    ratio = Measure("size_ratio", "label_swap", math.inf)
     table = pd.DataFrame({"layer": [0, 1], "hook": ["x", "<i>"], "loss": [0.5, math.nan]})
-    parts = (
-        PartResult("A", (own, worse), {"curve": table}, ("no text was given",), 1.5),
-        PartResult("C", (loss,)),
-        PartResult("F", (ratio,)),
+    results = (
+        CheckResult((own, worse), {"curve": table}, ("no text was given",), "sufficiency", 1.5),
+        CheckResult((loss,), check="partial_ablation"),
+        CheckResult((ratio,), check="nulls"),
     )
     return FaithfulnessReport(
         task="quotes <script>", model_name="SparseTransformer", model_fingerprint="ab" * 32,
-        n_units=12, n_universe=400, n_edges=9, target_loss=0.15, prompts=prompts, parts=parts,
-        config=EvaluationConfig(pairs=2), thresholds=Thresholds(), versions={"tl_sparse": "0"},
+        n_components=12, n_universe=400, n_edges=9, target_loss=0.15, prompts=prompts,
+        results=results,
+        config=EvaluationConfig(pairs=2), thresholds=thresholds_of({}), versions={"tl_sparse": "0"},
     )  # fmt: skip
 
 
@@ -37,17 +36,19 @@ def test_a_report_comes_back_exactly(report, tmp_path):
     back = FaithfulnessReport.load(tmp_path / "r.json")
     pd.testing.assert_frame_equal(back.to_dataframe(), report.to_dataframe())
     pd.testing.assert_frame_equal(back.examples(), report.examples())
-    pd.testing.assert_frame_equal(back.part("A").tables["curve"], report.part("A").tables["curve"])
-    assert back.part("A").notes == report.part("A").notes
+    pd.testing.assert_frame_equal(
+        back.check("sufficiency").tables["curve"], report.check("sufficiency").tables["curve"]
+    )
+    assert back.check("sufficiency").notes == report.check("sufficiency").notes
     assert (back.config, back.thresholds, back.prompts) == (
         report.config, report.thresholds, report.prompts
     )  # fmt: skip
     assert back.verdict == report.verdict
-    assert back.checks_frame().equals(report.checks_frame())
-    assert math.isinf(back.part("F").measures[0].value)
+    assert back.criteria_frame().equals(report.criteria_frame())
+    assert math.isinf(back.check("nulls").measures[0].value)
 
 
-@pytest.mark.parametrize("break_it", ["schema", "key", "text", "part", "number"])
+@pytest.mark.parametrize("break_it", ["schema", "key", "text", "check", "number"])
 def test_broken_files_are_refused(report, tmp_path, break_it):
     file = tmp_path / "r.json"
     report.save(file)
@@ -55,11 +56,11 @@ def test_broken_files_are_refused(report, tmp_path, break_it):
     if break_it == "schema":
         record["schema_version"] = 99
     elif break_it == "key":
-        del record["parts"]
-    elif break_it == "part":
-        record["parts"][0]["part"] = "Z"
+        del record["results"]
+    elif break_it == "check":
+        record["results"][0]["check"] = "Z"
     elif break_it == "number":
-        record["parts"][0]["measures"][0]["value"] = "much"
+        record["results"][0]["measures"][0]["value"] = "much"
     file.write_text("{" if break_it == "text" else json.dumps(record))
     with pytest.raises(ValueError, match=r"report|JSON"):
         FaithfulnessReport.load(file)
@@ -70,15 +71,15 @@ def test_broken_files_are_refused(report, tmp_path, break_it):
 def test_examples_have_a_row_per_number_and_prompt(report):
     frame = report.examples()
     assert len(frame) == 4 + 4 + 2
-    own = frame[(frame["name"] == "f") & (frame["variant"] == "own")]
+    own = frame[(frame["name"] == "f") & (frame["variant"] == "as_pruned")]
     assert tuple(own["prompt"]) == report.prompts
 
 
-def test_parts_that_were_not_run_are_missed(report):
-    with pytest.raises(KeyError, match=r"'B' was not run; these were: A \(sufficiency\)"):
-        report.part("B")
+def test_checks_that_were_not_run_are_missed(report):
+    with pytest.raises(KeyError, match="'necessity' was not run; these were: sufficiency"):
+        report.check("necessity")
     with pytest.raises(KeyError, match="no 'g'"):
-        report.part("A").measure("g")
+        report.check("sufficiency").measure("g")
 
 
 def test_the_page_escapes_what_it_shows_and_asks_no_network(report, tmp_path):
@@ -102,7 +103,7 @@ def test_numbers_beyond_the_axis_are_drawn_at_its_edge_and_say_their_value(repor
     assert any("−3" in text for text in own.hovertext)
 
 
-def test_a_notebook_shows_verdict_and_checks(report):
-    assert "checks passed" in report._repr_html_()
+def test_a_notebook_shows_verdict_and_criteria(report):
+    assert "criteria passed" in report._repr_html_()
     assert "sufficient" in report._repr_html_()
-    assert "12 of 400 units" in repr(report)
+    assert "12 of 400 components" in repr(report)

@@ -1,28 +1,35 @@
 import math
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from tl_sparse.faithfulness.config import PARTS
-from tl_sparse.faithfulness.measure import Measure, PartResult
-from tl_sparse.faithfulness.verdict import CRITERIA, Thresholds, checks, verdict
+from tl_sparse.faithfulness.checks import check_names
+from tl_sparse.faithfulness.measure import CheckResult, Measure
+from tl_sparse.faithfulness.registry import all_checks
+from tl_sparse.faithfulness.verdict import judged, thresholds_of, verdict
+
+CRITERIA = [(check, criterion) for check in all_checks() for criterion in check.criteria]
 
 
-def part(*measures, notes=()):
-    return PartResult(measures[0].part if measures else "A", measures, {}, notes)
+def result(check, *measures, notes=()):
+    return CheckResult(measures, {}, notes, check)
+
+
+def answers(*results):
+    return judged(results, thresholds_of({}))
 
 
 def outcome(found, key):
-    return next(check for check in found if check.criterion.key == key).outcome
+    return next(one for one in found if one.criterion.key == key).outcome
 
 
-def test_every_criterion_has_a_part_and_a_threshold():
-    names = {f.name for f in fields(Thresholds)}
-    assert {c.bound for c in CRITERIA} == names
-    # J is not judged: swapped at the last token, values of the same answer always keep it
-    assert {c.part for c in CRITERIA} == set(PARTS) - {"J"}
-    assert len({c.key for c in CRITERIA}) == len(CRITERIA)
+def test_every_check_is_found_by_its_name_and_asks_something():
+    assert {check.name for check in all_checks()} == set(check_names())
+    assert all(check.question.endswith("?") for check in all_checks())
+    # swapped at the last token, values of the same answer always keep it
+    unjudged = {check.name for check in all_checks() if not check.criteria}
+    assert unjudged == {"binarisation", "edge_ablation", "interchange"}
+    assert len({criterion.key for _, criterion in CRITERIA}) == len(CRITERIA)
 
 
 @pytest.mark.parametrize(
@@ -31,27 +38,27 @@ def test_every_criterion_has_a_part_and_a_threshold():
      (-math.inf, math.inf, "uncertain")],
 )  # fmt: skip
 def test_the_whole_interval_has_to_pass(low, high, expected):
-    found = checks([part(Measure("A", "loss", "own", 0.2, low, high))], Thresholds())
+    found = answers(result("sufficiency", Measure("loss", "as_pruned", 0.2, low, high)))
     assert outcome(found, "sufficient") == expected
 
 
 def test_a_number_that_is_no_better_than_its_null_does_not_pass():
-    m = Measure("A", "loss", "own", 0.2, 0.15, 0.25, null=0.1, null_low=0.05, null_high=0.12)
-    assert outcome(checks([part(m)], Thresholds()), "sufficient") == "failed"
+    m = Measure("loss", "as_pruned", 0.2, 0.15, 0.25, null=0.1, null_low=0.05, null_high=0.12)
+    assert outcome(answers(result("sufficiency", m)), "sufficient") == "failed"
 
 
 def test_losses_pass_below_their_threshold():
     for loss, expected in ((0.1, "passed"), (0.6, "failed")):
-        m = Measure("C", "adversarial_loss", "continuous", loss)
-        assert outcome(checks([part(m)], Thresholds()), "worst subset") == expected
+        m = Measure("adversarial_loss", "continuous", loss)
+        assert outcome(answers(result("partial_ablation", m)), "worst subset") == expected
 
 
 VARIANTS = ("zero", "mean", "task_mean", "positional_mean", "resample")
 
 
 def test_of_several_variants_the_worst_counts():
-    losses = [Measure("A", "loss", name, 0.1) for name in VARIANTS[:-1]]
-    found = checks([part(*losses, Measure("A", "loss", "resample", 0.9))], Thresholds())
+    losses = [Measure("loss", name, 0.1) for name in VARIANTS[:-1]]
+    found = answers(result("sufficiency", *losses, Measure("loss", "resample", 0.9)))
     worst = {c.criterion.key: c for c in found}["any ablation"]
     assert worst.outcome == "failed"
     assert "resample" in worst.reason
@@ -59,23 +66,23 @@ def test_of_several_variants_the_worst_counts():
 
 
 def test_a_variant_that_was_not_measured_leaves_the_answer_open():
-    losses = [Measure("A", "loss", name, 0.1) for name in VARIANTS[:-1]]
-    found = {c.criterion.key: c for c in checks([part(*losses)], Thresholds())}["any ablation"]
+    losses = [Measure("loss", name, 0.1) for name in VARIANTS[:-1]]
+    found = {c.criterion.key: c for c in answers(result("sufficiency", *losses))}["any ablation"]
     assert (found.outcome, found.reason) == ("uncertain", "not measured: resample")
-    bad = part(*losses[:-1], Measure("A", "loss", "positional_mean", 0.9))
-    assert outcome(checks([bad], Thresholds()), "any ablation") == "failed"
+    bad = result("sufficiency", *losses[:-1], Measure("loss", "positional_mean", 0.9))
+    assert outcome(answers(bad), "any ablation") == "failed"
 
 
 def test_where_the_model_has_no_margin_shares_of_it_are_not_judged():
     logit_diffs = (
-        Measure("A", "model_logit_diff", "", 1.0, 0.5, 1.5),
-        Measure("A", "empty_logit_diff", "own", 2.0, 1.0, 3.0),
+        Measure("model_logit_diff", "", 1.0, 0.5, 1.5),
+        Measure("empty_logit_diff", "as_pruned", 2.0, 1.0, 3.0),
     )
-    share = PartResult("B", (Measure("B", "necessity", "outside", 1.0, 0.9, 1.1),))
-    assert outcome(checks([share], Thresholds()), "necessary") == "passed"
+    share = CheckResult((Measure("necessity", "outside", 1.0, 0.9, 1.1),), check="necessity")
+    assert outcome(answers(share), "necessary") == "passed"
     (found,) = [
         c
-        for c in checks([part(*logit_diffs), share], Thresholds())
+        for c in answers(result("sufficiency", *logit_diffs), share)
         if c.criterion.key == "necessary"
     ]
     assert found.outcome == "not measured"
@@ -83,33 +90,32 @@ def test_where_the_model_has_no_margin_shares_of_it_are_not_judged():
 
 
 def test_what_was_not_measured_is_said():
-    found = checks([part(Measure("E", "other", "", 1.0), notes=("no heads",))], Thresholds())
+    found = answers(result("attention_patterns", Measure("other", "", 1.0), notes=("no heads",)))
     assert {check.outcome for check in found} == {"not measured"}
     assert "no heads" in found[0].reason
-    nan = checks([part(Measure("A", "loss", "own", math.nan))], Thresholds())
+    nan = answers(result("sufficiency", Measure("loss", "as_pruned", math.nan)))
     assert outcome(nan, "sufficient") == "not measured"
 
 
 def test_the_words_say_what_passed_and_what_did_not():
     measures = (
-        Measure("A", "loss", "own", 0.1, 0.05, 0.2),
-        Measure("A", "accuracy", "own", 0.5, 0.4, 0.6),
+        Measure("loss", "as_pruned", 0.1, 0.05, 0.2),
+        Measure("accuracy", "as_pruned", 0.5, 0.4, 0.6),
     )  # fmt: skip
-    text = verdict(checks([part(*measures)], Thresholds()), 128)
-    assert "1 of 3 checks passed on 128 held-out prompts" in text
+    text = verdict(answers(result("sufficiency", *measures)), 128)
+    assert "1 of 3 criteria passed on 128 held-out prompts" in text
     assert "The circuit does the task alone" in text
     assert "It does not hold that it answers held-out prompts right" in text
     assert "Not measured: whether it does the task however all of the rest is ablated" in text
 
 
-def test_the_documentation_states_every_check_and_its_threshold():
+def test_the_documentation_has_every_check_criterion_and_threshold():
     text = (Path(__file__).parents[2] / "docs" / "faithfulness.md").read_text(encoding="utf-8")
-    for criterion in CRITERIA:
-        (row,) = [
-            line for line in text.splitlines()
-            if line.startswith(f"| {criterion.part} | {criterion.key} |")
-        ]  # fmt: skip
+    lines = text.splitlines()
+    for check in all_checks():
+        assert any(line.startswith(f"| **{check.name}** |") for line in lines), check.name
+    for check, criterion in CRITERIA:
+        (row,) = [line for line in lines if line.startswith(f"| {check.name} | {criterion.key} |")]
         assert criterion.claim in row
-        assert f"`{criterion.name}`" in row
-        value = getattr(Thresholds(), criterion.bound)
-        assert f"`{criterion.bound}` = {value:.3g} |" in row
+        assert f"`{criterion.measure}`" in row
+        assert row.endswith(f"| {criterion.threshold:.3g} |")

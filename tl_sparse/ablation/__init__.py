@@ -1,5 +1,6 @@
 """Ablation: what nodes are set to, the hooks that do it, and runs under many masks."""
 
+from tl_sparse.ablation.frozen_layernorms import NoNormScales as NoNormScales
 from tl_sparse.ablation.frozen_layernorms import frozen_norm_hooks as frozen_norm_hooks
 from tl_sparse.ablation.frozen_layernorms import norm_hooks as norm_hooks
 from tl_sparse.ablation.interventions import FwdHook as FwdHook

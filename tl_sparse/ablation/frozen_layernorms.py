@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from tl_sparse.ablation.interventions import FwdHook, Intervention
 
 
+class NoNormScales(ValueError):
+    """A model has no norm scales, or none that hooks can set."""
+
+
 def norm_hooks(model: nn.Module) -> list[str]:
     """Names of the hooks through which the scales of the model's norms go."""
     points: Any = model
@@ -32,7 +36,7 @@ def frozen_norm_hooks(
     ``tokens`` if the hooks are meant for another.
 
     Raises:
-        ValueError: the model has no norm scales to hold, or setting them changes nothing.
+        NoNormScales: the model has no norm scales to hold, or setting them changes nothing.
     """
     scales: dict[str, Tensor] = {}
 
@@ -48,7 +52,7 @@ def frozen_norm_hooks(
         before = once(model, readers)
         doubled = [(name, Intervention(source=2 * scale)) for name, scale in scales.items()]
         if not doubled or torch.equal(once(model, doubled), before):
-            raise ValueError(
+            raise NoNormScales(
                 f"the norms of this {type(model).__name__} do not let their scales be set"
             )
     return [(name, Intervention(source=scale)) for name, scale in scales.items()]

@@ -1,4 +1,4 @@
-"""Analyses of models and circuits: necessity, binarisation, kurtosis, token losses, attacks.
+"""Analyses of models and circuits: binarisation, kurtosis, token losses, attacks.
 
 Source: Gao et al. 2025 (arXiv 2511.13653), §3.2 and appendices C and F.
 """
@@ -15,8 +15,6 @@ from tl_sparse.analyses.correlation import TokenLossCorrelation as TokenLossCorr
 from tl_sparse.analyses.correlation import token_loss_correlation as token_loss_correlation
 from tl_sparse.analyses.kurtosis import ResidualKurtosis as ResidualKurtosis
 from tl_sparse.analyses.kurtosis import residual_kurtosis as residual_kurtosis
-from tl_sparse.analyses.necessity import Necessity as Necessity
-from tl_sparse.analyses.necessity import necessity as necessity
 from tl_sparse.analyses.replacement import ConstantNodes as ConstantNodes
 from tl_sparse.analyses.replacement import LinearReplacement as LinearReplacement
 from tl_sparse.analyses.replacement import constant_node_check as constant_node_check
@@ -30,7 +28,6 @@ __all__ = [
     "Dilution",
     "Distractor",
     "LinearReplacement",
-    "Necessity",
     "ResidualKurtosis",
     "TokenLossCorrelation",
     "binarise",
@@ -39,7 +36,6 @@ __all__ = [
     "distracted",
     "distractor",
     "linear_replacement",
-    "necessity",
     "residual_kurtosis",
     "token_loss_correlation",
     "token_losses",

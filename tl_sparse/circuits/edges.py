@@ -23,6 +23,10 @@ COLUMNS = {
 """Columns of a table of edges, and their types, which an empty one has too."""
 
 
+class EdgesUndefined(ValueError):
+    """The weights between some nodes are no edges of a circuit."""
+
+
 def no_removed_edges() -> pd.DataFrame:
     """An empty table of removed edges."""
     return pd.DataFrame(columns=[*COLUMNS, "constant"]).astype(COLUMNS | {"constant": "float64"})
@@ -35,7 +39,7 @@ def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "sou
     module = getattr(blocks[layer], row.part)
     weight = getattr(module, matrix).detach()
     if matrix == "W_in" and getattr(module, "W_gate", None) is not None:
-        raise ValueError(
+        raise EdgesUndefined(
             "this model's MLPs are gated: two matrices join mlp_in and mlp_neuron, and edges are "
             "not defined; leave one of the two out of `sites`"
         )

@@ -6,30 +6,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.cli.inputs import model_with_tokenizer, say, task_of, text_of
-from tl_sparse.data import CorpusConfig
-from tl_sparse.faithfulness import EvaluationConfig, Thresholds, evaluate
-from tl_sparse.storage.atomic_write import write_atomic
+from tl_sparse.cli.circuits import model_with_tokenizer
+from tl_sparse.cli.words import say
+from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.faithfulness import EvaluationConfig, evaluate
+from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.tasks import get
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Test whether a circuit is faithful: eleven parts, each with its nulls, and a verdict."""
+    """Test whether a circuit is faithful: checks, each with its nulls, and a verdict."""
 
     model: str
     """Folder of a saved model, or the name of a bundled one."""
     circuit: str
     """Folder of a saved circuit, such as OUT/circuit of tl-sparse prune."""
     out: str
-    """Folder for report.json, report.html, numbers.csv and checks.csv."""
+    """Folder for report.json, report.html, numbers.csv and criteria.csv."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """Text whose validation part is resampled from; no more is read than needed."""
     sequences: int = 256
     """Sequences of it."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How thoroughly it is tested."""
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    """What the verdict asks for."""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """Criterion and threshold, where the verdict asks for another than its own."""
 
     def run(self) -> None:
         """Evaluate, write the report and say the verdict."""
@@ -43,7 +45,7 @@ class Evaluate:
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         report.save(out / "report.json")
-        write_atomic(out / "numbers.csv", report.to_dataframe().to_csv(index=False))
-        write_atomic(out / "checks.csv", report.checks_frame().to_csv(index=False))
+        write_whole(out / "numbers.csv", report.to_dataframe().to_csv(index=False))
+        write_whole(out / "criteria.csv", report.criteria_frame().to_csv(index=False))
         page = report.write_page(out / "report.html")
         say(f"{report.verdict}\nReport: {page}")

@@ -1,4 +1,4 @@
-"""What every part of the suite returns: measured values with intervals and nulls beside them.
+"""What every check returns: measured values with intervals and nulls beside them.
 
 Intervals are percentile bootstraps over prompt pairs: the two prompts of a pair differ in a few
 tokens, so they are drawn together.
@@ -15,18 +15,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.faithfulness.config import EvaluationConfig
+
 FEWEST = 8  # pairs: an interval of fewer would say less than it seems to
 Statistic = Callable[[Float[Tensor, "draw column"]], Float[Tensor, " draw"]]
+
+
+class NotMeasured(ValueError):
+    """Something cannot be measured on this circuit; the message says what, and why."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measure:
     """One number about a circuit, its interval, and the same number of a null."""
 
-    part: str
-    """Letter of the part."""
     name: str
-    """Name of the metric, see ``METRICS``."""
+    """Name of the metric."""
     variant: str
     """Under what: an ablation, a site, a head, a kind of control; empty if there is one only."""
     value: float
@@ -49,17 +53,17 @@ class Measure:
 
 
 @dataclass(frozen=True, eq=False)
-class PartResult:
-    """What one part of the suite found."""
+class CheckResult:
+    """What one check found."""
 
-    part: str
-    """Letter of the part."""
-    measures: tuple[Measure, ...]
+    measures: tuple[Measure, ...] = ()
     """Its numbers."""
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     """Curves and lists, by name."""
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""
+    check: str = ""
+    """Name of the check."""
     seconds: float = math.nan
     """How long it took."""
 
@@ -73,16 +77,15 @@ class PartResult:
             if (found.name, found.variant) == (name, variant):
                 return found
         known = ", ".join(f"{m.name} [{m.variant}]" for m in self.measures)
-        raise KeyError(f"part {self.part} has no {name!r} of variant {variant!r}; it has {known}")
+        raise KeyError(f"{self.check} has no {name!r} of variant {variant!r}; it has {known}")
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per number."""
-        columns = [
-            "part", "name", "variant", "value", "low", "high", "null", "null_low", "null_high",
-            "null_name",
-        ]  # fmt: skip
-        rows = [[getattr(m, c) for c in columns] for m in self.measures]
-        return pd.DataFrame(rows, columns=columns)
+        numbers = ["value", "low", "high", "null", "null_low", "null_high"]
+        columns = ["name", "variant", *numbers, "null_name"]
+        rows = [[self.check, *(getattr(m, c) for c in columns)] for m in self.measures]
+        # of nothing measured too the numbers are numbers, so that results can be put together
+        return pd.DataFrame(rows, columns=["check", *columns]).astype(dict.fromkeys(numbers, float))
 
 
 def bootstrap_means(
@@ -115,14 +118,12 @@ def interval(values: Float[Tensor, " draw"]) -> tuple[float, float]:
 
 
 def measured_mean(
-    part: str,
+    config: EvaluationConfig,
     name: str,
     variant: str,
     columns: Sequence[Float[Tensor, " prompt"]],
     statistic: Statistic | None = None,
     *,
-    draws: int,
-    seed: int,
     examples: Float[Tensor, " example"] | None = None,
     null: Float[Tensor, " draw"] | None = None,
     null_name: str = "",
@@ -130,25 +131,41 @@ def measured_mean(
     """A number made from means over prompts, with its interval.
 
     Args:
-        part: Letter of the part.
+        config: Bootstrap draws and their seed.
         name: Name of the metric.
         variant: Under what.
         columns: Per-prompt values whose means go into the number.
         statistic: The number from these means; by default the first column's mean itself.
-        draws: Bootstrap draws.
-        seed: Their seed.
-        examples: Values of each prompt, unit or draw to keep; by default the first column.
+        examples: Values of each prompt, component or draw to keep; by default the first column.
         null: The number in every draw of a null; its mean and middle 95% are kept.
         null_name: What the null is.
     """
     table = torch.stack([column.cpu().double() for column in columns], 1)
     statistic = statistic or (lambda means: means[:, 0])
     value = float(statistic(table.mean(0, keepdim=True)))
-    low, high = interval(statistic(bootstrap_means(table, draws, seed)))
+    low, high = interval(statistic(bootstrap_means(table, config.draws, config.seed)))
     if len(table) < 2 * FEWEST:
         low, high = -math.inf, math.inf
-    nulls = (math.nan, math.nan, math.nan)
-    if null is not None:
-        nulls = (float(null.double().mean()), *interval(null.cpu()))
     kept = (table[:, 0] if examples is None else examples).float().cpu()
-    return Measure(part, name, variant, value, low, high, *nulls, null_name, kept)
+    return Measure(
+        name, variant, value, low, high, *null_range(null), "" if null is None else null_name, kept
+    )
+
+
+def measured_count(
+    name: str,
+    value: float,
+    *,
+    null: Float[Tensor, " draw"] | None = None,
+    null_name: str = "",
+    examples: Float[Tensor, " example"] | None = None,
+) -> Measure:
+    """A number that is no mean over prompts and so has no interval, and its null's range."""
+    return Measure(name, "", value, math.nan, math.nan, *null_range(null), null_name, examples)
+
+
+def null_range(null: Float[Tensor, " draw"] | None) -> tuple[float, float, float]:
+    """Mean and middle 95% of a null's draws; NaN without a null."""
+    if null is None:
+        return math.nan, math.nan, math.nan
+    return float(null.double().mean()), *interval(null.cpu())

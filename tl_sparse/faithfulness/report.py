@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 
 from tl_sparse import compat
-from tl_sparse.faithfulness.config import PARTS, EvaluationConfig
+from tl_sparse.faithfulness.checks import check_names
+from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.faithfulness.figures import overview_figure
-from tl_sparse.faithfulness.measure import Measure, PartResult
+from tl_sparse.faithfulness.measure import CheckResult, Measure
 from tl_sparse.faithfulness.page import report_page
-from tl_sparse.faithfulness.verdict import Check, Thresholds, checks, verdict
-from tl_sparse.storage.atomic_write import write_atomic
+from tl_sparse.faithfulness.verdict import CriterionResult, judged, thresholds_of, verdict
+from tl_sparse.storage.atomic_write import write_whole
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.views.display import frame_html
@@ -28,7 +29,7 @@ from tl_sparse.views.page import page_html
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 COLUMN_TYPES = ("float64", "float32", "int64", "Int64", "bool", "boolean", "object", "str")
 NUMBERS = ("value", "low", "high", "null", "null_low", "null_high")
 
@@ -43,104 +44,106 @@ class FaithfulnessReport:
     """Class of the model."""
     model_fingerprint: str
     """SHA-256 of the model's tensors."""
-    n_units: int
-    """Units of the circuit: nodes, heads or features."""
+    n_components: int
+    """Components of the circuit: nodes, heads or features."""
     n_universe: int
-    """Units that it was chosen from."""
+    """Components that it was chosen from."""
     n_edges: int | None
     """Its edges; None where there are none to count."""
     target_loss: float | None
     """The loss that it had to reach when it was found; None if unknown."""
     prompts: tuple[str, ...]
     """The test prompts; rows 2i and 2i+1 are a pair."""
-    parts: tuple[PartResult, ...]
-    """What every part found."""
+    results: tuple[CheckResult, ...]
+    """What every check found."""
     config: EvaluationConfig
     """How thoroughly it was tested."""
-    thresholds: Thresholds
-    """What the verdict asks for."""
+    thresholds: Mapping[str, float]
+    """Criterion → threshold: what the verdict asks for."""
     versions: Mapping[str, str]
     """Versions of the libraries that it was measured with."""
 
-    def part(self, letter: str) -> PartResult:
-        """A part's result.
+    def check(self, name: str) -> CheckResult:
+        """A check's result.
 
         Raises:
-            KeyError: that part was not run.
+            KeyError: that check was not run.
         """
-        for part in self.parts:
-            if part.part == letter:
-                return part
-        run = ", ".join(f"{p.part} ({PARTS[p.part]})" for p in self.parts)
-        raise KeyError(f"part {letter!r} was not run; these were: {run}")
+        for result in self.results:
+            if result.check == name:
+                return result
+        run = ", ".join(result.check for result in self.results)
+        raise KeyError(f"check {name!r} was not run; these were: {run}")
 
     @cached_property
-    def checks(self) -> tuple[Check, ...]:
+    def criteria(self) -> tuple[CriterionResult, ...]:
         """Every question of the verdict, and its answer."""
-        return checks(self.parts, self.thresholds)
+        return judged(self.results, self.thresholds)
 
     @property
     def verdict(self) -> str:
         """What these numbers allow to be said about the circuit, and what they do not."""
-        return verdict(self.checks, len(self.prompts))
+        return verdict(self.criteria, len(self.prompts))
 
     @property
     def seconds(self) -> float:
-        """How long all parts took."""
-        return sum(part.seconds for part in self.parts)
+        """How long all checks took."""
+        return sum(result.seconds for result in self.results)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row per number: part, name, variant, value, interval, null."""
-        return pd.concat([part.to_dataframe() for part in self.parts], ignore_index=True)
+        """A row per number: check, name, variant, value, interval, null."""
+        return pd.concat([result.to_dataframe() for result in self.results], ignore_index=True)
 
-    def checks_frame(self) -> pd.DataFrame:
-        """A row per check: part, check, outcome, reason."""
+    def criteria_frame(self) -> pd.DataFrame:
+        """A row per criterion: check, criterion, outcome, reason."""
         return pd.DataFrame(
-            [(c.criterion.part, c.criterion.key, c.outcome, c.reason) for c in self.checks],
-            columns=["part", "check", "outcome", "reason"],
+            [(one.check, one.criterion.key, one.outcome, one.reason) for one in self.criteria],
+            columns=["check", "criterion", "outcome", "reason"],
         )
 
     def examples(self) -> pd.DataFrame:
-        """A row per number and prompt: part, name, variant, prompt, value.
+        """A row per number and prompt: check, name, variant, prompt, value.
 
-        Numbers that are not made from prompts (of seeds, draws, units) have their place instead.
+        Numbers that are not made from prompts (of seeds, draws, components) have their place
+        instead.
         """
         frames = []
-        for m in (m for part in self.parts for m in part.measures if m.examples is not None):
-            assert m.examples is not None
+        for check, m in ((r.check, m) for r in self.results for m in r.measures):
+            if m.examples is None:
+                continue
             # what is made from prompts has an interval
             of_prompts = len(m.examples) == len(self.prompts) and math.isfinite(m.low)
             which = self.prompts if of_prompts else [str(i) for i in range(len(m.examples))]
             frame = pd.DataFrame({"prompt": which, "value": m.examples.numpy()})
-            frames.append(frame.assign(part=m.part, name=m.name, variant=m.variant))
-        columns = ["part", "name", "variant", "prompt", "value"]
+            frames.append(frame.assign(check=check, name=m.name, variant=m.variant))
+        columns = ["check", "name", "variant", "prompt", "value"]
         if not frames:
             return pd.DataFrame(columns=columns)
         return pd.concat(frames, ignore_index=True)[columns]
 
-    def patching_result(self, part: str, name: str) -> Any:
+    def patching_result(self, check: str, name: str) -> Any:
         """A metric's per-prompt values, a row per variant, as TransformerLens' ``PatchingResult``.
 
-        Its bootstrap and permutation tests then apply. The baseline of part A's ``loss`` is the
-        full model's loss. TransformerLens takes prompts to be independent; our intervals draw the
-        two prompts of a pair together.
+        Its bootstrap and permutation tests then apply. The baseline of the ``loss`` of
+        ``sufficiency`` is the full model's loss. TransformerLens takes prompts to be independent;
+        our intervals draw the two prompts of a pair together.
 
         Raises:
             NotImplementedError: the installed TransformerLens is older than 4.
-            KeyError: the part has no such metric with a value per prompt.
+            KeyError: the check has no such metric with a value per prompt.
         """
-        found = self.part(part)
-        whole = len(self.prompts)
+        found = self.check(check)
+        n_prompts = len(self.prompts)
         rows = {
             m.variant: m.examples
             for m in found.measures
-            if m.name == name and m.examples is not None and len(m.examples) == whole
+            if m.name == name and m.examples is not None and len(m.examples) == n_prompts
         }
         if not rows:
             names = sorted({m.name for m in found.measures if m.examples is not None})
-            raise KeyError(f"part {part} has no {name!r} by prompt; it has {', '.join(names)}")
+            raise KeyError(f"{check} has no {name!r} by prompt; it has {', '.join(names)}")
         baseline = None
-        if (part, name) == ("A", "loss"):
+        if (check, name) == ("sufficiency", "loss"):
             baseline = found.measure("model_loss").examples
         return compat.patching_result(
             torch.stack(list(rows.values())), pd.DataFrame({"variant": list(rows)}), name, baseline
@@ -150,7 +153,7 @@ class FaithfulnessReport:
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Name and value of what was tested, and how."""
         known = (
-            ("components", f"{self.n_units:,} of {self.n_universe:,}"),
+            ("components", f"{self.n_components:,} of {self.n_universe:,}"),
             ("edges", "" if self.n_edges is None else f"{self.n_edges:,}"),
             ("target loss", "" if self.target_loss is None else f"{self.target_loss:g} nats"),
             ("held-out prompts", f"{len(self.prompts):,}"),
@@ -167,20 +170,20 @@ class FaithfulnessReport:
 
     def write_page(self, path: str | Path) -> Path:
         """Write the report as one self-contained page; returns its path."""
-        page = report_page(self.task, self.verdict, self.facts, self.checks, self.parts)
-        write_atomic(Path(path), page_html(page))
+        page = report_page(self.task, self.verdict, self.facts, self.criteria, self.results)
+        write_whole(Path(path), page_html(page))
         return Path(path)
 
     def __repr__(self) -> str:
-        passed = sum(check.outcome == "passed" for check in self.checks)
+        passed = sum(one.outcome == "passed" for one in self.criteria)
         return (
-            f"FaithfulnessReport({self.task!r}, {self.n_units} of {self.n_universe} units, "
-            f"{passed} of {len(self.checks)} checks passed)"
+            f"FaithfulnessReport({self.task!r}, {self.n_components} of {self.n_universe} "
+            f"components, {passed} of {len(self.criteria)} criteria passed)"
         )
 
     def _repr_html_(self) -> str:
         return frame_html(f"Faithfulness: {self.task}", self.verdict.splitlines()[0],
-                          self.checks_frame())  # fmt: skip
+                          self.criteria_frame())  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------
     # on disk
@@ -192,8 +195,8 @@ class FaithfulnessReport:
             **{name: getattr(self, name) for name in SCALARS},
             "versions": dict(self.versions),
             "config": asdict(self.config),
-            "thresholds": asdict(self.thresholds),
-            "parts": [part_record(part) for part in self.parts],
+            "thresholds": dict(self.thresholds),
+            "results": [result_record(result) for result in self.results],
         }
         write_atomic(Path(path), json.dumps(record, indent=1, allow_nan=False))
 
@@ -217,31 +220,31 @@ class FaithfulnessReport:
                 prompts=tuple(map(str, record["prompts"])),
                 versions={str(k): str(v) for k, v in record["versions"].items()},
                 config=dataclass_from_json(EvaluationConfig, record["config"]),
-                thresholds=dataclass_from_json(Thresholds, record["thresholds"]),
-                parts=tuple(map(part_of, record["parts"])),
+                thresholds=thresholds_of({k: real(v) for k, v in record["thresholds"].items()}),
+                results=tuple(map(result_of, record["results"])),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds no faithfulness report: {error}") from error
 
 
 SCALARS = (
-    "task", "model_name", "model_fingerprint", "n_units", "n_universe", "n_edges", "target_loss",
-    "prompts",
+    "task", "model_name", "model_fingerprint", "n_components", "n_universe", "n_edges",
+    "target_loss", "prompts",
 )  # fmt: skip
 
 
-def part_record(part: PartResult) -> dict[str, Any]:
-    """A part as plain values; what is not a number is None or a word."""
+def result_record(result: CheckResult) -> dict[str, Any]:
+    """A check's result as plain values; what is not a number is None or a word."""
     return {
-        "part": part.part,
-        "seconds": plain(part.seconds),
-        "notes": list(part.notes),
+        "check": result.check,
+        "seconds": plain(result.seconds),
+        "notes": list(result.notes),
         "tables": {
             name: {
                 column: {"type": str(values.dtype), "values": [plain(v) for v in values.tolist()]}
                 for column, values in table.items()
             }
-            for name, table in part.tables.items()
+            for name, table in result.tables.items()
         },
         "measures": [
             {
@@ -251,32 +254,32 @@ def part_record(part: PartResult) -> dict[str, Any]:
                 **{name: plain(getattr(m, name)) for name in NUMBERS},
                 "examples": None if m.examples is None else [plain(v) for v in m.examples.tolist()],
             }
-            for m in part.measures
+            for m in result.measures
         ],
     }
 
 
-def part_of(record: Mapping[str, Any]) -> PartResult:
-    """A part from plain values."""
-    letter = str(record["part"])
-    if letter not in PARTS:
-        raise KeyError(f"unknown part {letter!r}")
+def result_of(record: Mapping[str, Any]) -> CheckResult:
+    """A check's result from plain values."""
+    name = str(record["check"])
+    if name not in check_names():
+        raise KeyError(f"unknown check {name!r}")
     measures = []
     for m in record["measures"]:
         values = None if m["examples"] is None else torch.tensor([real(v) for v in m["examples"]])
         numbers = {name: real(m[name]) for name in NUMBERS}
         measures.append(
             Measure(
-                letter, str(m["name"]), str(m["variant"]), **numbers,
-                null_name=str(m["null_name"]), examples=values,
+                str(m["name"]), str(m["variant"]), **numbers, null_name=str(m["null_name"]),
+                examples=values,
             )
         )  # fmt: skip
     tables = {
         str(name): pd.DataFrame({str(c): series_of(values) for c, values in table.items()})
         for name, table in record["tables"].items()
     }
-    return PartResult(
-        letter, tuple(measures), tables, tuple(map(str, record["notes"])), real(record["seconds"])
+    return CheckResult(
+        tuple(measures), tables, tuple(map(str, record["notes"])), name, real(record["seconds"])
     )
 
 

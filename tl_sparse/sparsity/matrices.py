@@ -18,6 +18,10 @@ from tl_sparse.sites import BLOCK_MATRICES
 Role = Literal["block", "embedding", "bias"]
 
 
+class UnsupportedWeights(ValueError):
+    """A model keeps its weights in a form that cannot be changed matrix by matrix."""
+
+
 @dataclass(frozen=True)
 class WeightMatrix:
     """One matrix whose entries compete for the same budget of nonzeros."""
@@ -80,7 +84,7 @@ def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMa
             if matrix == "W_gate" and getattr(module, matrix, None) is None:
                 continue  # only gated MLPs have one
             if not hasattr(module, matrix):
-                raise ValueError(
+                raise UnsupportedWeights(
                     f"blocks.{layer}.{part} of this model ({type(module).__name__}) has no single "
                     f"{matrix}, so it cannot be made sparse"
                 )
@@ -114,7 +118,7 @@ def _matrix(
     for tensor in tensors:
         owner = owners.get(tensor.untyped_storage().data_ptr())
         if owner is None:
-            raise ValueError(
+            raise UnsupportedWeights(
                 f"{name} of this model is computed, not stored (grouped or quantised weights?), so "
                 "it cannot be made sparse in place"
             )

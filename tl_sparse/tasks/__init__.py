@@ -12,7 +12,7 @@ from tl_sparse.tasks.evaluate import (
 from tl_sparse.tasks.files import from_jsonl, to_jsonl
 from tl_sparse.tasks.registry import check_names, get, names, variants
 from tl_sparse.tasks.table import TaskTable, table
-from tl_sparse.tasks.task import Pair, Task, TaskBatch, TaskSpec, task
+from tl_sparse.tasks.task import Pair, Task, TaskBatch, TaskDoesNotFit, TaskSpec, task
 
 __all__ = [
     "SPLITS",
@@ -20,6 +20,7 @@ __all__ = [
     "Split",
     "Task",
     "TaskBatch",
+    "TaskDoesNotFit",
     "TaskResult",
     "TaskSpec",
     "TaskTable",

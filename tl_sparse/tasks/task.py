@@ -15,6 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from tl_sparse.tasks.contexts import SPLITS, Split, check_split
 
 
+class TaskDoesNotFit(ValueError):
+    """A tokenizer or a length cannot express a task."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two prompts with answers of their own, where a task has no fixed ones."""
@@ -227,7 +231,7 @@ class Task:
             if len(chosen) == n_pairs:
                 break
         if not chosen:
-            raise ValueError(
+            raise TaskDoesNotFit(
                 f"no prompt of task {self.name!r} fits max_tokens={self.max_tokens}; raise it"
             )
         pool = chosen + repeats
@@ -318,7 +322,7 @@ class Task:
             for ids, answer, answer_id in members:
                 prompt = str(self.tokenizer.decode(list(ids)))
                 if self._encode([prompt + answer])[0] != [*ids, answer_id]:
-                    raise ValueError(
+                    raise TaskDoesNotFit(
                         f"this tokenizer cannot express task {self.name!r}: "
                         f"it joins the answer {answer!r} to the end of {prompt!r}"
                     )
@@ -354,7 +358,7 @@ def single(name: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> int:
     encoded = tokenizer.encode(answer, add_special_tokens=False)
     if len(encoded) != 1:
         parts = [tokenizer.decode([i]) for i in encoded]
-        raise ValueError(
+        raise TaskDoesNotFit(
             f"task {name!r} needs the answer {answer!r} as one token; "
             f"this tokenizer splits it into {parts}"
         )

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from tl_sparse.faithfulness.checks.completeness import (
-    completeness_gaps,
+    completeness,
     gap,
     greedy_subset,
     knockout_gaps,
     random_subsets,
 )
-from tl_sparse.faithfulness.controls import on, per_unit_logit_diffs
+from tl_sparse.faithfulness.controls import component_logit_diffs, on
 
 
 def generator(seed=0):
@@ -18,7 +18,7 @@ def generator(seed=0):
 
 
 @pytest.fixture
-def backed_up(planted, marks, circuit_of, subject_of):
+def backed_up(planted, marks, circuit_of, tested):
     """``backed_up(neurons)``: the planted model with its neuron twice, and a circuit with some."""
     model, nodes = planted()
     mlp = model.blocks[1].mlp
@@ -29,16 +29,16 @@ def backed_up(planted, marks, circuit_of, subject_of):
 
     def build(neurons):
         chosen = rest | {(1, "mlp_neuron", neuron) for neuron in neurons}
-        return subject_of(model, marks, circuit_of(model, marks, chosen), subsets=60)
+        return tested(model, marks, circuit_of(model, marks, chosen), subsets=60)
 
     return build
 
 
 def test_a_missing_backup_is_found_by_knockouts(backed_up):
     complete, partial = (backed_up(neurons) for neurons in ((5, 6), (5,)))
-    for subject in (complete, partial):  # both do the task
-        assert float(subject.losses(subject.kept[None]).mean()) < 0.15
-    gaps = [{m.variant: m for m in completeness_gaps(s)} for s in (complete, partial)]
+    for test in (complete, partial):  # both do the task
+        assert float(test.losses(test.kept[None]).mean()) < 0.15
+    gaps = [{m.variant: m for m in completeness(s).measures} for s in (complete, partial)]
     for true, false in zip(*(found.values() for found in gaps), strict=True):
         assert true.value < 0.001 < false.value
         assert true.high < false.low
@@ -51,19 +51,20 @@ def test_a_missing_backup_is_found_by_knockouts(backed_up):
 
 
 def test_greedy_knockouts_are_no_worse_than_the_single_ones_it_tried(whole):
-    known = on(whole, whole.discovery.pairs(0, whole.config.search_pairs))
+    known = on(whole, whole.train_batch.pairs(0, whole.config.search_pairs))
     base = torch.stack([known.empty_logit_diffs, known.model_logit_diffs]).double().mean(1)
     chosen = greedy_subset(whole, generator())
     assert bool(chosen.any())
-    assert bool((chosen <= whole.kept_units).all())
+    assert bool((chosen <= whole.kept_components).all())
 
     def gap_of(removed):
-        masks = knockout_gaps(whole.kept_units, removed[None])
+        masks = knockout_gaps(whole.kept_components, removed[None])
         return float(
-            gap(torch.cat([base, per_unit_logit_diffs(known, masks).double().mean(1)])[None])
+            gap(torch.cat([base, component_logit_diffs(known, masks).double().mean(1)])[None])
         )
 
-    singles = torch.eye(whole.n_units, dtype=torch.bool)[whole.kept_units]  # all six were tried
+    # all six were tried
+    singles = torch.eye(whole.n_components, dtype=torch.bool)[whole.kept_components]
     assert gap_of(chosen) >= max(gap_of(row) for row in singles) - 1e-6
 
 

@@ -5,29 +5,29 @@ import torch
 
 from tests.faithfulness.slow import fixed, loss, slow_logit_diffs
 from tl_sparse.circuits import circuit_of_heads
-from tl_sparse.faithfulness import EvaluationConfig, subject
+from tl_sparse.faithfulness import EvaluationConfig, under_test
 from tl_sparse.faithfulness.checks.generalisation import (
     above_diagonal,
+    components_table,
     generalisation,
     jaccard,
     overlap_measures,
     random_like,
-    units_table,
     variant_prompts,
 )
-from tl_sparse.faithfulness.controls import hook_of_unit
+from tl_sparse.faithfulness.controls import hook_of_component
 
 QUICK = {"search_steps": 30, "search_pairs": 8, "search_target": 0.3, "seeds": 3}
 
 
 @pytest.fixture
-def quick(chain, subject_of):
-    return subject_of(*chain, **QUICK)
+def quick(chain, tested):
+    return tested(*chain, **QUICK)
 
 
 def test_losses_are_those_of_single_prompts(quick):
     found = generalisation(replace(quick, config=replace(quick.config, seeds=1)))
-    batches = {"train": quick.discovery.pairs(0, 32), "held_out": quick.batch}
+    batches = {"train": quick.train_batch.pairs(0, 32), "held_out": quick.batch}
     for name, batch in batches.items():
         few = batch.pairs(0, 6)
         by_hand = slow_logit_diffs(
@@ -58,9 +58,9 @@ def test_every_seed_finds_the_chain_and_little_else(quick):
     overlap = found.measure("overlap")
     assert overlap.value == pytest.approx(table["overlap"].mean())
     assert overlap.value > overlap.null_high
-    units = found.tables["units"]
-    assert found.measure("core").value == (units["share"] == 1).sum() >= 4
-    assert set(units[units["in_circuit"]]["unit"]) == set(
+    components = found.tables["components"]
+    assert found.measure("core").value == (components["share"] == 1).sum() >= 4
+    assert set(components[components["in_circuit"]]["component"]) == set(
         torch.nonzero(quick.kept).flatten().tolist()
     )
     # the usual columns are added to those of the splits
@@ -69,7 +69,7 @@ def test_every_seed_finds_the_chain_and_little_else(quick):
 
 
 def test_overlaps_by_hand(quick):
-    n = quick.n_units
+    n = quick.n_components
     sets = torch.zeros(3, n, dtype=torch.bool)
     sets[0, :4] = sets[1, 2:6] = sets[2, 2:4] = True
     expected = torch.tensor([[1, 2 / 6, 2 / 4], [2 / 6, 1, 2 / 4], [2 / 4, 2 / 4, 1]])
@@ -81,7 +81,7 @@ def test_overlaps_by_hand(quick):
     assert found["overlap"].value == pytest.approx(
         float(torch.stack([(s & quick.kept).sum() / (s | quick.kept).sum() for s in sets]).mean())
     )
-    table = units_table(quick, sets).set_index("unit")
+    table = components_table(quick, sets).set_index("component")
     assert table["share"].loc[[0, 2, 4]].tolist() == pytest.approx([1 / 3, 1, 1 / 3])
     nothing = torch.zeros(2, n, dtype=torch.bool)
     assert jaccard(nothing, nothing).tolist() == [[1, 1], [1, 1]]
@@ -95,8 +95,8 @@ def test_identical_circuits_overlap_wholly(quick):
 
 
 def test_random_sets_have_the_same_numbers_at_every_hook(quick):
-    group = hook_of_unit(quick)
-    sets = torch.rand(3, quick.n_units, generator=torch.Generator().manual_seed(0)) < 0.2
+    group = hook_of_component(quick)
+    sets = torch.rand(3, quick.n_components, generator=torch.Generator().manual_seed(0)) < 0.2
     drawn = random_like(quick, sets, 0)
     for a, b in zip(sets, drawn, strict=True):
         assert torch.equal(torch.bincount(group[a]), torch.bincount(group[b]))
@@ -123,7 +123,7 @@ def test_prompts_of_the_tasks_variants_are_unseen_and_harder(quick):
 def test_no_target_is_a_note_and_losses_are_still_measured(planted, marks, random_tokens):
     model, _ = planted()
     circuit = circuit_of_heads(model, "marked", [], random_tokens)
-    empty = subject(model, circuit, marks, EvaluationConfig(pairs=4, draws=50, controls=2))
+    empty = under_test(model, circuit, marks, EvaluationConfig(pairs=4, draws=50, controls=2))
     found = generalisation(empty)
     assert {m.name for m in found.measures} == {"loss", "model_loss"}
     assert any("give search_target=" in note for note in found.notes)
@@ -133,7 +133,7 @@ def test_heads_are_compared_as_heads(planted, marks, random_tokens):
     model, _ = planted()
     circuit = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
     config = EvaluationConfig(pairs=4, draws=50, controls=4, **QUICK | {"seeds": 2})
-    found = generalisation(subject(model, circuit, marks, config, random_tokens))
+    found = generalisation(under_test(model, circuit, marks, config, random_tokens))
     assert found.measure("jaccard").value == found.measure("overlap").value == 1
     assert found.measure("core").value == 1
     assert found.tables["seeds"]["n_nodes"].tolist() == [1, 1]

@@ -3,17 +3,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
+from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs, together
 from tl_sparse.ablation import ActivationMeans
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import random_subsets
-from tl_sparse.faithfulness.checks.necessity import MATTERS, NULLS, necessity
-from tl_sparse.faithfulness.controls import on, random_units
+from tl_sparse.faithfulness.checks.minimality import MATTERS
+from tl_sparse.faithfulness.checks.necessity import NULLS
+from tl_sparse.faithfulness.controls import on, random_components
+
+necessity = together("necessity", "completeness", "minimality")
 
 
-def of_nodes(subject, kept):
-    return replace(subject, circuit=replace(subject.circuit, kept=kept))
+def of_nodes(test, kept):
+    return replace(test, circuit=replace(test.circuit, kept=kept))
 
 
 def generator(seed=0):
@@ -64,15 +67,15 @@ def test_every_number_is_what_plain_loops_give(whole):
     assert measure.value == pytest.approx(expected, abs=1e-5)
     assert float(measure.examples.mean()) == pytest.approx(expected, abs=1e-5)
     assert found.measure("ablated_loss", "degree").value == pytest.approx(loss(without), abs=1e-5)
-    sets = random_units(whole, "outside", whole.config.controls)
+    sets = random_components(whole, "outside", whole.config.controls)
     nulls = [1 - (logit_diffs(~mask) - m_empty) / scale for mask in sets]
     assert found.measure("necessity", "outside").null == pytest.approx(mean(nulls), abs=1e-5)
 
     table = found.tables["minimality"]
     drops = []
-    for unit in torch.nonzero(kept).flatten().tolist():
+    for component in torch.nonzero(kept).flatten().tolist():
         one = kept.clone()
-        one[unit] = False
+        one[component] = False
         drops.append((m_circuit - logit_diffs(one)) / scale)
     assert table["drop"].tolist() == pytest.approx(drops, abs=1e-5)
     assert table["matters"].tolist() == [drop >= MATTERS for drop in drops]
@@ -117,22 +120,22 @@ def test_the_whole_model_is_as_necessary_as_anything_and_nothing_is_not(whole):
     assert nothing.measure("necessity", "outside").value == 0.0
     assert nothing.measure("completeness").value == 1.0
     assert "completeness_gap" not in {m.name for m in nothing.measures}
-    assert "no units" in " ".join(nothing.notes)
+    assert "no components" in " ".join(nothing.notes)
 
 
 def test_a_node_to_spare_is_found(whole):
     spare = whole.kept.clone()
-    unused = random_units(whole, "outside", 1)[0]
+    unused = random_components(whole, "outside", 1)[0]
     spare[torch.nonzero(unused).flatten()[0]] = True
     table = necessity(of_nodes(whole, spare)).tables["minimality"]
     assert len(table) == 7
     assert table["matters"].sum() == 6
 
 
-def test_a_circuit_of_heads_has_no_degrees_and_says_so(chain, random_tokens, subject_of):
+def test_a_circuit_of_heads_has_no_degrees_and_says_so(chain, random_tokens, tested):
     model, task, _ = chain
     found = necessity(
-        subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
+        tested(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
     )
     assert any("hook_z" in note for note in found.notes)
     assert {m.variant for m in found.measures if m.name == "necessity"} == {"outside", "matched"}
@@ -143,9 +146,9 @@ def test_a_circuit_of_heads_has_no_degrees_and_says_so(chain, random_tokens, sub
     assert table["channel"].tolist() == [0]
 
 
-def test_a_dense_models_circuit_is_tested_too(dense_planted, marks, circuit_of, subject_of):
+def test_a_dense_models_circuit_is_tested_too(dense_planted, marks, circuit_of, tested):
     model, nodes = dense_planted
-    whole = subject_of(model, marks, circuit_of(model, marks, nodes))
+    whole = tested(model, marks, circuit_of(model, marks, nodes))
     found = necessity(whole)
     assert found.measure("necessity", "degree").value > 0.8
     with torch.no_grad():
@@ -156,11 +159,11 @@ def test_a_dense_models_circuit_is_tested_too(dense_planted, marks, circuit_of, 
 def test_large_circuits_are_sampled(whole, monkeypatch):
     import sys
 
-    module = sys.modules["tl_sparse.faithfulness.checks.necessity"]
-    monkeypatch.setattr(module, "MOST_UNITS", 4)
+    module = sys.modules["tl_sparse.faithfulness.checks.minimality"]
+    monkeypatch.setattr(module, "MOST_COMPONENTS", 4)
     found = necessity(whole)
     assert len(found.tables["minimality"]) == 4
-    assert "of 6 units, 4" in found.notes[0]
+    assert "of 6 components, 4" in found.notes[0]
 
 
 def test_means_are_the_circuits_own(whole):

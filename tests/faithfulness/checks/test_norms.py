@@ -10,10 +10,10 @@ from tl_sparse.faithfulness.checks.norms import norm_drift, norms
 from tl_sparse.faithfulness.controls import on
 
 
-def slow(subject):
+def slow(test):
     """Frozen logit_diffs and drifts, one prompt at a time, with run_with_hooks alone."""
-    model, batch = subject.model, subject.batch
-    ablation = ablation_hooks(subject.index, subject.kept, subject.values)
+    model, batch = test.model, test.batch
+    ablation = ablation_hooks(test.index, test.kept, test.values)
     logit_diffs, drifts = [], []
     for i in range(len(batch)):
         tokens = batch.tokens[i : i + 1, : int(batch.last[i]) + 1]
@@ -38,20 +38,20 @@ def slow(subject):
 
 
 @pytest.fixture
-def dense(dense_planted, marks, circuit_of, subject_of):
-    """The Subject of a circuit of TransformerLens' own dense model."""
+def dense(dense_planted, marks, circuit_of, tested):
+    """The CircuitUnderTest of a circuit of TransformerLens' own dense model."""
     model, nodes = dense_planted
-    return subject_of(model, marks, circuit_of(model, marks, nodes))
+    return tested(model, marks, circuit_of(model, marks, nodes))
 
 
 @pytest.mark.parametrize("which", ["whole", "dense"])
 def test_every_number_is_what_plain_loops_give(which, request):
-    subject = request.getfixturevalue(which)
-    found = norms(subject)
-    logit_diffs, drifts = slow(subject)
+    test = request.getfixturevalue(which)
+    found = norms(test)
+    logit_diffs, drifts = slow(test)
     assert found.measure("frozen_loss").value == pytest.approx(loss(logit_diffs), abs=1e-5)
     assert not found.notes
-    for name in norm_hooks(subject.model):
+    for name in norm_hooks(test.model):
         measure = found.measure("norm_drift", name)
         expected = [drift[name] for drift in drifts]
         assert measure.examples.tolist() == pytest.approx(expected, abs=1e-5)
@@ -72,13 +72,13 @@ def test_ablation_shrinks_the_stream_behind_it(whole):
 
 def test_the_share_that_freezing_leaves_is_of_the_circuits_own_logit_diff(whole):
     zeros = replace(whole.circuit.means, values=torch.zeros_like(whole.values))
-    subject = replace(whole, circuit=replace(whole.circuit, means=zeros))
-    found = norms(subject)
+    test = replace(whole, circuit=replace(whole.circuit, means=zeros))
+    found = norms(test)
     share = found.measure("frozen_share")
     assert share.low <= share.value <= share.high
     assert float(share.examples.mean()) == pytest.approx(share.value, abs=1e-5)
-    own = float((subject.circuit_logit_diffs - subject.empty_logit_diffs).double().mean())
-    model = float((subject.model_logit_diffs - subject.empty_logit_diffs).double().mean())
+    own = float((test.circuit_logit_diffs - test.empty_logit_diffs).double().mean())
+    model = float((test.model_logit_diffs - test.empty_logit_diffs).double().mean())
     # no frozen run has a logit_diff with everything removed: the last token alone decides
     assert share.value == pytest.approx(found.measure("frozen_f").value * model / own, abs=1e-4)
 
@@ -129,17 +129,17 @@ def test_a_circuit_that_was_found_with_frozen_norms_is_told(whole):
         assert drift == pytest.approx(free.measure("norm_drift", name).value, abs=1e-6)
 
 
-def test_a_model_without_norms_says_so(planted, marks, circuit_of, subject_of):
+def test_a_model_without_norms_says_so(planted, marks, circuit_of, tested):
     model, nodes = planted(normalization_type="none")
-    found = norms(subject_of(model, marks, circuit_of(model, marks, nodes)))
+    found = norms(tested(model, marks, circuit_of(model, marks, nodes)))
     assert not found.measures
     assert "do not let their scales be set" in found.notes[0]
     assert "no norm scales to read" in found.notes[1]
 
 
-def test_a_circuit_of_heads_with_frozen_norms(chain, random_tokens, subject_of):
+def test_a_circuit_of_heads_with_frozen_norms(chain, random_tokens, tested):
     model, task, _ = chain
-    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
+    heads = tested(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
     found = norms(heads)
     assert found.measure("frozen_f").value > 0.5
     assert found.measure("norm_drift", "blocks.0.ln1.hook_scale").value == 1.0

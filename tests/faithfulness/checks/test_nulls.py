@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tl_sparse.faithfulness.checks.nulls import (
+from tl_sparse.faithfulness.checks.nulls import nulls, size_measures
+from tl_sparse.faithfulness.nulls import (
     arbitrary_map,
     arbitrary_tokens,
     constant_answer,
     label_swap,
-    nulls,
     reinitialised,
     shuffled_weights,
-    size_measures,
 )
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.tasks import Pair, Task, task
@@ -228,8 +227,8 @@ QUICK = {"null_steps": 30, "search_pairs": 8, "null_seeds": 1, "search_target": 
 
 
 @pytest.fixture
-def part(chain, subject_of):
-    return nulls(subject_of(*chain, **QUICK))
+def part(chain, tested):
+    return nulls(tested(*chain, **QUICK))
 
 
 def test_the_real_circuit_is_found_and_smaller_than_nonsense(part):
@@ -261,8 +260,8 @@ def test_the_real_circuit_is_found_and_smaller_than_nonsense(part):
     assert bool(failed["n_nodes"].isna().all())
 
 
-def test_without_text_the_null_models_are_left_out_and_said_so(chain, subject_of):
-    bare = replace(subject_of(*chain, **QUICK | {"null_seeds": 2}), tokens=None)
+def test_without_text_the_null_models_are_left_out_and_said_so(chain, tested):
+    bare = replace(tested(*chain, **QUICK | {"null_seeds": 2}), tokens=None)
     found = nulls(bare)
     assert found.tables["searches"]["seed"].tolist() == [0, 1] * 4
     assert not {"reinitialised", "shuffled_weights"} & set(found.tables["searches"]["search"])
@@ -296,9 +295,9 @@ def test_ratios_count_a_null_without_circuit_as_infinite_and_an_empty_one_as_one
     assert found["null_success", "a"].null == pytest.approx(2 / 3)
 
 
-def test_where_the_real_task_is_not_found_there_is_no_ratio_and_a_note(chain, subject_of):
+def test_where_the_real_task_is_not_found_there_is_no_ratio_and_a_note(chain, tested):
     model, task, circuit = chain
-    hopeless = subject_of(model, task, circuit, **QUICK | {"search_target": 1e-6})
+    hopeless = tested(model, task, circuit, **QUICK | {"search_target": 1e-6})
     found = nulls(replace(hopeless, tokens=None))
     assert math.isnan(found.measure("size_ratio", "label_swap").value)
     assert any(note.startswith("the real task has no circuit") for note in found.notes)

@@ -7,8 +7,8 @@ import torch
 from tl_sparse import SparseTransformer, tasks
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig
-from tl_sparse.circuits.pruning_run import build_circuit, set_up
-from tl_sparse.faithfulness import EvaluationConfig, subject
+from tl_sparse.circuits.pruning_run import measured, set_up
+from tl_sparse.faithfulness import EvaluationConfig, under_test
 from tl_sparse.faithfulness.checks.predictions import (
     agreement_of_signs,
     correlation_of_changes,
@@ -62,13 +62,13 @@ def bundled():
     config = PruningConfig(steps=4, selection_pairs=8, report_pairs=8, must_solve=False)
     kept = torch.arange(means.index.n_nodes) < 3 * means.index.n_nodes // 4
     problem = set_up(model, task, config, means=means)
-    circuit = build_circuit(problem, kept, kept.float(), n_active=int(kept.sum()))
+    circuit = measured(problem, kept, kept.float(), n_active=int(kept.sum()))
     config = EvaluationConfig(pairs=4, draws=100, controls=2)
-    return subject(model, circuit, task, config)
+    return under_test(model, circuit, task, config)
 
 
-def of_nodes(subject, kept):
-    return replace(subject, circuit=replace(subject.circuit, kept=kept))
+def of_nodes(test, kept):
+    return replace(test, circuit=replace(test.circuit, kept=kept))
 
 
 def test_the_whole_model_predicts_itself_and_nothing_predicts_nothing(bundled):

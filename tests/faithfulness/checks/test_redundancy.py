@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.faithfulness.slow import fixed, loss, slow_logit_diffs
-from tl_sparse.faithfulness.checks.nulls import label_swap
 from tl_sparse.faithfulness.checks.redundancy import redundancy, smallest_of
-from tl_sparse.faithfulness.checks.searches import search
+from tl_sparse.faithfulness.nulls import label_swap
+from tl_sparse.faithfulness.searches import search
 
 QUICK = {"null_steps": 30, "search_pairs": 8, "search_target": 0.3, "rounds": 2}
 FIRST = {(0, "attn_in", 0), (0, "attn_v", 1), (0, "attn_out", 1)}
@@ -34,11 +34,9 @@ def doubled(planted):
     return model
 
 
-def test_a_second_circuit_is_found_without_the_first_ones_nodes(
-    doubled, marks, circuit_of, subject_of
-):
-    subject = subject_of(doubled, marks, circuit_of(doubled, marks, FIRST), **QUICK)
-    found = redundancy(subject)
+def test_a_second_circuit_is_found_without_the_first_ones_nodes(doubled, marks, circuit_of, tested):
+    test = tested(doubled, marks, circuit_of(doubled, marks, FIRST), **QUICK)
+    found = redundancy(test)
     table = found.tables["rounds"]
     assert found.measure("rounds_survived").value == 1
     assert table["round"].tolist() == [1, 1, 2, 2]
@@ -51,14 +49,14 @@ def test_a_second_circuit_is_found_without_the_first_ones_nodes(
     assert table["loss_without"][2] > 0.6
 
 
-def test_a_chain_that_is_alone_has_no_substitute(chain, subject_of):
-    subject = subject_of(*chain, **QUICK)
-    found = redundancy(subject)
+def test_a_chain_that_is_alone_has_no_substitute(chain, tested):
+    test = tested(*chain, **QUICK)
+    found = redundancy(test)
     assert found.measure("rounds_survived").value == 0
     assert found.tables["rounds"]["round"].tolist() == [1, 1]
     by_hand = slow_logit_diffs(
-        subject.model, subject.batch, subject.index, ~subject.kept,
-        fixed(subject.index, subject.values),
+        test.model, test.batch, test.index, ~test.kept,
+        fixed(test.index, test.values),
     )  # fmt: skip
     measure = found.measure("excluded_loss")
     assert measure.null_low <= measure.null <= measure.null_high < measure.low
@@ -68,9 +66,9 @@ def test_a_chain_that_is_alone_has_no_substitute(chain, subject_of):
     )
 
 
-def test_the_smallest_circuit_of_a_round_is_excluded_next(chain, subject_of, marks):
-    subject = subject_of(*chain, **QUICK)
-    results = search(subject, [(marks, 0), (label_swap(marks), 0), (marks, 1)])
+def test_the_smallest_circuit_of_a_round_is_excluded_next(chain, tested, marks):
+    test = tested(*chain, **QUICK)
+    results = search(test, [(marks, 0), (label_swap(marks), 0), (marks, 1)])
     sizes = [getattr(result, "n_nodes", math.inf) for result in results]
-    assert smallest_of(subject, results).n_nodes == min(sizes)
-    assert smallest_of(subject, results[1:2]) is None
+    assert smallest_of(test, results).n_nodes == min(sizes)
+    assert smallest_of(test, results[1:2]) is None

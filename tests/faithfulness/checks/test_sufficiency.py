@@ -8,17 +8,17 @@ from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
 from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import greedy_subset
 from tl_sparse.faithfulness.checks.norms import norms
-from tl_sparse.faithfulness.checks.optimal import optimal_values
 from tl_sparse.faithfulness.checks.sufficiency import (
     ablations,
-    donors_of,
-    margins_under,
+    logit_diffs_under,
+    resampled_sequences,
     sufficiency,
 )
 from tl_sparse.faithfulness.controls import on
+from tl_sparse.faithfulness.optimal_ablation import optimal_values
 
 ABLATIONS = (
-    "own", "zero", "task_mean", "mean", "positional_mean", "resample", "optimal",
+    "as_pruned", "zero", "task_mean", "mean", "positional_mean", "resample", "optimal",
 )  # fmt: skip
 NAMES = (
     "loss", "calibrated_loss", "accuracy", "logit_diff", "f", "loss_recovered", "kl_recovered",
@@ -28,14 +28,14 @@ NAMES = (
 
 @pytest.fixture
 def small(whole):
-    """The chain's Subject with few discovery prompts, and constants learned in a few steps."""
+    """The chain's CircuitUnderTest with few train prompts, and constants learned in a few steps."""
     config = replace(whole.config, constant_steps=3)
-    return replace(whole, discovery=whole.discovery.pairs(0, 12), config=config)
+    return replace(whole, discovery=whole.train_batch.pairs(0, 12), config=config)
 
 
-def of_nodes(subject, kept):
+def of_nodes(test, kept):
     """The same with other nodes as the circuit."""
-    return replace(subject, circuit=replace(subject.circuit, kept=kept))
+    return replace(test, circuit=replace(test.circuit, kept=kept))
 
 
 def test_the_chain_does_the_task_alone_and_random_nodes_do_not(whole):
@@ -45,7 +45,7 @@ def test_the_chain_does_the_task_alone_and_random_nodes_do_not(whole):
         *((name, variant) for name in NAMES for variant in ABLATIONS),
     }  # fmt: skip
     assert not found.notes
-    for variant in ("own", "task_mean", "mean", "positional_mean", "optimal"):
+    for variant in ("as_pruned", "task_mean", "mean", "positional_mean", "optimal"):
         f = found.measure("f", variant)
         assert f.low < f.value < f.high
         assert f.value > 0.5
@@ -53,7 +53,7 @@ def test_the_chain_does_the_task_alone_and_random_nodes_do_not(whole):
         assert f.null_low <= f.null <= f.null_high
         assert found.measure("accuracy", variant).value > 0.9
         assert found.measure("loss", variant).value < 0.3 < found.measure("loss", variant).null
-    assert found.measure("loss", "own").value == pytest.approx(
+    assert found.measure("loss", "as_pruned").value == pytest.approx(
         float(torch.nn.functional.softplus(-whole.circuit_logit_diffs).mean())
     )
 
@@ -75,10 +75,10 @@ def test_every_number_is_what_plain_loops_give(small):
     small = on(small, small.batch.pairs(0, 4))
     found = sufficiency(small)
     model, batch, index, text = small.model, small.batch, small.index, small.tokens
-    known = small.discovery
+    known = small.train_batch
     _, cache = model.run_with_cache(text)
     flat = {name: cache[name].detach().flatten(2) for name in index.slices}
-    drawn = donors_of(batch.prompts, len(text), small.config.seed)
+    drawn = resampled_sequences(batch.prompts, len(text), small.config.seed)
     sums, count = torch.zeros(index.n_nodes, dtype=torch.float64), 0
     for i in range(len(known)):
         tokens = known.tokens[i : i + 1, : int(known.last[i]) + 1]
@@ -86,7 +86,7 @@ def test_every_number_is_what_plain_loops_give(small):
         sums += index.flat({n: one[n].detach().flatten(2)[0].double().sum(0) for n in index.slices})
         count += tokens.shape[1]
     values = {
-        "own": fixed(index, small.values),
+        "as_pruned": fixed(index, small.values),
         "zero": fixed(index, torch.zeros(index.n_nodes)),
         "mean": fixed(index, index.flat({n: x.flatten(0, 1).mean(0) for n, x in flat.items()})),
         "task_mean": fixed(index, (sums / count).float()),
@@ -94,7 +94,7 @@ def test_every_number_is_what_plain_loops_give(small):
         "resample": lambda name, i, positions: flat[name][drawn[i], :positions],
     }
     every, none = torch.ones_like(small.kept), torch.zeros_like(small.kept)
-    m_model = slow_logit_diffs(model, batch, index, every, values["own"])
+    m_model = slow_logit_diffs(model, batch, index, every, values["as_pruned"])
     assert found.measure("model_loss").value == pytest.approx(loss(m_model), abs=1e-5)
     for variant, value_of in values.items():
         m_circuit = slow_logit_diffs(model, batch, index, small.kept, value_of)
@@ -132,12 +132,12 @@ def test_a_prompts_values_do_not_depend_on_the_others(small, order):
                     assert one.null == pytest.approx(all_of_them.null, abs=1e-5)
 
 
-def test_donors_go_by_the_prompt():
+def test_resampled_sequences_go_by_the_prompt():
     prompts = ("a", "b", "c", "a")
-    drawn = donors_of(prompts, 1000, 0)
+    drawn = resampled_sequences(prompts, 1000, 0)
     assert drawn[0] == drawn[3]
-    assert torch.equal(donors_of(prompts[::-1], 1000, 0), drawn.flip(0))
-    assert not torch.equal(donors_of(prompts, 1000, 1), drawn)
+    assert torch.equal(resampled_sequences(prompts[::-1], 1000, 0), drawn.flip(0))
+    assert not torch.equal(resampled_sequences(prompts, 1000, 1), drawn)
 
 
 def test_the_calibration_is_the_stored_one_as_found_and_fitted_otherwise(small):
@@ -146,25 +146,25 @@ def test_the_calibration_is_the_stored_one_as_found_and_fitted_otherwise(small):
     strange = replace(small.circuit, calibration=Calibration(0.5, 0.25))
     found = sufficiency(replace(small, circuit=strange))
     values = torch.zeros(small.index.n_nodes)
-    known = on(small, small.discovery.pairs(0, small.config.pairs))
+    known = on(small, small.train_batch.pairs(0, small.config.pairs))
     fitted = calibrate(known.logit_diffs(small.kept[None], values)[0])
     for variant, logit_diffs, calibration in (
-        ("own", small.circuit_logit_diffs, strange.calibration),
+        ("as_pruned", small.circuit_logit_diffs, strange.calibration),
         ("zero", small.logit_diffs(small.kept[None], values)[0], fitted),
     ):
         expected = torch.nn.functional.softplus(-calibrated(logit_diffs, calibration))
         torch.testing.assert_close(found.measure("calibrated_loss", variant).examples, expected)
 
 
-@pytest.mark.parametrize("name", ["own", "positional_mean", "resample"])
-def test_prompts_run_in_parts_where_donors_are_large(small, monkeypatch, name):
+@pytest.mark.parametrize("name", ["as_pruned", "positional_mean", "resample"])
+def test_prompts_run_in_parts_where_resample_sources_are_large(small, monkeypatch, name):
     values = ablations(small, [])[name]
     masks = torch.stack([small.kept, ~small.kept])
-    together = margins_under(small, masks, values)
+    together = logit_diffs_under(small, masks, values)
     of_three_pairs = 3 * 2 * small.batch.tokens.shape[1] * small.index.n_nodes
     module = sys.modules["tl_sparse.faithfulness.checks.sufficiency"]
     monkeypatch.setattr(module, "MOST_FLOATS", of_three_pairs)
-    parts = margins_under(small, masks, values)
+    parts = logit_diffs_under(small, masks, values)
     torch.testing.assert_close(parts, together, atol=1e-5, rtol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_a_circuit_found_with_frozen_norms_is_tested_so(small):
     free = replace(small, circuit=replace(small.circuit, means=zeros))
     config = dict(small.circuit.config) | {"freeze_norm": True}
     frozen = replace(small, circuit=replace(free.circuit, config=config))
-    losses = [sufficiency(s).measure("loss", "own").value for s in (frozen, free)]
+    losses = [sufficiency(s).measure("loss", "as_pruned").value for s in (frozen, free)]
     assert losses[0] == pytest.approx(norms(free).measure("frozen_loss").value, abs=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4
 
@@ -199,7 +199,7 @@ def test_test_prompts_choose_nothing(small):
 def test_without_text_or_with_short_text_a_note_says_what_is_missing(small):
     found = sufficiency(replace(small, tokens=None))
     assert "no text" in found.notes[0]
-    assert {m.variant for m in found.measures} == {"own", "zero", "task_mean", "optimal", ""}
+    assert {m.variant for m in found.measures} == {"as_pruned", "zero", "task_mean", "optimal", ""}
     found = sufficiency(replace(small, tokens=small.tokens[:, :4]))
     assert "shorter" in found.notes[0]
     assert "mean" in {m.variant for m in found.measures}
@@ -207,22 +207,23 @@ def test_without_text_or_with_short_text_a_note_says_what_is_missing(small):
 
 
 def test_circuits_of_heads_and_of_dense_models_work(
-    chain, dense_planted, marks, circuit_of, subject_of, random_tokens
+    chain, dense_planted, marks, circuit_of, tested, random_tokens
 ):
     model, task, _ = chain
-    heads = subject_of(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens),
+    heads = tested(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens),
                        constant_steps=3)  # fmt: skip
     found = sufficiency(heads)
     assert [note.partition(":")[0] for note in found.notes] == [
-        "cpr, cmd", "calibrated_loss (own)",
+        "cpr, cmd", "calibrated_loss (as_pruned)",
     ]  # fmt: skip
     logit_diffs = slow_logit_diffs(
         model, heads.batch, heads.index, heads.kept, fixed(heads.index, heads.values)
     )
-    assert found.measure("logit_diff", "own").value == pytest.approx(mean(logit_diffs), abs=1e-5)
-    assert found.measure("f", "own").value > 0.9
-    assert found.measure("f", "own").null_low < 0.1  # the other head of the layer does nothing
+    logit_diff, f = (found.measure(name, "as_pruned") for name in ("logit_diff", "f"))
+    assert logit_diff.value == pytest.approx(mean(logit_diffs), abs=1e-5)
+    assert f.value > 0.9
+    assert f.null_low < 0.1  # the other head of the layer does nothing
     dense, nodes = dense_planted
-    found = sufficiency(subject_of(dense, marks, circuit_of(dense, marks, nodes), constant_steps=3))
+    found = sufficiency(tested(dense, marks, circuit_of(dense, marks, nodes), constant_steps=3))
     assert not found.notes
-    assert found.measure("f", "own").value > 0.5 > found.measure("f", "own").null
+    assert found.measure("f", "as_pruned").value > 0.5 > found.measure("f", "as_pruned").null

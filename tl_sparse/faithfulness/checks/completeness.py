@@ -1,4 +1,4 @@
-"""Does the circuit answer to knockouts as the full model does?
+"""Does the circuit react to knockouts as the full model does?
 
 Source: Wang et al. 2022, §4.1: for a complete circuit |F(C∖K) - F(M∖K)| is small for every K ⊆ C.
 """
@@ -9,54 +9,58 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_sparse.faithfulness.controls import few, per_unit_logit_diffs, random_units, tuning
-from tl_sparse.faithfulness.measure import Measure, measured_mean
-from tl_sparse.faithfulness.subject import Subject
+from tl_sparse.faithfulness.controls import component_logit_diffs, few, on_train, random_components
+from tl_sparse.faithfulness.measure import CheckResult, Measure, NotMeasured, measured_mean
+from tl_sparse.faithfulness.registry import Check, Criterion
+from tl_sparse.faithfulness.under_test import CircuitUnderTest
 
-STEPS = 5  # units that the greedy search knocks out at most
-CANDIDATES = 10  # units, drawn at random, among which it chooses each
+STEPS = 5  # components that the greedy search knocks out at most
+CANDIDATES = 10  # components, drawn at random, among which it chooses each
 
 
-def completeness_gaps(subject: Subject) -> list[Measure]:
+def completeness(test: CircuitUnderTest) -> CheckResult:
     """``completeness_gap``: |m(C∖K) - m(M∖K)| / (m(M) - m(∅)), m the mean logit_diff.
 
     Variant ``random``: its mean over ``subsets`` random K ⊆ C on the first ``few_pairs`` test
-    pairs; null: random sets, as many units at every hook, each with one random K of its own.
-    Variant ``greedy``: of one K that was built unit by unit to make it large on discovery prompts,
-    on all test pairs; null: the random K. The circuit must have a unit.
+    pairs; null: random sets, as many components at every hook, each with one random K of its own.
+    Variant ``greedy``: of one K that was built component by component to make it large on train
+    prompts, on all test pairs; null: the random K.
     """
-    config, small = subject.config, few(subject)
+    if not bool(test.kept_components.any()):
+        raise NotMeasured("the circuit has no components")
+    config, small = test.config, few(test)
     generator = torch.Generator().manual_seed(config.seed)
-    kept = subject.kept_units
+    kept = test.kept_components
     removed = random_subsets(kept.expand(config.subsets, -1), generator)
     gaps = knockout_gaps(kept, removed)
-    logit_diffs = per_unit_logit_diffs(small, gaps)
+    logit_diffs = component_logit_diffs(small, gaps)
     columns = [small.empty_logit_diffs, small.model_logit_diffs, *logit_diffs]
-    sets = random_units(subject, "anywhere", config.controls)
+    sets = random_components(test, "anywhere", config.controls)
     against = knockout_gaps(sets, random_subsets(sets, generator))
-    random = torch.cat([torch.stack(columns[:2]), per_unit_logit_diffs(small, against)]).double()
+    random = torch.cat([torch.stack(columns[:2]), component_logit_diffs(small, against)]).double()
     each = gap(torch.stack(columns).double().mean(1)[None])[0]
 
-    worst = greedy_subset(subject, generator)
-    chosen = per_unit_logit_diffs(subject, knockout_gaps(kept, worst[None]))
+    worst = greedy_subset(test, generator)
+    chosen = component_logit_diffs(test, knockout_gaps(kept, worst[None]))
 
     def measure(
         variant: str, columns: list[Tensor], null: Tensor, null_name: str, examples: Tensor
     ) -> Measure:
         return measured_mean(
-            "B", "completeness_gap", variant, columns, lambda means: gap(means).mean(1),
-            draws=config.draws, seed=config.seed, examples=examples, null=null, null_name=null_name,
+            config, "completeness_gap", variant, columns, lambda means: gap(means).mean(1),
+            examples=examples, null=null, null_name=null_name,
         )  # fmt: skip
 
-    base = [subject.empty_logit_diffs, subject.model_logit_diffs]
+    base = [test.empty_logit_diffs, test.model_logit_diffs]
     apart = (chosen[0] - chosen[1]).double() / (base[1] - base[0]).double().mean()
-    return [
+    measures = (
         measure(
             "random", columns, gap(random.mean(1)[None])[0],
             "random node sets of the same sizes, and random knockouts in them", each,
         ),
         measure("greedy", [*base, *chosen], each, "random knockouts in the circuit", apart),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return CheckResult(measures)
 
 
 def gap(means: Float[Tensor, "draw column"]) -> Float[Tensor, "draw knockout"]:
@@ -66,16 +70,17 @@ def gap(means: Float[Tensor, "draw column"]) -> Float[Tensor, "draw knockout"]:
 
 
 def knockout_gaps(
-    kept: Bool[Tensor, "set unit"] | Bool[Tensor, " unit"], removed: Bool[Tensor, "knockout unit"]
-) -> Bool[Tensor, "mask unit"]:
+    kept: Bool[Tensor, "set component"] | Bool[Tensor, " component"],
+    removed: Bool[Tensor, "knockout component"],
+) -> Bool[Tensor, "mask component"]:
     """Masks of C∖K for every K, then of M∖K."""
     return torch.cat([kept & ~removed, ~removed])
 
 
 def random_subsets(
-    sets: Bool[Tensor, "set unit"], generator: torch.Generator
-) -> Bool[Tensor, "set unit"]:
-    """A random subset of each set, one unit at least; the logarithm of its size is uniform.
+    sets: Bool[Tensor, "set component"], generator: torch.Generator
+) -> Bool[Tensor, "set component"]:
+    """A random subset of each set, one component at least; the logarithm of its size is uniform.
 
     Large knockouts leave nothing of either circuit or model, and so tell nothing.
     """
@@ -87,14 +92,14 @@ def random_subsets(
     return rows
 
 
-def greedy_subset(subject: Subject, generator: torch.Generator) -> Bool[Tensor, " unit"]:
-    """Units of the circuit that leave a large gap when they are knocked out.
+def greedy_subset(test: CircuitUnderTest, generator: torch.Generator) -> Bool[Tensor, " component"]:
+    """Components of the circuit that leave a large gap when they are knocked out.
 
-    One unit a step, the best of a few random ones on the first ``search_pairs`` discovery pairs; of
-    all steps the one with the largest gap.
+    One component a step, the best of a few random ones on the first ``search_pairs`` train pairs;
+    of all steps the one with the largest gap.
     """
-    known = tuning(subject, subject.config.search_pairs)
-    kept = subject.kept_units
+    known = on_train(test, test.config.search_pairs)
+    kept = test.kept_components
     empty, model = (x.double().mean() for x in (known.empty_logit_diffs, known.model_logit_diffs))
     current = torch.zeros_like(kept)
     best, largest = current, -1.0
@@ -103,10 +108,21 @@ def greedy_subset(subject: Subject, generator: torch.Generator) -> Bool[Tensor, 
         left = left[torch.randperm(len(left), generator=generator)[:CANDIDATES]]
         tried = current.repeat(len(left), 1)
         tried[torch.arange(len(left)), left] = True
-        means = per_unit_logit_diffs(known, knockout_gaps(kept, tried)).double().mean(1)
+        means = component_logit_diffs(known, knockout_gaps(kept, tried)).double().mean(1)
         gaps = gap(torch.cat([torch.stack([empty, model]), means])[None])[0]
         at = int(gaps.argmax())
         current = tried[at]
         if float(gaps[at]) > largest:
             best, largest = current, float(gaps[at])
     return best
+
+
+CHECK = Check(
+    completeness,
+    "does the circuit react to knockouts as the full model does?",
+    order=21,
+    criteria=(
+        Criterion("complete", "reacts to knockouts as the full model does", "completeness_gap", 0.3,
+                  variants=("random",), divides_by_logit_diff=True),
+    ),
+)  # fmt: skip

@@ -1,6 +1,6 @@
-"""Part D, norms: does the circuit live on norms that amplify what ablation leaves of the stream?
+"""Does the circuit live on norms that amplify what ablation leaves of the residual stream?
 
-Source: Drori 2026, appendix C: ablation shrinks the stream, and the norms make up for it.
+Source: Drori 2026, appendix C: ablation shrinks the residual stream, and the norms make up for it.
 """
 
 from __future__ import annotations
@@ -14,99 +14,91 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_sparse.ablation import FwdHook, check_fired, gated_ablation_hooks, norm_hooks
+from tl_sparse.ablation import FwdHook, NoNormScales, check_fired, gated_ablation_hooks, norm_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of, trimmed
 from tl_sparse.ablation.masked_forward import tiled
 from tl_sparse.faithfulness.checks.sufficiency import NULL, f_statistic, prompt_shares
-from tl_sparse.faithfulness.controls import few, random_units
-from tl_sparse.faithfulness.measure import PartResult, measured_mean
+from tl_sparse.faithfulness.controls import few, random_components
+from tl_sparse.faithfulness.measure import CheckResult, measured_mean
 from tl_sparse.faithfulness.metrics import normalised
-from tl_sparse.faithfulness.subject import Subject
+from tl_sparse.faithfulness.registry import Check, Criterion
+from tl_sparse.faithfulness.under_test import CircuitUnderTest
 
 ROWS = 256  # masks x prompts of one forward pass, whose logits at every position are computed
 
 
-def norms(subject: Subject) -> PartResult:
+def norms(test: CircuitUnderTest) -> CheckResult:
     """The circuit with the norms' scales held at the full model's, and how far they drift.
 
     - ``frozen_loss``: mean two-way loss (nats) of the circuit, every norm dividing by what it
       divides by in the full model on the same prompt.
     - ``frozen_f``: (m(C) - m(∅)) / (m(M) - m(∅)), C and ∅ with frozen norms.
-    - ``frozen_share``: what freezing leaves of the circuit's own logit_diff, (m(C) - m(∅)) with frozen
-      norms / (m(C) - m(∅)) as the circuit was found; 1 if it does not need them. Without a null:
-      random sets have no logit_diff of which a share could be left.
-    - ``norm_drift``, a variant a norm hook: scale under the circuit / scale in the full model,
-      mean over prompts and their tokens. Below one, the norm amplifies what is left.
+    - ``frozen_share``: what freezing leaves of the circuit's own logit_diff, (m(C) - m(∅)) with
+      frozen norms / (m(C) - m(∅)) as the circuit was found; 1 if it does not need them. Without a
+      null: random sets have no logit_diff of which a share could be left.
+    - ``norm_drift``, a variant a norm hook: scale under the circuit / scale in the full model, mean
+      over prompts and their tokens. Below one, the norm amplifies what is left.
 
-    Null: random sets with as many units at every hook, on the first ``few_pairs`` test pairs. Where
-    a model's norms have no scales to read or to set, a note says so.
+    Null: random sets with as many components at every hook, on the first ``few_pairs`` test pairs.
+    Where a model's norms have no scales to read or to set, a note says so.
     """
-    model, config, small = subject.model, subject.config, few(subject)
-    sets = subject.nodes(random_units(subject, "anywhere", config.controls))
+    model, config, small = test.model, test.config, few(test)
+    sets = test.nodes(random_components(test, "anywhere", config.controls))
     notes: list[str] = []
     found = []
 
     def measure(name: str, variant: str, columns: list[Tensor], **kw: Any) -> None:
-        found.append(
-            measured_mean(
-                "D", name, variant, columns, draws=config.draws, seed=config.seed, null_name=NULL,
-                **kw,
-            )
-        )  # fmt: skip
+        found.append(measured_mean(config, name, variant, columns, null_name=NULL, **kw))
 
     try:
         with eval_mode(model), torch.no_grad():
-            held, held_few = (frozen_norms_of(model, s.batch) for s in (subject, small))
-    except ValueError as error:
+            held, held_few = (frozen_norms_of(model, s.batch) for s in (test, small))
+    except NoNormScales as error:
         notes.append(f"frozen_loss, frozen_f: {error}")
     else:
-        kept, none = subject.kept[None], torch.zeros_like(subject.kept)[None]
+        kept, none = test.kept[None], torch.zeros_like(test.kept)[None]
         every = torch.ones_like(kept)
         # all three by one path: with other hooks, rounding differs
-        circuit, empty, whole = (
-            subject.logit_diffs(keep, hooks=held)[0] for keep in (kept, none, every)
+        circuit, empty, full = (
+            test.logit_diffs(keep, hooks=held)[0] for keep in (kept, none, every)
         )
         random = small.logit_diffs(sets, hooks=held_few).double()
-        m_empty, m_whole = (x[: len(small.batch)].double().mean().expand(len(random))
-                            for x in (empty, whole))  # fmt: skip
+        m_empty, m_full = (x[: len(small.batch)].double().mean().expand(len(random))
+                            for x in (empty, full))  # fmt: skip
         measure("frozen_loss", "", [F.softplus(-circuit)], null=F.softplus(-random).mean(1))
         measure(
-            "frozen_f", "", [circuit, empty, whole], statistic=f_statistic,
-            examples=prompt_shares(circuit, empty, whole, empty),
-            null=normalised(random.mean(1), m_empty, m_whole),
+            "frozen_f", "", [circuit, empty, full], statistic=f_statistic,
+            examples=prompt_shares(circuit, empty, full, empty),
+            null=normalised(random.mean(1), m_empty, m_full),
         )  # fmt: skip
-        found.append(
-            measured_mean(
-                "D", "frozen_share", "",
-                [circuit, empty, subject.circuit_logit_diffs, subject.empty_logit_diffs],
-                lambda means: (means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 3]),
-                draws=config.draws, seed=config.seed,
-                examples=prompt_shares(circuit, empty, subject.circuit_logit_diffs,
-                                       subject.empty_logit_diffs),
-            )
+        free = test.circuit_logit_diffs, test.empty_logit_diffs
+        measure(
+            "frozen_share", "", [circuit, empty, *free],
+            statistic=lambda means: (means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 3]),
+            examples=prompt_shares(circuit, empty, *free),
         )  # fmt: skip
-        if subject.norms:
+        if test.norms:
             notes.append("frozen_loss, frozen_f: the circuit was found with frozen norms")
-    drift = norm_drift(subject, subject.kept[None])
+    drift = norm_drift(test, test.kept[None])
     random_drift = norm_drift(small, sets)
     for name, ratio in drift.items():
         measure("norm_drift", name, [ratio[0]], null=random_drift[name].double().mean(1))
     if not drift:
         notes.append(f"norm_drift: this {type(model).__name__} has no norm scales to read")
-    return PartResult("D", tuple(found), notes=tuple(notes))
+    return CheckResult(tuple(found), notes=tuple(notes))
 
 
 @torch.no_grad()
 def norm_drift(
-    subject: Subject, keep: Bool[Tensor, "mask node"]
+    test: CircuitUnderTest, keep: Bool[Tensor, "mask node"]
 ) -> dict[str, Float[Tensor, "mask prompt"]]:
     """Norm hook → its scale under each mask over that in the full model, mean over a prompt's
     tokens. Hooks that never fire are left out; norms that were frozen for the circuit are free.
     """
-    model: Any = subject.model
+    model: Any = test.model
     device = next(model.parameters()).device
-    batch = trimmed(subject.batch.to(device))
+    batch = trimmed(test.batch.to(device))
     real = torch.arange(batch.tokens.shape[1], device=device) <= batch.last[:, None]
     seen: dict[str, Tensor] = {}
 
@@ -121,15 +113,26 @@ def norm_drift(
         model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[*hooks, *readers])
         return dict(seen)
 
-    values = subject.values.to(device)[None]
+    values = test.values.to(device)[None]
     with eval_mode(model), torch.no_grad():
-        whole = scales(batch.tokens, [])
-        found: dict[str, list[Tensor]] = {name: [] for name in whole}
+        full = scales(batch.tokens, [])
+        found: dict[str, list[Tensor]] = {name: [] for name in full}
         for part in keep.to(device).split(max(1, ROWS // len(batch))):
-            mixes = gated_ablation_hooks(subject.index, part.float(), values)
+            mixes = gated_ablation_hooks(test.index, part.float(), values)
             under = scales(tiled(batch, len(part)).tokens, mixes)
             check_fired(mixes)
             for name, rows in found.items():
-                ratio = under[name].view(len(part), *whole[name].shape) / whole[name]
+                ratio = under[name].view(len(part), *full[name].shape) / full[name]
                 rows.append((ratio * real).sum(2) / real.sum(1))
     return {name: torch.cat(rows).cpu() for name, rows in found.items()}
+
+
+CHECK = Check(
+    norms,
+    "does the circuit live on norms that amplify what is left?",
+    order=40,
+    criteria=(
+        Criterion("norms", "does not live on norms that amplify what is left", "frozen_share", 0.5,
+                  at_least=True, divides_by_logit_diff=True),
+    ),
+)  # fmt: skip

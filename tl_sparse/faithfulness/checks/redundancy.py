@@ -1,4 +1,4 @@
-"""Is there another circuit? This one's nodes are excluded, and the search goes on (part H).
+"""Is there another circuit? This one's nodes are excluded, and the search goes on.
 
 Exclusion in rounds is what followed Drori 2026: sparse models may have many circuits for one task.
 """
@@ -9,17 +9,19 @@ import pandas as pd
 import torch
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.faithfulness.checks.searches import Found, n_units, row, search
-from tl_sparse.faithfulness.controls import random_units
-from tl_sparse.faithfulness.measure import Measure, PartResult, measured_mean
-from tl_sparse.faithfulness.subject import Subject
+from tl_sparse.circuits.edges import EdgesUndefined
+from tl_sparse.faithfulness.controls import random_components
+from tl_sparse.faithfulness.measure import CheckResult, NotMeasured, measured_count, measured_mean
+from tl_sparse.faithfulness.registry import Check, Criterion
+from tl_sparse.faithfulness.searches import Found, n_components, row, search
+from tl_sparse.faithfulness.under_test import CircuitUnderTest
 
 CONTROLS = 8  # random sets at most
 SEEDS = 2  # searches of every round: one that fails says little
 
 
-def redundancy(subject: Subject) -> PartResult:
-    """Part H: all nodes that were found so far are excluded, and another circuit is searched for.
+def redundancy(test: CircuitUnderTest) -> CheckResult:
+    """All nodes that were found so far are excluded, and another circuit is searched for.
 
     In the first round the circuit's own nodes are excluded, in each further one also those of the
     smallest circuit that the round before found, ``config.rounds`` times or until none is found.
@@ -28,54 +30,57 @@ def redundancy(subject: Subject) -> PartResult:
       target and without any node of those before. The searches have ``config.null_steps`` steps, as
       the model does not do the task at their start. 0: no substitute was found, which does not
       prove that there is none.
-    - ``excluded_loss``: two-way cross-entropy (nats) of the full model without the circuit's
-      nodes. Low, the rest does the task as it is, with nothing searched. Null: without as many
-      random units outside the circuit at every hook.
+    - ``excluded_loss``: two-way cross-entropy (nats) of the full model without the circuit's nodes.
+      Low, the rest does the task as it is, with nothing searched. Null: without as many random
+      components outside the circuit at every hook.
 
     Table ``rounds`` has a row per search: round, seed, how many nodes were excluded, the model's
     loss without them, what was found.
     """
-    config = subject.config
-    excluded, rows, survived = subject.kept.clone(), [], 0
+    config = test.config
+    excluded, rows, survived = test.kept.clone(), [], 0
     for number in range(1, config.rounds + 1):
         seeds = [config.seed + SEEDS * number + i for i in range(SEEDS)]
-        try:
-            results = search(
-                subject, [(subject.task, seed) for seed in seeds], steps=config.null_steps,
-                exclude=excluded,
-            )  # fmt: skip
-        except ValueError as error:
-            return PartResult("H", (), notes=(str(error),))
-        loss = float(subject.losses(~excluded[None], hooks=()).mean())
+        results = search(
+            test, [(test.task, seed) for seed in seeds], steps=config.null_steps, exclude=excluded
+        )
+        loss = float(test.losses(~excluded[None], hooks=()).mean())
         rows += [
             {"round": number, "seed": seed, "excluded": int(excluded.sum()), "loss_without": loss}
-            | row(subject, result)
+            | row(test, result)
             for seed, result in zip(seeds, results, strict=True)
         ]
-        best = smallest_of(subject, results)
+        best = smallest_of(test, results)
         if best is None:
             break
         survived += 1
         excluded = excluded | best.kept
-    random = subject.nodes(random_units(subject, "outside", min(CONTROLS, config.controls)))
-    rest, *others = subject.losses(~torch.cat([subject.kept[None], random]), hooks=())
+    random = test.nodes(random_components(test, "outside", min(CONTROLS, config.controls)))
+    rest, *others = test.losses(~torch.cat([test.kept[None], random]), hooks=())
     measures = (
-        Measure("H", "rounds_survived", "", float(survived)),
+        measured_count("rounds_survived", float(survived)),
         measured_mean(
-            "H",
-            "excluded_loss",
-            "",
-            [rest],
-            draws=config.draws,
-            seed=config.seed,
-            null=torch.stack(others).mean(1),
-            null_name="without random units outside the circuit",
+            config, "excluded_loss", "", [rest], null=torch.stack(others).mean(1),
+            null_name="without random components outside the circuit",
         ),
-    )
-    return PartResult("H", measures, {"rounds": pd.DataFrame(rows)})
+    )  # fmt: skip
+    return CheckResult(measures, {"rounds": pd.DataFrame(rows)})
 
 
-def smallest_of(subject: Subject, results: list[Found]) -> Circuit | None:
-    """The circuit of the fewest units; None if there is none."""
+def smallest_of(test: CircuitUnderTest, results: list[Found]) -> Circuit | None:
+    """The circuit of the fewest components; None if there is none."""
     found = [result for result in results if isinstance(result, Circuit)]
-    return min(found, key=lambda circuit: n_units(subject, circuit), default=None)
+    return min(found, key=lambda circuit: n_components(test, circuit), default=None)
+
+
+CHECK = Check(
+    redundancy,
+    "is there another circuit outside this one?",
+    order=82,
+    criteria=(
+        Criterion("unique", "has no substitute that a quick search finds outside it",
+                  "rounds_survived", 0.0),
+    ),
+    searches=True,
+    errors=(NotMeasured, EdgesUndefined),
+)  # fmt: skip

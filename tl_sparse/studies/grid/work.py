@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from tl_sparse.ablation import ActivationMeans, activation_means
-from tl_sparse.analyses.necessity import necessity
 from tl_sparse.circuits import Circuit, PruningFailed, random_edges
 from tl_sparse.circuits.baselines import circuit_from_ranking, rank_nodes
 from tl_sparse.data import TokenizedCorpus
+from tl_sparse.faithfulness import necessity
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.studies.frontier import attempted, token_loss

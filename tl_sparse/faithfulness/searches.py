@@ -1,4 +1,5 @@
-"""The quick search by which parts F, G and H find circuits anew, real and null ones alike.
+"""The quick search by which ``nulls``, ``generalisation`` and ``redundancy`` find circuits anew,
+real and null ones alike.
 
 It is :func:`~tl_sparse.circuits.prune` with fewer steps and prompts. Circuits found so are compared
 with one another only, all at the same budget: they are a little larger than those of a full search.
@@ -17,7 +18,8 @@ from tl_sparse.ablation import KINDS, ActivationMeans
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune_many
-from tl_sparse.faithfulness.subject import Subject, pruning_config_of
+from tl_sparse.faithfulness.measure import NotMeasured
+from tl_sparse.faithfulness.under_test import CircuitUnderTest, pruning_config_of
 from tl_sparse.tasks import Task
 
 Found = Circuit | PruningFailed
@@ -26,23 +28,23 @@ Found = Circuit | PruningFailed
 LR, ADAPT_RATE = 0.05, 0.05  # faster than a full search's, as there are fewer steps
 SELECTION = 32  # pairs on which a circuit's nodes are chosen
 REPORT = 32  # held-out pairs that its loss is reported on
-DONORS = 64  # sequences from which removed nodes are resampled, of circuits that were found so
-DISCOVERY = 64  # discovery pairs on which the loss of a circuit without a target is measured
+SOURCES = 64  # sequences from which removed nodes are resampled, of circuits that were found so
+TRAIN = 64  # train pairs on which the loss of a circuit without a target is measured
 
 
-def search_config(subject: Subject, seed: int, steps: int | None = None) -> PruningConfig:
+def search_config(test: CircuitUnderTest, seed: int, steps: int | None = None) -> PruningConfig:
     """The quick search under a seed, of ``config.search_steps`` unless others are given.
 
     The ablation, frozen norms and tied q and k are those that the circuit was found with. No mask
     is rescued that broke (``on_collapse="fail"``), and no task refused that the model cannot do.
 
     Raises:
-        ValueError: the target loss is chance or above.
+        NotMeasured: the target loss is chance or above.
     """
-    config = subject.config
-    base = pruning_config_of(subject.circuit)
+    config = test.config
+    base = pruning_config_of(test.circuit)
     return PruningConfig(
-        target_loss=search_target(subject),
+        target_loss=search_target(test),
         steps=config.search_steps if steps is None else steps,
         batch_pairs=config.search_pairs,
         lr=LR,
@@ -59,34 +61,34 @@ def search_config(subject: Subject, seed: int, steps: int | None = None) -> Prun
     )
 
 
-def search_target(subject: Subject) -> float:
+def search_target(test: CircuitUnderTest) -> float:
     """The loss (nats) that circuits are searched to: the config's, or else the circuit's own.
 
-    That of a circuit that was not pruned to a target is its loss on discovery prompts.
+    That of a circuit that was not pruned to a target is its loss on train prompts.
 
     Raises:
-        ValueError: it is chance or above.
+        NotMeasured: it is chance or above.
     """
-    target = subject.config.search_target
-    if target is None and not math.isnan(subject.circuit.target_loss):
-        target = subject.circuit.target_loss
+    target = test.config.search_target
+    if target is None and not math.isnan(test.circuit.target_loss):
+        target = test.circuit.target_loss
     if target is None:
-        batch = subject.discovery.pairs(0, DISCOVERY)
-        with eval_mode(subject.model):
+        batch = test.train_batch.pairs(0, TRAIN)
+        with eval_mode(test.model):
             logit_diffs = masked_logit_diffs(
-                subject.model, batch, subject.index, subject.kept[None], subject.values
+                test.model, batch, test.index, test.kept[None], test.values
             )
         target = float(F.softplus(-logit_diffs).mean())
     if not target < math.log(2):
-        raise ValueError(
-            f"the circuit of {subject.circuit.task} has loss {target:.3f} on discovery prompts, "
+        raise NotMeasured(
+            f"the circuit of {test.circuit.task} has loss {target:.3f} on train prompts, "
             "chance or above: give search_target= to search for others"
         )
     return target
 
 
 def search(
-    subject: Subject,
+    test: CircuitUnderTest,
     jobs: Sequence[tuple[Task, int]],
     *,
     steps: int | None = None,
@@ -97,41 +99,45 @@ def search(
     """The quick search for tasks under seeds, whose masks train in shared passes.
 
     Args:
-        subject: Whose nodes, ablation and budget the searches have.
+        test: Whose nodes, ablation and budget the searches have.
         jobs: Tasks and the seed of each search.
         steps: Mask training steps; by default ``config.search_steps``.
-        model: Where to search; by default the subject's model.
+        model: Where to search; by default the test's model.
         means: Means of that model; by default the circuit's.
         exclude: Nodes that no circuit may have.
 
     Raises:
-        ValueError: no target below chance, or no text for a circuit that resamples.
+        NotMeasured: no target below chance, or no text for a circuit that resamples.
     """
-    model = subject.model if model is None else model
-    means = subject.circuit.means if means is None else means
-    posed = [(task, search_config(subject, seed, steps)) for task, seed in jobs]
-    donors = None
-    make = KINDS[posed[0][1].ablation].sources if posed else None
-    if make is not None:
-        if subject.tokens is None:
-            raise ValueError("the circuit resamples removed nodes: give tokens= to do so")
+    model = test.model if model is None else model
+    means = test.circuit.means if means is None else means
+    jobs_with_config = [(task, search_config(test, seed, steps)) for task, seed in jobs]
+    sources = None
+    if jobs_with_config and jobs_with_config[0][1].ablation == "resample":
+        if test.tokens is None:
+            raise NotMeasured("the circuit resamples removed nodes: give tokens= to do so")
         with eval_mode(model):
-            donors = make(model, subject.tokens[:DONORS], index=subject.index)
+            sources = resample_sources(model, test.tokens[:SOURCES], index=test.index)
     return prune_many(
-        model, posed, means=means, sources=donors, exclude=exclude,
-        groups=subject.circuit.groups, progress=False,
-    )  # fmt: skip
+        model,
+        jobs_with_config,
+        means=means,
+        sources=sources,
+        exclude=exclude,
+        groups=test.circuit.groups,
+        progress=False,
+    )
 
 
-def n_units(subject: Subject, found: Found) -> float:
-    """Units of a circuit that was found; infinite for none."""
+def n_components(test: CircuitUnderTest, found: Found) -> float:
+    """Components of a circuit that was found; infinite for none."""
     if isinstance(found, PruningFailed):
         return math.inf
-    return float(len(subject.unit[found.kept].unique()))
+    return float(len(test.component[found.kept].unique()))
 
 
-def row(subject: Subject, found: Found) -> dict[str, object]:
-    """A search in a table: found, n_nodes (units), n_edges, held-out loss, reached, why_not.
+def row(test: CircuitUnderTest, found: Found) -> dict[str, object]:
+    """A search in a table: found, n_nodes (components), n_edges, held-out loss, reached, why_not.
 
     ``reached`` is its loss on the selection pairs, or the lowest that was reached without success.
     """
@@ -141,6 +147,6 @@ def row(subject: Subject, found: Found) -> dict[str, object]:
             "reached": found.loss, "why_not": str(found),
         }  # fmt: skip
     return {
-        "found": True, "n_nodes": n_units(subject, found), "n_edges": float(found.n_edges),
+        "found": True, "n_nodes": n_components(test, found), "n_edges": float(found.n_edges),
         "loss": found.loss, "reached": found.selection_loss, "why_not": "",
     }  # fmt: skip

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import torch
 
-from tl_sparse.faithfulness.checks.optimal import optimal_values
 from tl_sparse.faithfulness.controls import on
+from tl_sparse.faithfulness.optimal_ablation import optimal_values
 
 
 def test_optimal_constants_lower_the_loss_and_leave_kept_nodes_alone(whole):
@@ -12,7 +12,7 @@ def test_optimal_constants_lower_the_loss_and_leave_kept_nodes_alone(whole):
     masks = torch.stack([whole.kept, kept])
     values = optimal_values(whole, masks)
     assert values.shape == masks.shape
-    known = on(whole, whole.discovery.pairs(0, whole.config.few_pairs))
+    known = on(whole, whole.train_batch.pairs(0, whole.config.few_pairs))
     own = known.losses(masks).mean(1)
     learned = torch.stack(
         [known.losses(mask[None], row)[0] for mask, row in zip(masks, values, strict=True)]

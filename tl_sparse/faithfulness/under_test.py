@@ -1,8 +1,8 @@
-"""``Subject``: a circuit in its model, and the prompts that it is tested on.
+"""``CircuitUnderTest``: a circuit in its model, and the prompts that it is tested on.
 
 Everything the suite measures is a run of the model's own forward pass under hooks on these prompts.
-A circuit is a set of *units*: single nodes, or nodes that are kept and removed together, such as
-the channels of a head.
+A circuit is a set of *components*: single nodes, or nodes that are kept and removed together, such
+as the channels of a head.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from tl_sparse.ablation import (
-    FwdHook,
-    Replacement,
-)
+from tl_sparse.ablation import FwdHook, Replacement, ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
@@ -32,11 +29,11 @@ from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, TaskBatch
 
-SPARE = 4  # times as many held-out pairs are drawn as are wanted: some may be discovery prompts
+SPARE = 4  # times as many held-out pairs are drawn as are wanted: some may be train prompts
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class CircuitUnderTest:
     """A circuit in its model, and the prompts that it is tested on. Tensors are on the CPU."""
 
     model: nn.Module
@@ -47,7 +44,7 @@ class Subject:
     """What is tested."""
     batch: TaskBatch
     """Held-out prompts, none of which the circuit was found on."""
-    discovery: TaskBatch
+    train_batch: TaskBatch
     """Prompts it was found on (of the train split): means and constants may be fitted to them."""
     tokens: Int[Tensor, "sequence pos"] | None
     """Text of the pretraining distribution; None if it was not given."""
@@ -70,20 +67,20 @@ class Subject:
         return self.circuit.means.values.cpu()
 
     @property
-    def unit(self) -> Int[Tensor, " node"]:
-        """The unit of every node."""
+    def component(self) -> Int[Tensor, " node"]:
+        """The component of every node."""
         return self.circuit.component
 
     @property
-    def n_units(self) -> int:
-        """Units of the universe."""
-        return int(self.unit.max()) + 1
+    def n_components(self) -> int:
+        """Components of the universe."""
+        return int(self.component.max()) + 1
 
     @cached_property
-    def kept_units(self) -> Bool[Tensor, " unit"]:
-        """The circuit's units."""
-        mask = torch.zeros(self.n_units, dtype=torch.bool)
-        mask[self.unit[self.kept]] = True
+    def kept_components(self) -> Bool[Tensor, " component"]:
+        """The circuit's components."""
+        mask = torch.zeros(self.n_components, dtype=torch.bool)
+        mask[self.component[self.kept]] = True
         return mask
 
     @cached_property
@@ -103,9 +100,15 @@ class Subject:
         whole = not bool(self.within(keep).all())
         return edges_removed(self.model, self.index, removed[:0] if whole else removed)
 
-    def nodes(self, units: Bool[Tensor, "mask unit"]) -> Bool[Tensor, "mask node"]:
-        """Masks over units as masks over nodes."""
-        return units[:, self.unit]
+    def circuit_hooks(self, batch: TaskBatch | None = None) -> list[FwdHook]:
+        """Hooks that set removed nodes, for the test prompts or others; beside ``edges_of`` the
+        model then runs as the circuit does."""
+        norms = self.norms if batch is None else replace(self, batch=batch).norms
+        return [*norms, *ablation_hooks(self.index, self.kept, self.values)]
+
+    def nodes(self, components: Bool[Tensor, "mask component"]) -> Bool[Tensor, "mask node"]:
+        """Masks over components as masks over nodes."""
+        return components[:, self.component]
 
     def logit_diffs(
         self,
@@ -119,7 +122,6 @@ class Subject:
         default those under which the circuit was found. A mask that keeps nodes of the circuit
         alone runs without the circuit's removed edges, any other mask on all edges.
         """
-
         values = self.values if values is None else values
         hooks = self.norms if hooks is None else hooks
         within = self.within(keep)
@@ -146,7 +148,7 @@ class Subject:
 
     @cached_property
     def model_logit_diffs(self) -> Float[Tensor, " prompt"]:
-        """Margins of the full model, without any hook."""
+        """Logit differences of the full model, without any hook."""
         every = torch.ones(1, self.index.n_nodes, dtype=torch.bool)
         with eval_mode(self.model):
             return masked_logit_diffs(
@@ -155,27 +157,27 @@ class Subject:
 
     @cached_property
     def circuit_logit_diffs(self) -> Float[Tensor, " prompt"]:
-        """Margins of the circuit, as it was found."""
+        """Logit differences of the circuit, as it was found."""
         return self.logit_diffs(self.kept[None])[0]
 
     @cached_property
     def empty_logit_diffs(self) -> Float[Tensor, " prompt"]:
-        """Margins with every node removed."""
+        """Logit differences with every node removed."""
         return self.logit_diffs(torch.zeros(1, self.index.n_nodes, dtype=torch.bool))[0]
 
 
-def subject(
+def under_test(
     model: nn.Module,
     circuit: Circuit,
     task: Task,
     config: EvaluationConfig | None = None,
     tokens: Int[Tensor, "sequence pos"] | None = None,
-) -> Subject:
+) -> CircuitUnderTest:
     """Check that a circuit can be tested, and draw prompts that it was not found on.
 
     Raises:
         ValueError: a circuit of another model or task, or too few held-out prompts that are not
-            discovery prompts.
+            train prompts.
     """
     config = config or EvaluationConfig()
     circuit.check_model(model)
@@ -190,7 +192,7 @@ def subject(
         names = ("steps", "batch_pairs", "selection_pairs", "seed")
         judged_on = PruningConfig(**{name: edges[name] for name in names})
         seen |= {p for part in selection_and_training(task, judged_on) for p in part.prompts}
-    # another seed than the one whose held-out prompts were reported at discovery
+    # another seed than the one whose held-out prompts were reported
     seed = found_with.seed + 1 + config.seed
     drawn = task.batch(SPARE * config.pairs, split="held_out", seed=seed)
     fresh = [
@@ -201,9 +203,9 @@ def subject(
     chosen = sorted(distinct.values())[: config.pairs]
     if not chosen:
         raise ValueError(
-            f"all held-out prompts of {task.name} were seen in discovery: none is left to test on"
+            f"all held-out prompts of {task.name} are train prompts: none is left to test on"
         )
-    return Subject(model, task, circuit, drawn.select(chosen), training, tokens, config)
+    return CircuitUnderTest(model, task, circuit, drawn.select(chosen), training, tokens, config)
 
 
 def pruning_config_of(circuit: Circuit) -> PruningConfig:

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.faithfulness.checks.test_schemes import noisy, slow_loss
+from tests.faithfulness.test_ablation_masks import noisy, slow_loss
 from tl_sparse.circuits import circuit_of_heads
-from tl_sparse.faithfulness import EvaluationConfig, subject
-from tl_sparse.faithfulness.checks.partial import partial
-from tl_sparse.faithfulness.checks.schemes import stochastic_schemes
+from tl_sparse.faithfulness import EvaluationConfig, under_test
+from tl_sparse.faithfulness.ablation_masks import random_ablation_masks
+from tl_sparse.faithfulness.checks.partial_ablation import partial_ablation
 
 __all__ = ["noisy"]
 
@@ -17,11 +17,11 @@ VARIANTS = ("continuous", "rounded")
 
 @pytest.fixture
 def found(whole):
-    return partial(whole)
+    return partial_ablation(whole)
 
 
-def test_the_ends_of_the_schemes_are_the_circuit_and_the_whole_model(whole, found):
-    table = found.tables["schemes"].set_index("kind")
+def test_the_ends_of_the_ablation_masks_are_the_circuit_and_the_whole_model(whole, found):
+    table = found.tables["ablation_masks"].set_index("kind")
     ends = {"circuit": (whole.circuit_logit_diffs, 0.0), "model": (whole.model_logit_diffs, 1.0)}
     for kind, (logit_diffs, left) in ends.items():
         assert table.loc[kind, "logit_diff"] == pytest.approx(float(logit_diffs.mean()), abs=1e-4)
@@ -32,18 +32,18 @@ def test_the_ends_of_the_schemes_are_the_circuit_and_the_whole_model(whole, foun
 
 
 def test_stochastic_losses_are_those_of_prompts_run_one_at_a_time(whole, found):
-    schemes, shares = stochastic_schemes(
-        whole.n_units, whole.config.subsets, torch.Generator().manual_seed(whole.config.seed)
+    ablation_masks, shares = random_ablation_masks(
+        whole.n_components, whole.config.subsets, torch.Generator().manual_seed(whole.config.seed)
     )
     by_hand = [
-        slow_loss(whole, whole.batch, torch.where(whole.kept, 1.0, scheme[whole.unit]))
-        for scheme in schemes
+        slow_loss(whole, whole.batch, torch.where(whole.kept, 1.0, ablation_mask[whole.component]))
+        for ablation_mask in ablation_masks
     ]
     mean, worst = found.measure("stochastic_loss"), found.measure("stochastic_worst")
     assert mean.value == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
     assert worst.value == pytest.approx(max(by_hand), abs=1e-4)
     assert worst.examples.tolist() == pytest.approx(by_hand, abs=1e-4)
-    drawn = found.tables["schemes"].query("kind == 'stochastic'")
+    drawn = found.tables["ablation_masks"].query("kind == 'stochastic'")
     assert drawn["p"].tolist() == pytest.approx(shares.tolist())
 
 
@@ -55,25 +55,25 @@ def test_every_number_has_prompts_an_interval_and_a_null(whole, found):
         assert measure.null_name
 
 
-def test_the_adversary_is_worse_than_random_subsets_and_its_numbers_agree(chain, subject_of):
+def test_the_adversary_is_worse_than_random_subsets_and_its_numbers_agree(chain, tested):
     model, task, circuit = chain
     part = circuit.kept.clone()
     part[torch.nonzero(part)[:3]] = False
-    found = partial(subject_of(model, task, replace(circuit, kept=part)))
-    table = found.tables["schemes"].set_index("kind")
+    found = partial_ablation(tested(model, task, replace(circuit, kept=part)))
+    table = found.tables["ablation_masks"].set_index("kind")
     for variant in VARIANTS:
         loss, f = (found.measure(f"adversarial_{name}", variant) for name in ("loss", "f"))
         assert loss.value == pytest.approx(table.loc[variant, "loss"], abs=1e-5)
         assert f.value == pytest.approx(table.loc[variant, "f"], abs=1e-5)
         assert loss.value > found.measure("stochastic_loss").value
-    continuous, rounded = (table.loc[variant, "discovery_loss"] for variant in VARIANTS)
+    continuous, rounded = (table.loc[variant, "train_loss"] for variant in VARIANTS)
     assert continuous >= rounded - 1e-6
 
 
-def test_a_circuit_of_everything_cannot_be_attacked(chain, subject_of, whole):
+def test_a_circuit_of_everything_cannot_be_attacked(chain, tested, whole):
     model, task, circuit = chain
     everything = replace(circuit, kept=torch.ones_like(circuit.kept))
-    found = partial(subject_of(model, task, everything))
+    found = partial_ablation(tested(model, task, everything))
     loss = float(F.softplus(-whole.model_logit_diffs).mean())
     for measure in found.measures:
         expected = 1.0 if measure.name == "adversarial_f" else loss
@@ -82,7 +82,7 @@ def test_a_circuit_of_everything_cannot_be_attacked(chain, subject_of, whole):
 
 def test_the_order_of_the_test_prompts_does_not_matter(whole, found):
     turned = replace(whole, batch=whole.batch.select([7, 0, 6, 1, 5, 2, 4, 3]))
-    again = partial(turned)
+    again = partial_ablation(turned)
     for before, after in zip(found.measures, again.measures, strict=True):
         assert after.value == pytest.approx(before.value, abs=1e-5)
         assert after.null == pytest.approx(before.null, abs=1e-5)
@@ -94,8 +94,8 @@ def test_heads_of_a_dense_model_are_left_or_removed_whole(dense_planted, marks, 
     config = EvaluationConfig(
         pairs=4, subsets=4, draws=50, attack_steps=4, attack_pairs=4, attacked_controls=2
     )
-    found = partial(subject(model, heads, marks, config))
-    table = found.tables["schemes"]
+    found = partial_ablation(under_test(model, heads, marks, config))
+    table = found.tables["ablation_masks"]
     assert set((table["left"] * 7).round(4)) - {float(v) for v in range(8)} <= set(
         (table.query("kind == 'continuous'")["left"] * 7).round(4)
     )
@@ -105,7 +105,9 @@ def test_heads_of_a_dense_model_are_left_or_removed_whole(dense_planted, marks, 
 def test_norms_that_the_circuit_was_found_with_are_held(noisy):
     circuit = noisy.circuit
     held = replace(noisy, circuit=replace(circuit, config={**circuit.config, "freeze_norm": True}))
-    found, free = (partial(it).tables["schemes"].set_index("kind") for it in (held, noisy))
+    found, free = (
+        partial_ablation(it).tables["ablation_masks"].set_index("kind") for it in (held, noisy)
+    )
     assert found.loc["circuit", "logit_diff"] == pytest.approx(
         float(held.circuit_logit_diffs.mean()), abs=1e-6
     )

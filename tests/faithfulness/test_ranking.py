@@ -1,9 +1,8 @@
 import pandas as pd
 import pytest
 
-from tl_sparse.faithfulness.checks.ranking import ranking_measures
 from tl_sparse.faithfulness.controls import few
-from tl_sparse.faithfulness.metrics import ranking_curve
+from tl_sparse.faithfulness.ranking import ranking_curve, ranking_measures
 
 
 def test_the_ranking_that_the_circuit_was_chosen_from(whole):

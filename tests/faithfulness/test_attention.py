@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tl_sparse.circuits import circuit_of_heads
-from tl_sparse.faithfulness import EvaluationConfig, subject
-from tl_sparse.faithfulness.checks.patterns import evened, head_patterns, js_distance, used_heads
+from tl_sparse.faithfulness import EvaluationConfig, under_test
+from tl_sparse.faithfulness.attention import evened, head_patterns, js_distance, used_heads
 
 
 @pytest.fixture
-def attending(planted, marks, circuit_of, subject_of):
+def attending(planted, marks, circuit_of, tested):
     """``attending(nodes)``: the chain and further nodes in a model whose heads attend unevenly."""
 
     def build(nodes=(), **config):
@@ -23,7 +23,7 @@ def attending(planted, marks, circuit_of, subject_of):
                     weight += 0.4 * torch.randn(weight.shape, generator=generator)
                 if config.get("use_attention_sinks"):
                     block.attn.sinks += 0.5
-        return subject_of(model, marks, circuit_of(model, marks, {*chain, *nodes}))
+        return tested(model, marks, circuit_of(model, marks, {*chain, *nodes}))
 
     return build
 
@@ -37,7 +37,7 @@ def distance_by_hand(p, q):
     return math.sqrt(max(0.0, entropy(middle) - (entropy(p) + entropy(q)) / 2))
 
 
-def slow_patterns(subject, layer, hooks):
+def slow_patterns(test, layer, hooks):
     """Attention of a layer, one prompt at a time, cut to its length."""
     found, name = [], f"blocks.{layer}.attn.hook_pattern"
 
@@ -45,10 +45,10 @@ def slow_patterns(subject, layer, hooks):
         found.append(x[0].detach())
         return x
 
-    for row in range(len(subject.batch)):
-        tokens = subject.batch.tokens[row : row + 1, : int(subject.batch.last[row]) + 1]
+    for row in range(len(test.batch)):
+        tokens = test.batch.tokens[row : row + 1, : int(test.batch.last[row]) + 1]
         with torch.no_grad():
-            subject.model.run_with_hooks(tokens, fwd_hooks=[*hooks, (name, keep)])
+            test.model.run_with_hooks(tokens, fwd_hooks=[*hooks, (name, keep)])
     return found
 
 
@@ -122,7 +122,7 @@ def test_a_circuit_of_everything_attends_as_the_model_does(attending):
 def test_heads_of_a_dense_model_keep_what_is_no_node(dense_planted, marks, random_tokens):
     model, _ = dense_planted
     heads = circuit_of_heads(model, "marked", [(0, 0), (1, 3)], random_tokens)
-    found = head_patterns(subject(model, heads, marks, EvaluationConfig(pairs=4)))
+    found = head_patterns(under_test(model, heads, marks, EvaluationConfig(pairs=4)))
     assert found.heads[["layer", "head"]].values.tolist() == [[0, 0], [1, 3]]
     assert found.heads["keeps_z"].all()
     assert found.heads["keeps_q"].isna().all()

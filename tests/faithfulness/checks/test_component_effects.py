@@ -2,27 +2,31 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.faithfulness.checks.test_node_values import uneven
+from tests.faithfulness.test_attention import attending
 from tl_sparse.ablation import ablation_hooks
-from tl_sparse.faithfulness.checks.effects import (
+from tl_sparse.faithfulness.checks.component_effects import (
+    component_effects,
+    component_intervals,
     opposite,
     pearson,
-    ranks,
+    single_effects,
     spearman,
-    unit_effects,
-    unit_intervals,
 )
 
+__all__ = ["attending", "uneven"]
 
-def logit_diff_of(subject, row, hooks):
-    batch = subject.batch
+
+def logit_diff_of(test, row, hooks):
+    batch = test.batch
     with torch.no_grad():
         tokens = batch.tokens[row : row + 1, : int(batch.last[row]) + 1]
-        logits = subject.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
+        logits = test.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
     return float(logits[batch.correct_token[row]] - logits[batch.incorrect_token[row]])
 
 
 def test_effects_are_drops_of_the_margin_of_prompts_run_one_at_a_time(whole):
-    found = unit_effects(whole)
+    found = single_effects(whole)
     assert found.n_pairs == len(whole.batch) // 2
     everything = torch.ones_like(whole.kept)
     for place, node in enumerate(torch.nonzero(whole.kept).flatten().tolist()):
@@ -37,19 +41,13 @@ def test_effects_are_drops_of_the_margin_of_prompts_run_one_at_a_time(whole):
                 assert float(drops[place, row]) == pytest.approx(before - after, abs=1e-4)
 
 
-def test_circuits_of_many_units_are_tested_on_fewer_pairs(whole, subject_of, chain, monkeypatch):
-    import tl_sparse.faithfulness.effects as module
+def test_circuits_of_many_units_are_tested_on_fewer_pairs(whole, tested, chain, monkeypatch):
+    import tl_sparse.faithfulness.checks.component_effects as module
 
     monkeypatch.setattr(module, "ROWS", 1)
-    few = unit_effects(subject_of(*chain[:2], chain[2], few_pairs=3))
+    few = single_effects(tested(*chain[:2], chain[2], few_pairs=3))
     assert few.n_pairs == 3
-    torch.testing.assert_close(few.circuit, unit_effects(whole).circuit[:, :6], atol=1e-4, rtol=0)
-
-
-def test_ranks_share_ties_as_pandas_does():
-    x = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 5.0]])
-    expected = pd.DataFrame(x.numpy()).rank(axis=1).values - 1
-    assert torch.equal(ranks(x), torch.tensor(expected))
+    torch.testing.assert_close(few.circuit, single_effects(whole).circuit[:, :6], atol=1e-4, rtol=0)
 
 
 def test_correlations_are_those_of_pandas():
@@ -76,6 +74,34 @@ def test_only_effects_away_from_zero_can_be_opposite():
 
 def test_intervals_hold_the_mean_and_shrink_to_it_where_pairs_agree():
     effects = torch.tensor([[1.0, 3.0] * 20, [0.0, 2.0, 5.0, 1.0] * 10])
-    low, high = unit_intervals(effects, 500, 0).T
+    low, high = component_intervals(effects, 500, 0).T
     assert float(low[0]) == float(high[0]) == 2  # pairs are drawn whole
     assert float(low[1]) < 2 < float(high[1])
+
+
+def test_nodes_whose_effect_the_rest_turns_round_are_found(planted, marks, circuit_of, tested):
+    model, chain = planted()
+    with torch.no_grad():  # removed nodes write the answer again, five times and the other way
+        model.blocks[0].attn.W_O[0, 3, 1] = -20.0
+        model.blocks[0].attn.W_V[0, :, 3] = 0
+        model.blocks[0].attn.W_V[0, 0, 3] = 1.0
+        model.unembed.W_U.neg_()
+    circuit = circuit_of(model, marks, chain)
+    found = component_effects(tested(model, marks, circuit))
+    table = found.tables["effects"]
+    flips = table[table["flipped"]]
+    # what only the chain reads helps the model and hurts the circuit
+    assert [0, "attn_out", 1] in flips[["layer", "site", "channel"]].values.tolist()
+    assert found.measure("sign_flips").value == len(flips)
+    assert ((flips["circuit_low"] > 0) == (flips["model_high"] < 0)).all()
+    stays = table[(table["site"] == "attn_v")]
+    assert not stays["flipped"].any()
+
+
+def test_effects_of_the_chain_correlate_and_shuffled_ones_do_not(uneven):
+    found = component_effects(uneven)
+    measure = found.measure("effect_correlation", "pearson")
+    table = found.tables["effects"]
+    assert measure.value == pytest.approx(table["circuit"].corr(table["model"]), rel=1e-4)
+    assert measure.null == pytest.approx(0, abs=0.2)
+    assert measure.low <= measure.value <= measure.high

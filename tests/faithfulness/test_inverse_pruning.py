@@ -5,11 +5,11 @@ import torch
 
 from tl_sparse.ablation import ablation_hooks
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.analyses import necessity
-from tl_sparse.analyses.necessity import (
+from tl_sparse.faithfulness import necessity
+from tl_sparse.faithfulness.controls import (
     CONTROLS,
     NEAREST,
-    control,
+    control_components,
     degrees,
     displacement,
     nearest_values,
@@ -19,6 +19,13 @@ from tl_sparse.sites import NodeIndex
 
 def counts(index, mask):
     return [int(mask[piece].sum()) for piece in index.slices.values()]
+
+
+def control(kind, index, kept, alike, generator):
+    """A random set with as many nodes of every hook as ``kept``."""
+    widths = torch.tensor([piece.stop - piece.start for piece in index.slices.values()])
+    group = torch.arange(len(widths)).repeat_interleave(widths)
+    return control_components(kind, group, kept, alike, generator)
 
 
 def test_the_planted_chain_is_necessary_and_random_nodes_are_not(chain):

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.ablation import FwdHook, ablation_hooks
+from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.faithfulness.subject import Subject
+from tl_sparse.faithfulness.under_test import CircuitUnderTest
 
 PARTS = ("q", "k", "v", "z")
 _HOOK = re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z)")
@@ -42,21 +42,20 @@ class HeadPatterns:
     """Layers with heads of the circuit whose patterns the model does not lay open."""
 
 
-def head_patterns(subject: Subject) -> HeadPatterns:
+def head_patterns(test: CircuitUnderTest) -> HeadPatterns:
     """The patterns of all heads that the circuit uses, compared on the test prompts."""
-    frame = used_heads(subject)
+    frame = used_heads(test)
     layers = sorted(set(frame["layer"]))
-    hook_dict: Any = subject.model.hook_dict
+    hook_dict: Any = test.model.hook_dict
     missing = tuple(layer for layer in layers if _PATTERN.format(layer) not in hook_dict)
     frame = frame[~frame["layer"].isin(missing)].reset_index(drop=True)
     here = [layer for layer in layers if layer not in missing]
-    cut = ablation_hooks(subject.index, subject.kept, subject.values)
-    circuit = patterns(subject, here, [*subject.norms, *cut])
-    whole = patterns(subject, here, ())
-    last = subject.batch.last.cpu()
+    circuit = patterns(test, here, test.circuit_hooks())
+    full = patterns(test, here, ())
+    last = test.batch.last.cpu()
     rows: list[list[Tensor]] = [[], [], [], []]
     for layer, head in frame[["layer", "head"]].itertuples(index=False, name=None):
-        mine, theirs = circuit[layer][:, head], whole[layer][:, head]
+        mine, theirs = circuit[layer][:, head], full[layer][:, head]
         for i, other in enumerate((mine, evened(theirs))):
             apart = js_distance(other, theirs)
             queries = torch.arange(apart.shape[1]) <= last[:, None]
@@ -68,7 +67,7 @@ def head_patterns(subject: Subject) -> HeadPatterns:
 
 
 def patterns(
-    subject: Subject, layers: Sequence[int], hooks: Sequence[FwdHook]
+    test: CircuitUnderTest, layers: Sequence[int], hooks: Sequence[FwdHook]
 ) -> dict[int, Float[Tensor, "prompt head query source"]]:
     """The attention patterns of some layers on the test prompts, under hooks."""
     found: dict[int, Tensor] = {}
@@ -80,8 +79,8 @@ def patterns(
 
         return _PATTERN.format(layer), record
 
-    with eval_mode(subject.model), torch.no_grad():
-        task_logit_diffs(subject.model, subject.batch, [*hooks, *map(reader, layers)])
+    with eval_mode(test.model), torch.no_grad():
+        task_logit_diffs(test.model, test.batch, [*hooks, *map(reader, layers)])
     return found
 
 
@@ -111,17 +110,17 @@ def evened(
     return pattern.sum(-1, keepdim=True) * seen / seen.sum(-1, keepdim=True)
 
 
-def used_heads(subject: Subject) -> pd.DataFrame:
+def used_heads(test: CircuitUnderTest) -> pd.DataFrame:
     """Heads of whose queries, keys, values or outputs the circuit keeps any node.
 
     Where heads share keys and values, those kept count for every head that reads them.
     """
-    cfg: Any = subject.model.cfg
+    cfg: Any = test.model.cfg
     kept: dict[tuple[int, str], Bool[Tensor, " head"]] = {}
-    for hook, piece in subject.index.slices.items():
+    for hook, piece in test.index.slices.items():
         if (match := _HOOK.fullmatch(hook)) is None:
             continue
-        by_head = subject.kept[piece].view(-1, cfg.d_head).any(1)
+        by_head = test.kept[piece].view(-1, cfg.d_head).any(1)
         kept[int(match[1]), match[2]] = by_head.repeat_interleave(cfg.n_heads // len(by_head))
     rows = []
     for layer in sorted({layer for layer, _ in kept}):

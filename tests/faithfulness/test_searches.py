@@ -15,10 +15,10 @@ from tl_sparse.circuits import (
     prune_many,
 )
 from tl_sparse.circuits.components import components
-from tl_sparse.faithfulness import EvaluationConfig, subject
-from tl_sparse.faithfulness.checks.nulls import label_swap
-from tl_sparse.faithfulness.checks.searches import (
-    n_units,
+from tl_sparse.faithfulness import EvaluationConfig, under_test
+from tl_sparse.faithfulness.nulls import label_swap
+from tl_sparse.faithfulness.searches import (
+    n_components,
     row,
     search,
     search_config,
@@ -29,8 +29,8 @@ QUICK = {"search_steps": 30, "search_pairs": 8, "search_target": 0.3}
 
 
 @pytest.fixture
-def quick(chain, subject_of):
-    return subject_of(*chain, **QUICK)
+def quick(chain, tested):
+    return tested(*chain, **QUICK)
 
 
 def test_a_search_is_prune_with_the_suites_budget(quick, marks):
@@ -40,7 +40,7 @@ def test_a_search_is_prune_with_the_suites_budget(quick, marks):
     (found,) = search(quick, [(marks, 3)])
     alone = prune(quick.model, marks, config, means=quick.circuit.means, progress=False)
     assert torch.equal(found.kept, alone.kept)
-    assert n_units(quick, found) == found.n_nodes
+    assert n_components(quick, found) == found.n_nodes
     assert row(quick, found) == {
         "found": True, "n_nodes": found.n_nodes, "n_edges": found.n_edges, "loss": found.loss,
         "reached": found.selection_loss, "why_not": "",
@@ -74,7 +74,7 @@ def test_a_task_that_the_model_does_not_do_is_searched_for_all_the_same(quick, m
     swapped = label_swap(marks)
     (found,) = search(quick, [(swapped, 0)])
     assert isinstance(found, PruningFailed)
-    assert math.isinf(n_units(quick, found))
+    assert math.isinf(n_components(quick, found))
     assert not row(quick, found)["found"]
     assert math.isnan(row(quick, found)["n_nodes"])
     assert row(quick, found)["reached"] == found.loss > 0.3
@@ -85,7 +85,7 @@ def test_a_task_that_the_model_does_not_do_is_searched_for_all_the_same(quick, m
         )  # fmt: skip
 
 
-def test_circuits_that_resample_are_searched_with_donors_from_the_text(quick, marks):
+def test_circuits_that_resample_are_searched_with_sources_from_the_text(quick, marks):
     settings = dict(quick.circuit.config) | {"ablation": "resample"}
     resampled = replace(
         quick, circuit=replace(quick.circuit, config=settings),
@@ -99,14 +99,14 @@ def test_circuits_that_resample_are_searched_with_donors_from_the_text(quick, ma
 
 
 # --------------------------------------------------------------------------------------------------
-# heads: units of several nodes
+# heads: components of several nodes
 
 
 @pytest.fixture
 def heads(planted, marks, random_tokens):
     model, _ = planted()
     circuit = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
-    return subject(model, circuit, marks, EvaluationConfig(pairs=8, **QUICK), random_tokens)
+    return under_test(model, circuit, marks, EvaluationConfig(pairs=8, **QUICK), random_tokens)
 
 
 def test_heads_are_found_whole(heads, marks):
@@ -115,13 +115,13 @@ def test_heads_are_found_whole(heads, marks):
     assert torch.equal(kept.any(2), kept.all(2))
     # the planted head, and no other
     assert torch.nonzero(found.kept).flatten().tolist() == [0, 1, 2, 3]
-    assert n_units(heads, found) == 1
+    assert n_components(heads, found) == 1
     assert row(heads, found)["n_nodes"] == 1
 
 
 def test_a_circuit_without_a_target_has_its_loss_on_discovery_prompts(heads):
     own = replace(heads, config=replace(heads.config, search_target=None))
-    batch = own.discovery.pairs(0, 64)
+    batch = own.train_batch.pairs(0, 64)
     logit_diffs = replace(own, batch=batch).circuit_logit_diffs
     assert search_target(own) == pytest.approx(float(F.softplus(-logit_diffs).mean()), abs=1e-5)
     nothing = replace(own, circuit=replace(own.circuit, kept=torch.zeros_like(own.kept)))

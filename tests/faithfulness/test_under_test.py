@@ -7,8 +7,8 @@ from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import circuit_of_channels, circuit_of_heads
 from tl_sparse.circuits.pruning_run import selection_and_training
-from tl_sparse.faithfulness import EvaluationConfig, subject
-from tl_sparse.faithfulness.subject import pruning_config_of
+from tl_sparse.faithfulness import EvaluationConfig, under_test
+from tl_sparse.faithfulness.under_test import pruning_config_of
 
 
 def test_no_test_prompt_was_seen_in_discovery(whole, chain):
@@ -30,17 +30,17 @@ def test_a_task_without_fresh_prompts_is_refused(chain, random_tokens):
     )
     same = replace(task, make=StoredPairs(train=pairs, held_out=pairs))
     with pytest.raises(ValueError, match="none is left to test on"):
-        subject(model, circuit, same)
+        under_test(model, circuit, same)
 
 
 def test_circuits_of_other_models_and_tasks_are_refused(chain, planted):
     model, task, circuit = chain
     with pytest.raises(ValueError, match="not of 'other'"):
-        subject(model, circuit, replace(task, name="other"))
+        under_test(model, circuit, replace(task, name="other"))
     with torch.no_grad():
         model.unembed.W_U.mul_(1.5)
     with pytest.raises(ValueError, match="belongs to another model"):
-        subject(model, circuit, task)
+        under_test(model, circuit, task)
 
 
 def test_margins_are_those_of_plain_runs_one_prompt_at_a_time(whole):
@@ -63,9 +63,9 @@ def test_with_everything_removed_all_prompts_look_the_same(whole):
 def test_a_head_is_kept_or_removed_whole(planted, marks, random_tokens):
     model, _ = planted()
     heads = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)
-    found = subject(model, heads, marks, EvaluationConfig(pairs=4))
-    assert found.n_units == 4
-    assert found.kept_units.tolist() == [True, False, False, False]
+    found = under_test(model, heads, marks, EvaluationConfig(pairs=4))
+    assert found.n_components == 4
+    assert found.kept_components.tolist() == [True, False, False, False]
     assert int(heads.kept.sum()) == model.config.d_head
     z = activation_means(model, random_tokens, index=heads.index).values
     by_hand = [
@@ -91,10 +91,10 @@ def test_features_of_any_hook_make_a_circuit(planted, marks, random_tokens):
     model, _ = planted()
     kept = {"blocks.1.mlp.hook_post": torch.arange(12) == 5}
     circuit = circuit_of_channels(model, "marked", kept, random_tokens)
-    found = subject(model, circuit, marks, EvaluationConfig(pairs=4))
+    found = under_test(model, circuit, marks, EvaluationConfig(pairs=4))
     # neuron 5 is the chain's; without the other neurons the task is done
     assert bool((found.circuit_logit_diffs > 0).all())
-    assert found.n_units == 12
+    assert found.n_components == 12
 
 
 def test_wrong_heads_hooks_and_groups_are_refused(planted, random_tokens):
