@@ -10,7 +10,7 @@ from tl_sparse.cli.circuits import model_with_tokenizer
 from tl_sparse.cli.words import say
 from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.faithfulness import EvaluationConfig, evaluate
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.tasks import get
 
 
@@ -45,7 +45,7 @@ class Evaluate:
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         report.save(out / "report.json")
-        write_whole(out / "numbers.csv", report.to_dataframe().to_csv(index=False))
-        write_whole(out / "criteria.csv", report.criteria_frame().to_csv(index=False))
+        write_atomic(out / "numbers.csv", report.to_dataframe().to_csv(index=False))
+        write_atomic(out / "criteria.csv", report.criteria_frame().to_csv(index=False))
         page = report.write_page(out / "report.html")
         say(f"{report.verdict}\nReport: {page}")

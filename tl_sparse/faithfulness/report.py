@@ -20,7 +20,7 @@ from tl_sparse.faithfulness.figures import overview_figure
 from tl_sparse.faithfulness.measure import CheckResult, Measure
 from tl_sparse.faithfulness.page import report_page
 from tl_sparse.faithfulness.verdict import CriterionResult, judged, thresholds_of, verdict
-from tl_sparse.storage.atomic_write import write_whole
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.views.display import frame_html
@@ -171,7 +171,7 @@ class FaithfulnessReport:
     def write_page(self, path: str | Path) -> Path:
         """Write the report as one self-contained page; returns its path."""
         page = report_page(self.task, self.verdict, self.facts, self.criteria, self.results)
-        write_whole(Path(path), page_html(page))
+        write_atomic(Path(path), page_html(page))
         return Path(path)
 
     def __repr__(self) -> str:
