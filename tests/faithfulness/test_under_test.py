@@ -113,7 +113,8 @@ def test_wrong_heads_hooks_and_groups_are_refused(planted, random_tokens):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"parts": "AZ"}, "unknown parts Z; choose from A"), ({"parts": ""}, "no parts"),
+    [({"checks": ("norms", "Z")}, "unknown checks Z; choose from attention_patterns"),
+     ({"checks": ()}, "no checks"),
      ({"pairs": 0}, "pairs=0 must be at least 1")],
 )  # fmt: skip
 def test_configs_are_checked(settings, message):
