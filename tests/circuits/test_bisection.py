@@ -27,7 +27,7 @@ def places_of(index, nodes):
     return [index.slices[index.hook(lay, s)].start + channel for lay, s, channel in sorted(nodes)]
 
 
-@pytest.mark.parametrize("grid", [middle, quarters, evenly(1), evenly(6), evenly(9)])
+@pytest.mark.parametrize("grid", [middle, quarters, evenly(2), evenly(6), evenly(9)])
 @pytest.mark.parametrize("high", [1, 2, 7, 100])
 def test_the_smallest_number_that_is_enough_is_found(grid, high):
     """By every grid, and no number outside the two ends is tried."""

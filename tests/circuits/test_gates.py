@@ -5,10 +5,11 @@ from tl_sparse.ablation import activation_means, gated_ablation_hooks
 from tl_sparse.circuits.components import components
 from tl_sparse.circuits.gates import (
     CLOSED,
+    HIGH,
+    LOW,
     HardGates,
     draw_gates,
     heaviside,
-    noiseless_gates,
     open_probability,
     straight_through,
 )
@@ -270,9 +271,10 @@ def test_gates_are_closed_and_open_as_often_as_their_distribution_says():
     torch.testing.assert_close((gates == 1).float().mean(0), reaches, atol=5e-3, rtol=0)
 
 
-def test_the_noiseless_gate_closes_where_it_says():
+def test_a_gate_without_noise_closes_where_it_says():
     around = torch.tensor([CLOSED - 1e-3, CLOSED + 1e-3, 20.0])
-    low, high, most = noiseless_gates(around).tolist()
+    gates = (torch.sigmoid(around) * (HIGH - LOW) + LOW).clamp(0.0, 1.0)
+    low, high, most = gates.tolist()
     assert low == 0
     assert 0 < high < 1e-3
     assert most == 1

@@ -35,7 +35,7 @@ def quarters(low: int, high: int) -> list[int]:
 
 
 def evenly(count: int) -> Grid:
-    """Up to ``count`` numbers, evenly spaced from the lower one."""
+    """Up to ``count`` numbers, at least 2, evenly spaced from the lower one."""
 
     def grid(low: int, high: int) -> list[int]:
         width = max(1, (high - low) // count)

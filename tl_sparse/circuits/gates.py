@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 TEMPERATURE = 2 / 3  # of the concrete distribution
 LOW, HIGH = -0.1, 1.1  # the interval that a concrete variable is stretched to before it is clipped
-CLOSED = math.log(-LOW / HIGH)  # at and below this log α a gate's noiseless value is 0
+CLOSED = math.log(-LOW / HIGH)  # log α at and below which a gate without noise is 0
 
 
 @runtime_checkable
@@ -174,9 +174,4 @@ def draw_gates(
 
 def open_probability(log_alpha: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
     """The probability that a HardConcrete gate is not 0, whose sum is the expected L0."""
-    return torch.sigmoid(log_alpha - TEMPERATURE * math.log(-LOW / HIGH))
-
-
-def noiseless_gates(log_alpha: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
-    """The HardConcrete gates used after training."""
-    return (torch.sigmoid(log_alpha) * (HIGH - LOW) + LOW).clamp(0.0, 1.0)
+    return torch.sigmoid(log_alpha - TEMPERATURE * CLOSED)
