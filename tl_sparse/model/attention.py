@@ -17,7 +17,7 @@ from tl_sparse.model.layers import Layer, Resid
 
 
 class Attention(Layer):
-    """Multi-head attention: reads the normalised stream, writes one delta to it."""
+    """Multi-head attention: reads the normalised residual stream, writes one delta to it."""
 
     hook_out_is_single_residual_stream = True
     W_Q: Tensor
@@ -61,7 +61,7 @@ class Attention(Layer):
         past_kv_cache_entry: Any = None,
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
     ) -> Resid:
-        """What the block adds to the stream; ``use_split_qkv_input`` gives inputs a head axis."""
+        """What the block adds to the residual stream; split inputs have a head axis."""
         q, k, v = self.project(query_input, key_input, value_input)
         q = hooked(self.hook_q, self.sparsify(self.topk_q, q))
         k = hooked(self.hook_k, self.sparsify(self.topk_k, k))

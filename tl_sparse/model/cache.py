@@ -1,9 +1,10 @@
 """``SparseActivationCache``: TransformerLens' cache, right where its assumptions do not hold here.
 
-TransformerLens takes a block's write for the sum of its heads or neurons, the stream for the sum of
-writes, a norm for its scale, and logits for a projection of the stream. Here AbsTopK selects from
-sums, norms keep their weights (folding them would fill in zeros), and a bigram table adds to the
-logits. Every helper takes all of it into account; parts add up to the stream.
+TransformerLens takes a block's write for the sum of its heads or neurons, the residual stream for
+the sum of writes, a norm for its scale, and logits for a projection of the residual stream. Here
+AbsTopK selects from sums, norms keep their weights (folding them would fill in zeros), and a bigram
+table adds to the logits. Every helper takes all of it into account; parts add up to the residual
+stream.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from tl_sparse.compat import ActivationCache, logit_lens_tool
 from tl_sparse.model.contributions import Kind, Place, head_results, kept_channels
 from tl_sparse.model.decomposition import (
     Reading,
+    ResidualParts,
     Stack,
-    StreamParts,
     as_columns,
     as_slice,
     neuron_results_of,
@@ -42,14 +43,14 @@ class SparseActivationCache(ActivationCache):
     Arguments, shapes and labels are those of TransformerLens. What differs in value:
 
     - The channels that AbsTopK selected are held fixed, so heads and neurons add up to their
-      block's write, and parts to the stream. A head's result carries its share of b_O where
-      AbsTopK is on attn_out, and a part of the stream is what is left of it at the layer asked for
-      where AbsTopK or ReLU is on the stream itself.
+      block's write, and parts to the residual stream. A head's result carries its share of b_O
+      where AbsTopK is on attn_out, and a part of the residual stream is what is left of it at the
+      layer asked for where AbsTopK or ReLU is on the residual stream itself.
     - ``apply_ln`` multiplies with the norm's weight, so its result times W_U is a logit.
-    - What the logits owe to no part of the stream is in :meth:`logit_attrs_outside_stream`.
+    - What the logits owe to no part of it is in :meth:`logit_attrs_outside_stream`.
 
-    A hook that changed a write or the stream during the run breaks these sums, as it does in
-    TransformerLens. A helper whose activations were not cached raises KeyError, naming them.
+    A hook that changed a write or the residual stream during the run breaks these sums, as it does
+    in TransformerLens. A helper whose activations were not cached raises KeyError, naming them.
     """
 
     model: Any
@@ -105,11 +106,11 @@ class SparseActivationCache(ActivationCache):
         mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Any:
-        """The stream before every layer up to ``layer`` [layers, *batch_and_pos, d_model].
+        """The residual stream before every layer up to ``layer`` [layers, *batch_and_pos, d_model].
 
-        ``apply_ln`` gives what a norm makes of the streams, bias included: ln_final, with each
-        stream's own scale, if ``layer`` is the end; otherwise the layer's norm with its cached
-        scale.
+        ``apply_ln`` gives what a norm makes of the residual streams, bias included: ln_final, with
+        each residual stream's own scale, if ``layer`` is the end; otherwise the layer's norm with
+        its cached scale.
         """
         parts = self._parts(layer, mlp_input, pos_slice)
         place, end = parts.place, self.model.config.n_layers
@@ -144,9 +145,11 @@ class SparseActivationCache(ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Any:
-        """The stream before a layer as a sum of embeddings and writes [parts, ..., d_model].
+        """Embeddings and writes whose sum is the residual stream before a layer.
 
-        Concatenated positions are no part of the stream, hence of no row.
+        Shape [parts, ..., d_model].
+
+        Concatenated positions are no part of the residual stream, hence of no row.
         """
         modes: dict[str, tuple[Kind, ...]] = {
             "all": ("attn", "mlp"),
@@ -182,10 +185,10 @@ class SparseActivationCache(ActivationCache):
         pos_slice: Any = None,
         apply_ln: bool = False,
     ) -> Any:
-        """What every head before a layer adds to the stream there [heads, ..., d_model].
+        """What every head before a layer adds to the residual stream there [heads, ..., d_model].
 
-        ``incl_remainder`` adds a row with the rest of the stream. A remainder before layer 0 is
-        refused: TransformerLens answers there with the end of the stream.
+        ``incl_remainder`` adds a row with the rest of the residual stream. A remainder before layer
+        0 is refused: TransformerLens answers there with the end of the residual stream.
         """
         parts = self._parts(layer, False, pos_slice)
         stack, labels = parts.heads()
@@ -224,7 +227,9 @@ class SparseActivationCache(ActivationCache):
         project_output_onto: Tensor | None = None,
         mlp_input: bool = False,
     ) -> Any:
-        """What every neuron before a layer adds to the stream there [neurons, ..., d_model].
+        """What every neuron before a layer adds to the residual stream there.
+
+        Shape [neurons, ..., d_model].
 
         See :meth:`get_neuron_results` for the projection and :meth:`stack_head_results` for the
         remainder.
@@ -250,7 +255,7 @@ class SparseActivationCache(ActivationCache):
         return_labels: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Any:
-        """The stream before a layer as a sum of heads, neurons (or MLPs), embeddings and biases.
+        """Heads, neurons (or MLPs), embeddings and biases: their sum is the residual stream there.
 
         The order of rows is TransformerLens'. The row "bias" has the biases that are in no other:
         b_O unless the heads carry it, and b_out if neurons are expanded.
@@ -281,11 +286,12 @@ class SparseActivationCache(ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Float[Tensor, "part *batch_and_pos_out d_model"]:
-        """What each part of the stream contributes to what a layer's norm gives out.
+        """What each part of the residual stream contributes to what a layer's norm gives out.
 
         The norm's scale is the cached one, and its weight is applied: weights are never folded
-        here. LayerNorm's bias is of no part. With ``recompute_ln`` at the end of the stream, rows
-        are whole streams, each normalised by ln_final with its own scale, bias included.
+        here. LayerNorm's bias is of no part. With ``recompute_ln`` at the end of the residual
+        stream, rows are whole residual streams, each normalised by ln_final with its own scale,
+        bias included.
         """
         parts = self._parts(layer, mlp_input, pos_slice)
         batch = as_slice(batch_slice)
@@ -304,12 +310,13 @@ class SparseActivationCache(ActivationCache):
         batch_slice: Any = None,
         has_batch_dim: bool = True,
     ) -> Float[Tensor, " part *batch_and_pos_out"]:
-        """What each part of the stream adds to the logit of ``tokens``, minus ``incorrect_tokens``.
+        """What parts of the residual stream add to the logit of ``tokens``, minus the incorrect's.
 
         Tokens may be one, [batch], [pos] or [batch, pos]; a row of as many tokens as there are
         examples is one token for each example. The final norm's weight is taken into account. What
-        is in the logits but in no part of the stream is :meth:`logit_attrs_outside_stream`; a
-        bigram table is the largest of it, and a warning reminds of it.
+        is in the logits but in no part of the residual stream is
+        :meth:`logit_attrs_outside_stream`; a bigram table is the largest of it, and a warning
+        reminds of it.
         """
         if self.model.config.bigram_table != "none":
             warnings.warn(
@@ -337,7 +344,9 @@ class SparseActivationCache(ActivationCache):
         batch_slice: Any = None,
         return_labels: bool = False,
     ) -> Any:
-        """What the logits of ``tokens`` owe to no part of the stream [parts, *batch_and_pos].
+        """What the logits of ``tokens`` owe to no part of the residual stream.
+
+        Shape [parts, *batch_and_pos].
 
         Rows: "b_U"; "ln_final.b" where the final norm has a bias; "bigram", the current token's row
         of the bigram table, where there is one. They and :meth:`logit_attrs` of a whole
@@ -364,7 +373,7 @@ class SparseActivationCache(ActivationCache):
         return (values, list(rows)) if return_labels else values
 
     def logit_lens(self, **kwargs: Any) -> Any:
-        """TransformerLens 4's logit lens over the accumulated stream, bigram table included.
+        """TransformerLens 4's logit lens, with the bigram table.
 
         Every layer's entry gets the bigram row of its token, as the model's own logits do.
 
@@ -395,13 +404,13 @@ class SparseActivationCache(ActivationCache):
 
     # ----------------------------------------------------------------------------------------------
 
-    def _parts(self, layer: int | None, mlp_input: bool, pos_slice: Any) -> StreamParts:
+    def _parts(self, layer: int | None, mlp_input: bool, pos_slice: Any) -> ResidualParts:
         place = Place.of(self.model.config, layer, mlp_input)
-        return StreamParts(self, self.model, place, as_slice(pos_slice))
+        return ResidualParts(self, self.model, place, as_slice(pos_slice))
 
     def _reading(
         self,
-        parts: StreamParts,
+        parts: ResidualParts,
         apply_ln: bool = True,
         project: Tensor | None = None,
         batch: Any = None,
@@ -424,5 +433,5 @@ class SparseActivationCache(ActivationCache):
 def read(
     reading: Reading, found: tuple[Float[Tensor, "part *batch_and_pos d_model"], list[str]]
 ) -> tuple[Stack, list[str]]:
-    """Parts of the stream, read, with their labels."""
+    """Parts of the residual stream, read, with their labels."""
     return reading.of(found[0]), found[1]

@@ -1,8 +1,8 @@
 """What every part of a model adds to its residual stream, exactly, from cached activations.
 
-AbsTopK on a block's write acts on the sum of its parts; AbsTopK or ReLU on the stream acts on the
-sum of all parts so far. Both select channels. With the selection that was made held fixed, as
-TransformerLens holds a norm's scale fixed, the stream is again a sum of parts.
+AbsTopK on a block's write acts on the sum of its parts; AbsTopK or ReLU on the residual stream acts
+on the sum of all parts so far. Both select channels. With the selection that was made held fixed,
+as TransformerLens holds a norm's scale fixed, the residual stream is again a sum of parts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Place:
     """A place in the residual stream: what attention or the MLP of a layer reads, or ln_final."""
 
     layer: int
-    """0 to n_layers; n_layers is the end of the stream, which ln_final reads."""
+    """0 to n_layers; n_layers is the end of the residual stream, which ln_final reads."""
     mlp_input: bool
     """Before the layer's MLP instead of before its attention."""
 
@@ -58,27 +58,28 @@ class Place:
         return f"blocks.{self.layer}.{which}", getattr(model.blocks[self.layer], which)
 
     def writes(self, config: SparseTransformerConfig) -> list[tuple[int, Kind]]:
-        """(layer, kind) of every write to the stream before this place, in order."""
+        """(layer, kind) of every write to the residual stream before this place, in order."""
         kinds: tuple[Kind, ...] = ("attn",) if config.attn_only else ("attn", "mlp")
         before: list[tuple[int, Kind]] = [(i, kind) for i in range(self.layer) for kind in kinds]
         return [*before, (self.layer, "attn")] if self.mlp_input else before
 
 
 def survival(acts: Acts, model: Any, place: Place) -> dict[Any, Tensor | None]:
-    """For every write (and "embed"): 1 where what it adds is still in the stream at ``place``.
+    """For every write (and "embed"): 1 where what it adds is still there at ``place``.
 
-    None where everything is: AbsTopK and ReLU on the stream are the only ones that take out.
+    None where everything is: AbsTopK and ReLU on the residual stream are the only ones that take
+    out.
     """
     alive: Tensor | None = None
     survives: dict[Any, Tensor | None] = {}
     for layer, kind in reversed(place.writes(model.config)):
-        alive = product(alive, stream_selection(acts, model, layer, kind))
+        alive = product(alive, resid_selection(acts, model, layer, kind))
         survives[layer, kind] = alive
     return survives | {"embed": alive}
 
 
-def stream_selection(acts: Acts, model: Any, layer: int, kind: Kind) -> Tensor | None:
-    """1 where the stream was kept after a write, 0 where AbsTopK or ReLU made it zero."""
+def resid_selection(acts: Acts, model: Any, layer: int, kind: Kind) -> Tensor | None:
+    """1 where the residual stream was kept after a write, 0 where AbsTopK or ReLU made it zero."""
     block, last = model.blocks[layer], kind == "mlp" or model.config.attn_only
     topk: AbsTopK = block.topk_resid_mid if kind == "attn" else block.topk_resid_post
     if not topk.active and model.config.residual_act == "identity":

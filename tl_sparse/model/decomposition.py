@@ -30,7 +30,7 @@ Stack = Float[Tensor, "part *batch_and_pos out"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How parts of the stream are returned: as they are, normalised, projected, or both.
+    """How parts of the residual stream are returned: as they are, normalised, projected, or both.
 
     A norm with its scale held fixed is linear, so projecting what it gives out is projecting what
     it reads onto another direction, and dividing by the scale.
@@ -56,7 +56,7 @@ class Reading:
     def of(
         self, parts: Float[Tensor, "part *batch_and_pos d_model"]
     ) -> Float[Tensor, "part *batch_and_pos out"]:
-        """Parts of the stream, read."""
+        """Parts of the residual stream, read."""
         direction = self.direction
         if direction is not None:
             parts, direction = matched(parts, direction)
@@ -88,26 +88,26 @@ def squeezed(stack: Tensor, project: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StreamParts:
-    """The parts of one place in the stream, at some positions; each comes with its labels."""
+class ResidualParts:
+    """The parts of the residual stream at one place and some positions, with their labels."""
 
     acts: Acts
     """Cached activations by full name."""
     model: Any
     """The SparseTransformer that they are from."""
     place: Place
-    """Where the stream is read."""
+    """Where the residual stream is read."""
     pos: Any
     """TransformerLens' Slice of the positions."""
 
     @cached_property
     def survives(self) -> dict[Any, Tensor | None]:
-        """What later selections on the stream left of every write; see ``survival``."""
+        """What later selections on the residual stream left of every write; see ``survival``."""
         return survival(self.acts, self.model, self.place)
 
     @property
     def stream(self) -> Stream:
-        """The whole stream."""
+        """The whole residual stream."""
         layer, mid = self.place.layer, self.place.mlp_input
         name = f"blocks.{layer}.hook_resid_{'mid' if mid else 'pre'}"
         if layer == self.model.config.n_layers or (name not in self.acts and layer and not mid):
@@ -181,7 +181,7 @@ class StreamParts:
     def remainder(
         self, stack: Stack, whole: Float[Tensor, "1 *batch_and_pos out"]
     ) -> Float[Tensor, "1 *batch_and_pos out"]:
-        """What a stack leaves of the whole stream, both read the same way.
+        """What a stack leaves of the whole residual stream, both read the same way.
 
         Raises:
             ValueError: nothing comes before this place.

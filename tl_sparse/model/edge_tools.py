@@ -1,4 +1,4 @@
-"""What path tools assume of a stream and of a head's write to it, and where that fails here.
+"""What edge tools assume of the residual stream and of a head's write, and where that fails here.
 
 TransformerLens' edge tools ask every block for its ``residual_contribution_scale`` first, so that
 is where a model says no. ``get_act_patch_direct_path`` takes a head's write for ``z @ W_O`` of a
@@ -23,33 +23,33 @@ INSTEAD = (
 )
 
 
-def stream_obstacle(config: SparseTransformerConfig) -> str | None:
-    """Why the stream that a sublayer reads is not the sum of writes before it; None if it is."""
+def additivity_obstacle(config: SparseTransformerConfig) -> str | None:
+    """Why the residual stream is not the sum of the writes before; None if it is."""
     if config.residual_act != "identity":
-        return f"residual_act={config.residual_act!r} is applied to the stream after every write"
+        return f"residual_act={config.residual_act!r} is applied to the residual stream after every write"
     for site in ("resid_post_attn", "resid_post_mlp"):
         if getattr(config.activation_density, site) < 1:
-            return f"AbsTopK at {site} drops channels of the stream itself"
+            return f"AbsTopK at {site} drops channels of the residual stream itself"
     return None
 
 
 def residual_contribution_scale(config: SparseTransformerConfig) -> float:
-    """The constant by which TransformerLens multiplies a write to get its part of the stream: 1.
+    """What TransformerLens multiplies a write by to get its part of the residual stream: 1.
 
     Raises:
-        ValueError: there is none, because the stream is not a sum of writes.
+        ValueError: there is none, because the residual stream is not a sum of writes.
     """
-    if why := stream_obstacle(config):
+    if why := additivity_obstacle(config):
         raise ValueError(
             f"the residual stream is not the sum of what heads and MLPs write to it: {why}. Tools "
-            "that follow edges through the stream do not apply; patching whole activations and "
+            "that follow edges through it do not apply; patching whole activations and "
             "attribution to nodes do."
         )
     return 1.0
 
 
 def check_edge_switches(config: SparseTransformerConfig, cfg: Any) -> None:
-    """Refuse a run with every switch of edge tools on, if the stream is not a sum of writes.
+    """Refuse a run with every switch of edge tools on, if the residual stream is no sum of writes.
 
     Edge tools from elsewhere (EAP-IG, auto-circuit) ask a model nothing: they turn these switches
     on, often in ``cfg`` itself, and add the writes up themselves.
@@ -66,8 +66,8 @@ def check_direct_path_hook(model: Any, name: str, hook: Callable) -> None:
     """Refuse a direct path patching hook at ``name`` that would measure something else.
 
     Raises:
-        ValueError: it is one, and its arithmetic does not hold on this model; or the stream is not
-            a sum of writes, and no arithmetic would.
+        ValueError: it is one, and its arithmetic does not hold on this model; or the residual
+            stream is not a sum of writes, and no arithmetic would.
     """
     made_by = getattr(hook, "__module__", None)
     if made_by not in (LINEARISED, EXACT):

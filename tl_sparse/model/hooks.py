@@ -232,20 +232,20 @@ class HookMixin(ModelParts):
         self.cfg.use_hook_tokens = use_hook_tokens
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Whether ``attn.hook_result`` (what each head adds to the stream) fires."""
+        """Whether ``attn.hook_result`` (what each head adds to the residual stream) fires."""
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Whether ``hook_mlp_in`` (the stream that the MLP alone reads) fires."""
+        """Whether ``hook_mlp_in`` (the residual stream that the MLP alone reads) fires."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Whether ``hook_attn_in`` (the stream that each head reads) fires."""
+        """Whether ``hook_attn_in`` (the residual stream that each head reads) fires."""
         self.only_one(use_attn_in, "use_split_qkv_input")
         self.cfg.use_attn_in = use_attn_in
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Whether q, k and v of each head read streams of their own, ``hook_q_input`` and so on.
+        """Whether each head's q, k and v read copies of their own, ``hook_q_input`` and so on.
 
         Costs 3 n_heads d_model numbers per token and layer, and computes q, k, v by another matrix
         product, whose last bits differ.

@@ -258,10 +258,10 @@ class InputMixin(ModelParts):
         return_shortformer_pos_embed: bool = True,
         device: Any = None,
     ) -> Any:
-        """The stream before block 0, from token embeddings: added positions, if there are any.
+        """The residual stream before block 0: token embeddings plus added positions, if any.
 
-        ``attention_mask`` covers the tokens that a cache has seen, too. Returns (stream, None), or
-        the stream alone without ``return_shortformer_pos_embed``.
+        ``attention_mask`` covers the tokens that a cache has seen, too. Returns (residual stream,
+        None), or the residual stream alone without ``return_shortformer_pos_embed``.
         """
         batch, n = embed.shape[:2]
         _, positions = self.masks_and_positions(batch, n, pos_offset, attention_mask, None)

@@ -31,9 +31,9 @@ class Layer(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw this part's own parameters anew, in place (A.1).
 
-        Weights are N(0, initializer_range), those that write to the stream / sqrt(2 n_layers); norm
-        weights are one; biases, sinks and a learned bigram table zero. Without a generator the
-        numbers come from torch's global one.
+        Weights are N(0, initializer_range), those that write to the residual stream / sqrt(2
+        n_layers); norm weights are one; biases, sinks and a learned bigram table zero. Without a
+        generator the numbers come from torch's global one.
         """
         std = self.config.initializer_range
         shrunk = std / (2 * self.config.n_layers) ** 0.5
@@ -70,7 +70,7 @@ class Embed(Layer):
 
 
 class PosEmbed(Layer):
-    """Absolute positions: added to the stream, or read beside it where they are concatenated."""
+    """Absolute positions: added to the residual stream, or read beside it (concatenated)."""
 
     W_pos: Tensor
 
@@ -106,7 +106,7 @@ class NoNorm(nn.Module):
     """What stands in a norm's place where there is none."""
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        """``x``, copied: a hook may edit in place what is read, and that is not the stream."""
+        """``x``, copied: a hook that edits what is read must not edit the residual stream."""
         return x.clone()
 
 
@@ -155,7 +155,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(Layer):
-    """Two-layer MLP: reads the normalised stream, writes one delta to it."""
+    """Two-layer MLP: reads the normalised residual stream, writes one delta to it."""
 
     b_in: Tensor
     b_out: Tensor
@@ -174,7 +174,7 @@ class MLP(Layer):
         self.hook_act_in, self.hook_pre, self.hook_post = HookPoint(), HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_in"]) -> Resid:
-        """What the block adds to the stream."""
+        """What the block adds to the residual stream."""
         read = self.hook_act_in(self.topk_in(x))
         pre = self.hook_pre(F.linear(read, self.read_weight().T, self.b_in))
         post = hooked(self.hook_post, self.topk_neuron(self.act(pre)))
@@ -206,7 +206,7 @@ class Unembed(Layer):
         return super().__getattr__(name)
 
     def forward(self, resid: Resid) -> Logits:
-        """Logits of the normalised stream."""
+        """Logits of the normalised residual stream."""
         return F.linear(resid, self.W_U.T, self.b_U)
 
 

@@ -57,8 +57,9 @@ def constant_logits(model: Any) -> dict[str, Float[Tensor, " d_vocab"]]:
 class NoBareReadout:
     """The ``adapter`` of a model with a bigram table, by which TransformerLens' readouts ask it.
 
-    They apply ``apply_output_logits_transform`` to the logits that they made of the stream. Without
-    the tokens the table's part cannot be added, and leaving it out would give wrong logits.
+    They apply ``apply_output_logits_transform`` to the logits that they made of the residual
+    stream. Without the tokens the table's part cannot be added, and leaving it out would give wrong
+    logits.
     """
 
     def apply_output_logits_transform(self, logits: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class WeightMixin(ModelParts):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Tensor:
-        """Sum of the biases written to the stream before a layer (or before its MLP) [d_model].
+        """Sum of the biases written before a layer (or before its MLP) [d_model].
 
         Raises:
             ValueError: there is no such layer.
