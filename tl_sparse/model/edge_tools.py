@@ -26,7 +26,8 @@ INSTEAD = (
 def additivity_obstacle(config: SparseTransformerConfig) -> str | None:
     """Why the residual stream is not the sum of the writes before; None if it is."""
     if config.residual_act != "identity":
-        return f"residual_act={config.residual_act!r} is applied to the residual stream after every write"
+        act = config.residual_act
+        return f"residual_act={act!r} is applied to the residual stream after every write"
     for site in ("resid_post_attn", "resid_post_mlp"):
         if getattr(config.activation_density, site) < 1:
             return f"AbsTopK at {site} drops channels of the residual stream itself"
