@@ -1,4 +1,4 @@
-"""The answer logit_diff of each prompt: what pruning and its reports are computed from."""
+"""The logit difference of each prompt: what pruning and its reports are computed from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def task_logit_diffs(
 def row_logit_diffs(
     model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook]
 ) -> Float[Tensor, " prompt"]:
-    """:func:`task_logit_diffs` of a batch that is on the model's device and as long as it must be."""
+    """:func:`task_logit_diffs` of a batch on the model's device, without columns of padding."""
     return logit_diffs(last_logits(model, batch, hooks).float(), batch)
 
 
@@ -96,7 +96,7 @@ class PackedBatch:
 def packed_logit_diffs(
     model: SparseTransformer, batch: PackedBatch, hooks: Sequence[FwdHook]
 ) -> Float[Tensor, " prompt"]:
-    """:func:`task_logit_diffs` of packed pairs, for hooks that treat all positions and prompts alike.
+    """:func:`task_logit_diffs` of packed pairs, for hooks that treat positions and prompts alike.
 
     What both members begin with is computed once, and what follows the last attention at the last
     tokens only: hooks there see two positions a row.

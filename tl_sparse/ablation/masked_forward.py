@@ -38,8 +38,8 @@ def masked_logit_diffs(
 ) -> Float[Tensor, "mask prompt"]:
     """logit(correct) - logit(incorrect) of every prompt under each of many node masks.
 
-    Nodes not kept are set to ``values``, or with :class:`ResampleSources` to what they
-    are on the donor sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
+    Nodes not kept are set to ``values``, or with :class:`ResampleSources` to what they are on the
+    source sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
     node is then gate * x + (1 - gate) * value. ``hooks`` run before.
 
     Raises:
@@ -104,7 +104,7 @@ def masked_losses(
     hooks: Sequence[FwdHook] = (),
     max_rows: int = ROWS,
 ) -> Float[Tensor, " mask"]:
-    """Mean two-way task loss (nats) of the prompts under each mask; see :func:`masked_logit_diffs`."""
+    """Mean two-way task loss (nats) under each mask; see :func:`masked_logit_diffs`."""
     logit_diffs = masked_logit_diffs(
         model, batch, index, keep, values, hooks=hooks, max_rows=max_rows
     )
