@@ -294,9 +294,16 @@ class Circuit:
         return graph
 
     def table(self) -> CircuitTable:
-        """What a picture needs to know, for :mod:`tl_sparse.views`: of groups a row each."""
+        """What a picture needs to know, for :mod:`tl_sparse.views`.
+
+        Components without edges, such as heads, are a mark each; otherwise each node is.
+        """
+        nodes = self.nodes
+        if self.groups is not None and self.edges.empty:
+            nodes = self.components
+            nodes["head_channel"] = nodes["head_channel"].where(nodes["n_nodes"] == 1)
         return CircuitTable(
-            self.task, self.nodes if self.groups is None else self.components, self.edges,
+            self.task, nodes, self.edges,
             self.model_name, None if self.seed < 0 else self.seed, self.loss,
             self.loss_calibrated, self.target_loss, self.accuracy,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.frontier import attempted, frontier
 from tl_sparse.tasks import Task, check_names, table
+from tl_sparse.views import Chart, Page, Section, Table, page_html
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,10 @@ class FrontierOf:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "frontier.csv", found.to_dataframe().to_csv(index=False))
         write_atomic(out / "tasks.csv", found.interpretability.to_dataframe().to_csv(index=False))
-        figure = found.to_plotly()
-        write_atomic(out / "frontier.html", figure.to_html(include_plotlyjs=True))
+        sections = (Section("Figure", (Chart(found.to_plotly()),)),
+                    Section("Models", (Table(found.to_dataframe()),)))  # fmt: skip
+        page = Page("Loss against circuit size", found.interpretability.note, (), sections)
+        write_atomic(out / "frontier.html", page_html(page))
         say(repr(found))
         for (name, task), why in found.failures.items():
             say(f"No circuit for {task} in {name}: {why}")

@@ -83,9 +83,10 @@ def circuit_layout(nodes: pd.DataFrame, edges: pd.DataFrame) -> Layout:
     from barycentre sweeps weighted by |weight|, the best sweep wins; heads and neurons are then
     placed as near to their barycentre as their widths allow. Time is linear in the edges.
 
-    Nodes of any other site or hook stand in a row per layer and hook above the layer's own: few
-    channels (such as heads) in fixed columns, many (such as features) near those that they have
-    edges with. Edges between different layers say so in columns source_layer and target_layer.
+    Nodes of any other site or hook stand in a row per layer and hook above the layer's own. Few
+    channels, and whole heads (a head without a head_channel), have fixed columns; many, such as
+    features, stand near those that they have edges with. Edges between different layers say so in
+    columns source_layer and target_layer.
 
     Raises:
         ValueError: missing columns, repeated nodes, a q/k/v node without a head, edges whose ends
@@ -125,7 +126,9 @@ def circuit_layout(nodes: pd.DataFrame, edges: pd.DataFrame) -> Layout:
     item_width = item_size / levels[item_row] + _HEAD_MARGIN * is_head
     lane_levels = int(np.clip(-(-len(channels) // _FULL_ROW), 1, _MAX_LEVELS))
     row_widths = np.bincount(item_row, item_width, minlength=len(rows))
+    whole = nodes["head"].notna() & nodes["head_channel"].isna()
     other = rows["slot"].to_numpy(int)[item_row] >= len(ROWS)
+    other[item[whole.to_numpy() & ~residual]] = True
     item_column = np.zeros(len(item_row), dtype=int)
     item_column[item[~residual]] = column[~residual]
     n_columns = int(item_column[other].max(initial=0)) + 1 if other.any() else 0

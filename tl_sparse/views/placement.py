@@ -67,6 +67,8 @@ def place_items(
     width: float,
 ) -> Float[np.ndarray, " item"]:
     """Centres nearest to `wanted` (least squares) without overlap, row by row, in [0, width]."""
+    from scipy.optimize import isotonic_regression  # slow to import, needed only to draw
+
     x = np.empty(len(wanted))
     for row in np.unique(item_row):
         members = np.flatnonzero(item_row == row)
@@ -74,21 +76,7 @@ def place_items(
         sizes = item_width[members]
         offset = np.concatenate([[0.0], np.cumsum((sizes[1:] + sizes[:-1]) / 2)])
         low, high = sizes[0] / 2, width - sizes[-1] / 2 - offset[-1]
-        fitted = np.clip(_isotonic(wanted[members] - offset), low, max(low, high))
+        fitted = isotonic_regression(wanted[members] - offset).x
+        fitted = np.clip(fitted, low, max(low, high))
         x[members] = fitted + offset
     return x
-
-
-def _isotonic(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Nearest non-decreasing sequence (pool adjacent violators)."""
-    means: list[float] = []
-    counts: list[int] = []
-    for value in values.tolist():
-        mean, count = value, 1
-        while means and means[-1] > mean:
-            below, size = means.pop(), counts.pop()
-            mean = (mean * count + below * size) / (count + size)
-            count += size
-        means.append(mean)
-        counts.append(count)
-    return np.repeat(np.array(means, dtype=float), np.array(counts, dtype=int))
