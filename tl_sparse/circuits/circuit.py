@@ -301,7 +301,10 @@ class Circuit:
         nodes = self.nodes
         if self.groups is not None and self.edges.empty:
             nodes = self.components
-            nodes["head_channel"] = nodes["head_channel"].where(nodes["n_nodes"] == 1)
+            alone = nodes["n_nodes"] == 1
+            nodes = nodes.assign(
+                head_channel=nodes["head_channel"].where(alone), mean=nodes["mean"].where(alone)
+            )
         return CircuitTable(
             self.task, nodes, self.edges,
             self.model_name, None if self.seed < 0 else self.seed, self.loss,

@@ -1,6 +1,7 @@
 """Colours, labels and hover texts shared by the Plotly figure, the SVG and the page."""
 
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 import pandas as pd
@@ -75,10 +76,10 @@ def node_names(nodes: pd.DataFrame) -> list[str]:
 
 def node_facts(nodes: pd.DataFrame) -> list[str]:
     """Mean and mask parameter of every node as one line, as far as they are known."""
-    known = [(name, nodes[name].astype(float)) for name in ("mean", "tau") if name in nodes]
-    words = {"mean": "mean", "tau": "τ"}
+    known = [(words, nodes[name].astype(float).tolist())
+             for name, words in (("mean", "mean"), ("tau", "τ")) if name in nodes]  # fmt: skip
     return [
-        " · ".join(f"{words[name]} {number(values.iloc[i])}" for name, values in known)
+        " · ".join(f"{words} {number(v[i])}" for words, v in known if not isnan(v[i]))
         for i in range(len(nodes))
     ]
 
