@@ -62,7 +62,7 @@ class PartialForward:
     def recorded(
         self, hooks: Sequence[FwdHook], index: NodeIndex
     ) -> tuple[PartialForward, Float[Tensor, " prompt"]]:
-        """The same pairs under hooks, every site and residual stream recorded; their logit_diffs."""
+        """The same pairs under hooks, sites and residual streams recorded; their logit_diffs."""
         points = self.model.hook_dict
         streams = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", PLACE]
         layers = range(self.model.config.n_layers)
