@@ -22,8 +22,9 @@ from tl_sparse.circuits import (
     prune,
     prune_many,
 )
+from tl_sparse.circuits.backward_elimination import backward_elimination
 from tl_sparse.circuits.mask_training import train_masks
-from tl_sparse.circuits.pruning import choose_nodes, refined
+from tl_sparse.circuits.pruning import choose_nodes
 from tl_sparse.circuits.pruning_run import set_up, set_up_many
 from tl_sparse.sites import SITE_NAMES
 
@@ -92,7 +93,7 @@ def test_tied_channels_are_chosen_and_removed_together(attentive, marks, random_
     assert torch.equal(kept[q], kept[k])
     assert int(kept[q].sum()) > 1
     assert int(kept.sum()) in curve["n_nodes"].tolist()
-    after = refined(run, kept)
+    after = backward_elimination(run, kept)
     assert torch.equal(after, kept_of(index, chain | {(0, "attn_q", 2)}))
 
 
