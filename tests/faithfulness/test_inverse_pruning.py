@@ -155,8 +155,8 @@ def test_degree_controls_have_weights_as_the_circuits_nodes_have(small_model):
 
 def test_degrees_are_of_sites_alone(small_model):
     model = small_model()
-    index = NodeIndex.over(model, {"blocks.0.attn.hook_z": 16})
-    with pytest.raises(ValueError, match="hook_z"):
+    index = NodeIndex.over(model, {"blocks.0.hook_resid_mid": model.config.d_model})
+    with pytest.raises(ValueError, match="hook_resid_mid"):
         degrees(model, index)
 
 

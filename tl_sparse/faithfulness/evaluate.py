@@ -110,7 +110,7 @@ def measured(check: Check, test: CircuitUnderTest) -> CheckResult:
 def caveats(test: CircuitUnderTest) -> tuple[str, ...]:
     """What every number of the report has to be read with."""
     found = []
-    if test.circuit.config.get("ablation") == "resample":
+    if takes_sources(test.circuit.config.get("ablation")):
         found.append(
             "the circuit was found by resampling removed nodes; here they are held at their means"
         )

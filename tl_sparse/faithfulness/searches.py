@@ -113,11 +113,12 @@ def search(
     means = test.circuit.means if means is None else means
     jobs_with_config = [(task, search_config(test, seed, steps)) for task, seed in jobs]
     sources = None
-    if jobs_with_config and jobs_with_config[0][1].ablation == "resample":
+    make = KINDS[jobs_with_config[0][1].ablation].sources if jobs_with_config else None
+    if make is not None:
         if test.tokens is None:
             raise NotMeasured("the circuit resamples removed nodes: give tokens= to do so")
         with eval_mode(model):
-            sources = resample_sources(model, test.tokens[:SOURCES], index=test.index)
+            sources = make(model, test.tokens[:SOURCES], index=test.index)
     return prune_many(
         model,
         jobs_with_config,

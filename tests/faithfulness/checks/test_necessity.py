@@ -6,7 +6,7 @@ import torch
 from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs, together
 from tl_sparse.ablation import ActivationMeans
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.circuits import circuit_of_channels, circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import random_subsets
 from tl_sparse.faithfulness.checks.minimality import MATTERS
 from tl_sparse.faithfulness.checks.necessity import NULLS
@@ -132,18 +132,26 @@ def test_a_node_to_spare_is_found(whole):
     assert table["matters"].sum() == 6
 
 
-def test_a_circuit_of_heads_has_no_degrees_and_says_so(chain, random_tokens, tested):
+def test_a_circuit_of_heads_is_tested_too(chain, random_tokens, tested):
     model, task, _ = chain
     found = necessity(
         tested(model, task, circuit_of_heads(model, task.name, [(0, 0)], random_tokens))
     )
-    assert any("hook_z" in note for note in found.notes)
-    assert {m.variant for m in found.measures if m.name == "necessity"} == {"outside", "matched"}
+    assert {m.variant for m in found.measures if m.name == "necessity"} == set(NULLS)
     assert found.measure("necessity", "outside").value > 0.9
     assert found.measure("necessity", "outside").null < 0.5
     table = found.tables["minimality"]
     assert table["channels"].tolist() == [4]
     assert table["channel"].tolist() == [0]
+
+
+def test_channels_at_no_site_have_no_degrees_and_the_check_says_so(chain, random_tokens, tested):
+    model, task, _ = chain
+    kept = {"blocks.0.hook_resid_mid": torch.arange(model.config.d_model) < 3}
+    circuit = circuit_of_channels(model, task.name, kept, random_tokens)
+    found = together("necessity")(tested(model, task, circuit))
+    assert any("hook_resid_mid" in note for note in found.notes)
+    assert {m.variant for m in found.measures if m.name == "necessity"} == {"outside", "matched"}
 
 
 def test_a_dense_models_circuit_is_tested_too(dense_planted, marks, circuit_of, tested):
