@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tl_sparse.circuits import Circuit
 from tl_sparse.cli.circuits import model_with_tokenizer
-from tl_sparse.cli.words import say
+from tl_sparse.cli.inputs import say
 from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.faithfulness import EvaluationConfig, evaluate
 from tl_sparse.storage.atomic_write import write_atomic

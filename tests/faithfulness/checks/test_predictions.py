@@ -7,7 +7,7 @@ import torch
 from tl_sparse import SparseTransformer, tasks
 from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig
-from tl_sparse.circuits.pruning_run import measured, set_up
+from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.faithfulness import EvaluationConfig, under_test
 from tl_sparse.faithfulness.checks.predictions import (
     agreement_of_signs,
@@ -62,7 +62,7 @@ def bundled():
     config = PruningConfig(steps=4, selection_pairs=8, report_pairs=8, must_solve=False)
     kept = torch.arange(means.index.n_nodes) < 3 * means.index.n_nodes // 4
     problem = set_up(model, task, config, means=means)
-    circuit = measured(problem, kept, kept.float(), n_active=int(kept.sum()))
+    circuit = build_circuit(problem, kept, kept.float(), n_active=int(kept.sum()))
     config = EvaluationConfig(pairs=4, draws=100, controls=2)
     return under_test(model, circuit, task, config)
 
