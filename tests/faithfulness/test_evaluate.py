@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.faithfulness.test_under_test import less_one_edge
 from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
 from tl_sparse.faithfulness import (
@@ -16,6 +17,7 @@ from tl_sparse.faithfulness import (
 )
 from tl_sparse.faithfulness.checks import check_names
 from tl_sparse.faithfulness.registry import all_checks
+from tl_sparse.storage.fingerprint import fingerprint
 
 SMALL = EvaluationConfig(
     pairs=8, draws=50, controls=3, few_pairs=4, subsets=4, constant_steps=3, optimal_controls=1,
@@ -109,6 +111,24 @@ def test_the_empty_circuit_and_the_whole_model_have_reports_too(chain, random_to
     f = report.check("sufficiency").measure("f", "as_pruned").value
     assert f == (1.0 if share == "all" else 0.0)
     assert report._repr_html_()
+
+
+def test_an_edge_pruned_circuit_is_judged_without_its_removed_edges(chain, random_tokens):
+    model, task, circuit = chain
+    pruned = less_one_edge(circuit)
+    config = replace(SMALL, searches=False)
+    report, with_all = (
+        evaluate(model, one, task, config, tokens=random_tokens, progress=False)
+        for one in (pruned, circuit)
+    )
+    assert report.n_edges == circuit.n_edges - 1
+    assert any("edges are removed" in note for note in report.check("sufficiency").notes)
+    losses = [r.check("sufficiency").measure("loss", "as_pruned").value for r in (report, with_all)]
+    assert losses[0] > losses[1] + 0.1
+    full = [r.check("sufficiency").measure("model_loss").value for r in (report, with_all)]
+    assert full[0] == full[1]
+    assert fingerprint(model) == circuit.model_fingerprint
+    assert all(r.measures for r in report.results if r.check != "predictions")
 
 
 def test_circuits_of_heads_and_of_dense_models_have_reports(dense_planted, marks, random_tokens):

@@ -60,6 +60,31 @@ def test_with_everything_removed_all_prompts_look_the_same(whole):
     assert torch.allclose(logit_diffs[:, 0], -logit_diffs[:, 1], atol=1e-5)
 
 
+def less_one_edge(circuit):
+    """The circuit without its last edge, whose target gets a constant instead."""
+    return replace(
+        circuit,
+        edges=circuit.edges.iloc[:-1],
+        removed_edges=circuit.edges.iloc[-1:].assign(constant=0.3),
+    )
+
+
+def test_the_circuit_alone_runs_without_its_removed_edges(chain, tested):
+    model, task, circuit = chain
+    pruned = less_one_edge(circuit)
+    with_all, test = tested(model, task, circuit), tested(model, task, pruned)
+    with pruned.applied(model), torch.no_grad():
+        expected = task_logit_diffs(model, test.batch)
+    assert torch.allclose(test.circuit_logit_diffs, expected, atol=1e-5)
+    assert not torch.allclose(test.circuit_logit_diffs, with_all.circuit_logit_diffs, atol=1e-2)
+    assert torch.equal(test.model_logit_diffs, with_all.model_logit_diffs)
+    more = test.kept.clone()
+    more[torch.nonzero(~more)[0]] = True
+    both = test.logit_diffs(torch.stack([test.kept, more]))
+    assert torch.allclose(both[0], test.circuit_logit_diffs, atol=1e-5)
+    assert torch.allclose(both[1], with_all.logit_diffs(more[None])[0], atol=1e-5)
+
+
 def test_a_head_is_kept_or_removed_whole(planted, marks, random_tokens):
     model, _ = planted()
     heads = circuit_of_heads(model, "marked", [(0, 0)], random_tokens)

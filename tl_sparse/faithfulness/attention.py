@@ -50,7 +50,8 @@ def head_patterns(test: CircuitUnderTest) -> HeadPatterns:
     missing = tuple(layer for layer in layers if _PATTERN.format(layer) not in hook_dict)
     frame = frame[~frame["layer"].isin(missing)].reset_index(drop=True)
     here = [layer for layer in layers if layer not in missing]
-    circuit = patterns(test, here, test.circuit_hooks())
+    with test.edges_of(test.kept[None]):
+        circuit = patterns(test, here, test.circuit_hooks())
     full = patterns(test, here, ())
     last = test.batch.last.cpu()
     rows: list[list[Tensor]] = [[], [], [], []]

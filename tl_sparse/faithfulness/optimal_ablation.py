@@ -30,13 +30,19 @@ def optimal_values(
     One constant a node, for all prompts and positions. Adam from the circuit's own values on train
     prompts, ``search_pairs`` pairs a step, ``constant_steps`` steps; the learning rate falls
     linearly to zero. Constants that do no better than the own values on the first ``few_pairs``
-    train pairs are dropped for these. All masks share each forward pass.
+    train pairs are dropped for these. All masks that run on the same edges share each forward pass.
     """
+    within = test.within(keep)
+    if len(test.circuit.removed_edges) and bool(within.any()) and not bool(within.all()):
+        found = torch.zeros(keep.shape)
+        for rows in (within, ~within):
+            found[rows] = optimal_values(test, keep[rows])
+        return found
     config, model = test.config, test.model
     device = next(model.parameters()).device
     judge = on_train(test, config.few_pairs)
     own = test.values.expand(len(keep), -1)
-    with eval_mode(model):
+    with eval_mode(model), test.edges_of(keep):
         scale = _site_scales(test, judge.batch).to(device)
         keep, start = keep.to(device), own.to(device)
         shift = torch.zeros(keep.shape, device=device, requires_grad=True)

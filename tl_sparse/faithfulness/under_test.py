@@ -112,15 +112,16 @@ class CircuitUnderTest:
 
     def logit_diffs(
         self,
-        keep: Bool[Tensor, "mask node"],
+        keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"],
         values: Replacement | None = None,
         hooks: Sequence[FwdHook] | None = None,
     ) -> Float[Tensor, "mask prompt"]:
         """logit(correct) - logit(incorrect) of the test prompts under node masks, on the CPU.
 
-        ``values`` replace removed nodes, by default the circuit's means; ``hooks`` run before, by
-        default those under which the circuit was found. A mask that keeps nodes of the circuit
-        alone runs without the circuit's removed edges, any other mask on all edges.
+        Masks may be gates from 0 to 1. ``values`` replace removed nodes, by default the circuit's
+        means; ``hooks`` run before, by default those under which the circuit was found. A mask that
+        keeps nodes of the circuit alone runs without the circuit's removed edges, any other mask on
+        all edges.
         """
         values = self.values if values is None else values
         hooks = self.norms if hooks is None else hooks

@@ -39,7 +39,7 @@ def binarisation(test: CircuitUnderTest) -> CheckResult:
     index = test.index
     places = torch.nonzero(test.kept).flatten()
     fit = on_train(test, FIT).batch
-    with eval_mode(test.model):
+    with eval_mode(test.model), test.edges_of(test.kept[None]):
         seen = observed(test.model, index, places, fit, test.circuit_hooks(fit))
         first = first_values(seen)
         low, high, _ = train_values(

@@ -125,11 +125,13 @@ def with_model_values(
         with eval_mode(less.model), torch.no_grad():
             tokens = less.batch.tokens[:, :longest]
             full = resample_sources(less.model, tokens, index=less.index)
-            found.append(
-                masked_logit_diffs(
-                    less.model, less.batch, less.index, keep, full, hooks=[*less.norms, *removal]
-                ).cpu()
-            )
+            with less.edges_of(kept[None, test.component]):
+                found.append(
+                    masked_logit_diffs(
+                        less.model, less.batch, less.index, keep, full,
+                        hooks=[*less.norms, *removal],
+                    ).cpu()
+                )  # fmt: skip
     return torch.cat(found, 1)
 
 
@@ -236,7 +238,7 @@ def last_activations(test: CircuitUnderTest) -> Float[Tensor, "prompt node"]:
         found[name] = x.detach().flatten(2)[rows, batch.last].float().cpu()
 
     readers: list[Any] = [(name, partial(record, name=name)) for name in test.index.slices]
-    with eval_mode(test.model), torch.no_grad():
+    with eval_mode(test.model), torch.no_grad(), test.edges_of(test.kept[None]):
         task_logit_diffs(test.model, batch, [*test.circuit_hooks(), *readers])
     return torch.cat([found[name] for name in test.index.slices], 1)
 
@@ -255,7 +257,7 @@ def with_values_of(
     for name, channel, which in by_hook(test.index, torch.nonzero(test.kept).flatten()):
         node = torch.nonzero(test.kept).flatten()[which]
         puts.append((name, Put(batch.last, channel, values[:, node])))
-    with eval_mode(test.model), torch.no_grad():
+    with eval_mode(test.model), torch.no_grad(), test.edges_of(test.kept[None]):
         return task_logit_diffs(
             test.model, batch, [*test.circuit_hooks(), *puts]
         ).cpu()  # fmt: skip

@@ -43,7 +43,8 @@ def node_values(test: CircuitUnderTest) -> CheckResult:
     if not bool(kept.any()):
         raise NotMeasured("the circuit keeps no node")
     full = kept_values(test, ())
-    circuit = kept_values(test, test.circuit_hooks())
+    with test.edges_of(kept[None]):
+        circuit = kept_values(test, test.circuit_hooks())
     last = test.batch.last.cpu()
     names = index.nodes(kept)
     hooks = names["hook"].to_numpy()

@@ -119,7 +119,8 @@ def norm_drift(
         found: dict[str, list[Tensor]] = {name: [] for name in full}
         for part in keep.to(device).split(max(1, ROWS // len(batch))):
             mixes = gated_ablation_hooks(test.index, part.float(), values)
-            under = scales(tiled(batch, len(part)).tokens, mixes)
+            with test.edges_of(part):
+                under = scales(tiled(batch, len(part)).tokens, mixes)
             check_fired(mixes)
             for name, rows in found.items():
                 ratio = under[name].view(len(part), *full[name].shape) / full[name]

@@ -9,12 +9,11 @@ from __future__ import annotations
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import frozen_norms_of
-from tl_sparse.ablation.masked_forward import gated_logit_diffs
 from tl_sparse.faithfulness.ablation_masks import Attack, attack, gates_of, random_ablation_masks
 from tl_sparse.faithfulness.controls import random_components
 from tl_sparse.faithfulness.measure import CheckResult, measured_mean
@@ -69,7 +68,7 @@ def partial_ablation(test: CircuitUnderTest) -> CheckResult:
     repeated = controls.repeat_interleave(len(few), 0)
     sets = torch.cat([circuit.repeat(len(ablation_masks), 1), repeated, controls, controls])
     gates = gates_of(sets, torch.cat([ablation_masks, null_ablation_masks]), component)
-    logit_diffs, null_logit_diffs = gated(test, gates).split(
+    logit_diffs, null_logit_diffs = test.logit_diffs(gates).split(
         [len(ablation_masks), len(null_ablation_masks)]
     )
     losses = F.softplus(-logit_diffs)
@@ -136,17 +135,6 @@ def attacked(
             steps=config.attack_steps, restarts=restarts, hooks=hooks,
             generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
-
-
-def gated(
-    test: CircuitUnderTest, gates: Float[Tensor, "mask node"]
-) -> Float[Tensor, "mask prompt"]:
-    """Logit differences of the test prompts under gates from 0 to 1, on the CPU."""
-    with eval_mode(test.model), torch.no_grad():
-        return gated_logit_diffs(
-            test.model, test.batch, test.index, gates, test.values,
-            hooks=test.norms,
-        ).cpu()  # fmt: skip
 
 
 CHECK = Check(
