@@ -13,7 +13,6 @@ from tl_sparse.ablation import ActivationMeans
 from tl_sparse.circuits.openai_payload import circuit_from_openai, read_payload
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_SITES
-from tl_sparse.views import circuit_html
 
 WIDTHS = {"attn.act_in": D, "attn.q": D, "attn.k": D, "attn.v": D, "attn.resid_delta": D,
           "mlp.act_in": D, "mlp.post_act": 4 * D, "mlp.resid_delta": D}  # fmt: skip
@@ -176,7 +175,7 @@ def test_what_a_payload_does_not_hold_is_unknown(saved, model, means):
     assert (circuit.n_active, circuit.seed) == (-1, -1)
     assert len(circuit.to_dataframe()) == 0
     assert "quote" in repr(circuit)
-    assert "nan" not in circuit_html(circuit).lower().replace("accuracy nan", "")
+    assert "nan" not in circuit._repr_html_().lower().replace("accuracy nan", "")
 
 
 def test_an_imported_circuit_is_saved_and_loaded(saved, model, means, tmp_path):

@@ -132,7 +132,9 @@ def read_circuit(folder: str | Path, model: nn.Module) -> dict[str, Any]:
         "index": index,
         "means": ActivationMeans(index, tensors["means"], **asdict(record.means)),
         "config": record.config,
-        "calibration": None if record.calibration is None else Calibration(**record.calibration),
+        "calibration": None
+        if record.calibration is None
+        else dataclass_from_json(Calibration, record.calibration),
         "size_curve": curve.astype({"n_nodes": "int64", "loss": "float64"}),
     }
 
@@ -262,7 +264,7 @@ def stored_edges(
     edges = without(index, edges, ends)
     if "edge_scores" in tensors:
         scores, n_edges = tensors["edge_scores"], len(edges) + len(removed)
-        if not scores.is_floating_point() or scores.shape != (n_edges,):
+        if scores.dtype != torch.float32 or scores.shape != (n_edges,):
             raise ValueError(
                 f"edge_scores is {scores.dtype} {tuple(scores.shape)}, expected one for each of "
                 f"{n_edges} edges"
