@@ -62,7 +62,7 @@ class CircuitRecord:
     seed: int
     seconds: float
     config: Mapping[str, Any]
-    calibration: Mapping[str, Any] | None
+    calibration: Calibration | None
     size_curve: Any
     index: Mapping[str, Any]
     means: MeansRecord
@@ -132,9 +132,7 @@ def read_circuit(folder: str | Path, model: nn.Module) -> dict[str, Any]:
         "index": index,
         "means": ActivationMeans(index, tensors["means"], **asdict(record.means)),
         "config": record.config,
-        "calibration": None
-        if record.calibration is None
-        else dataclass_from_json(Calibration, record.calibration),
+        "calibration": record.calibration,
         "size_curve": curve.astype({"n_nodes": "int64", "loss": "float64"}),
     }
 
@@ -149,8 +147,6 @@ def checked_record(path: Path) -> CircuitRecord:
         )
     try:
         record: CircuitRecord = dataclass_from_json(CircuitRecord, values)
-        if record.calibration is not None:
-            dataclass_from_json(Calibration, record.calibration)
         curve = checked_curve(values["size_curve"])  # a list, as it was read
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error

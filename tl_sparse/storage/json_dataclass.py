@@ -43,8 +43,10 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     Raises:
         ValueError: it is of another type.
     """
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else dataclass_from_json(hint, value)
+    optional = get_origin(hint) in (Union, types.UnionType) and types.NoneType in get_args(hint)
+    for kind in get_args(hint) if optional and value is not None else (hint,):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return value if isinstance(value, kind) else dataclass_from_json(kind, value)
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices and value not in choices:
         raise ValueError(f"{name}={value!r:.80} is unknown; choose from {choices}")
