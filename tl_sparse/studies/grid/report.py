@@ -58,7 +58,7 @@ def page(result: StudyResult, figures: Sequence[StudyFigure]) -> Page:
                      f"{transformer_lens_version()}"),
     )  # fmt: skip
     tables = (
-        ("Models", _rounded(models)),
+        ("Models", models.drop(columns=["failure", "l0", "width"])),
         ("Tasks: held-out loss", _by_task(result.tasks)),
         ("Circuits: edges (nodes)", _by_circuit(circuits)),
     )
@@ -74,16 +74,11 @@ def page(result: StudyResult, figures: Sequence[StudyFigure]) -> Page:
     )
 
 
-def _rounded(models: pd.DataFrame) -> pd.DataFrame:
-    shown = models.drop(columns=["failure", "l0", "width"])
-    return shown.round({"validation_loss": 3, "text_loss": 3, "seconds": 0})
-
-
 def _by_task(tasks: pd.DataFrame) -> pd.DataFrame:
     if tasks.empty:
         return tasks
     wide = tasks.pivot(index="model", columns="task", values="loss")
-    wide = wide.loc[tasks["model"].unique()].round(2).reset_index()
+    wide = wide.loc[tasks["model"].unique()].reset_index()
     return wide.rename_axis(columns=None)
 
 
