@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_sparse.circuits import Circuit
-from tl_sparse.cli.circuits import model_with_tokenizer
-from tl_sparse.cli.inputs import say
-from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.cli.inputs import model_with_tokenizer, say, task_of, text_of
+from tl_sparse.data import CorpusConfig
 from tl_sparse.faithfulness import EvaluationConfig, evaluate
 from tl_sparse.storage.atomic_write import write_atomic
-from tl_sparse.tasks import get
 
 
 @dataclass(frozen=True)

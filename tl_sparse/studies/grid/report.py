@@ -50,10 +50,11 @@ def page(result: StudyResult, figures: Sequence[StudyFigure]) -> Page:
             for row in circuits.itertuples() if row.failure
         ),
     ]  # fmt: skip
+    left = len(result.plan.left)
     facts = (
         ("models", f"{len(models):,}"),
         ("circuits", f"{len(circuits):,}"),
-        ("units not finished", f"{len(result.plan.left):,}"),
+        *([("so far", f"{left:,} units are not finished")] if left else []),
         ("versions", f"tl_sparse {version('tl-sparse')}, TransformerLens "
                      f"{transformer_lens_version()}"),
     )  # fmt: skip
