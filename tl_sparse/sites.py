@@ -143,7 +143,7 @@ SITES: tuple[Site, ...] = (
     ),
     Site(
         "final_resid", "blocks.{layer}.hook_resid_post", "residual", "final", read_by=("W_U",),
-        where="last", optional=True, last_only=True, openai="final_resid", row="final stream",
+        where="last", optional=True, last_only=True, openai="final_resid", row="final residual",
         label="final norm reads", colour="#a3acba",
     ),
 )  # fmt: skip

@@ -273,7 +273,7 @@ def test_the_embedding_and_the_final_stream_are_sites(
     assert ((0, "embed", 0), (0, "attn_in", 0)) in links
     assert (write, (1, "final_resid", write[2])) in links
     assert circuit._repr_html_().count("<svg") == 1
-    assert "final stream" in circuit.to_plotly().to_json()
+    assert "final residual" in circuit.to_plotly().to_json()
     circuit.save(tmp_path / "c")
     again = Circuit.load(tmp_path / "c", model)
     assert again.index == circuit.index

@@ -45,7 +45,7 @@ def test_the_stream_is_drawn_from_the_embedding_to_the_final_read(circuit_of):
     )  # fmt: skip
     layout = layout_of(circuit)
     assert layout.rows["label"].tolist() == [
-        "embedding", "mlp in", "neurons", "mlp out", "attn in", "final stream",
+        "embedding", "mlp in", "neurons", "mlp out", "attn in", "final residual",
     ]  # fmt: skip
     y = layout.nodes.set_index("id")["y"]
     assert y.idxmin() == "0.embed.7"

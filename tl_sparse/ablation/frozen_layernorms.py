@@ -1,4 +1,4 @@
-"""Frozen layernorms: every norm divides by what it divides by in the full model.
+"""Frozen layernorms: every norm keeps the scale that it has in the full model.
 
 Source: Drori 2026, appendix C: ablation shrinks the residual stream, and the norms make up for it.
 """

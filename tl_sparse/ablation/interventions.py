@@ -58,7 +58,7 @@ class Intervention:
         return torch.lerp(value.expand_as(side), side, mask.to(x.dtype)).flatten(0, 1)
 
     def on(self, prompts: Int[Tensor, " prompt"], positions: int) -> Intervention:
-        """The same intervention from some prompts of its source, so many positions long."""
+        """The same intervention from some prompts and the first positions of its source."""
         assert self.source is not None
         return replace(self, source=self.source[prompts, :positions])
 
@@ -138,6 +138,6 @@ def ablation_hooks(
 
 
 def check_fired(hooks: Sequence[tuple[str, Intervention]]) -> None:
-    """ValueError for interventions that never ran: what they should do was not done."""
+    """ValueError for interventions that never ran, as their ablation would be missing."""
     if silent := [name for name, change in hooks if not change.fired]:
         raise ValueError(f"hooks {', '.join(silent)} never fired on this model")

@@ -19,7 +19,7 @@ class AblationKind:
     """One row: either a value for each node, or activations on other sequences."""
 
     about: str
-    """What removed nodes are set to, and who does so."""
+    """What removed nodes are set to, and the source of the method."""
     means: Callable[[nn.Module, ActivationMeans, TaskBatch], ActivationMeans] | None = None
     """(model, means over the pretraining text, train prompts) → a value for each node, at all
     prompts and positions."""

@@ -60,9 +60,9 @@ class PackedBatch:
     packed: PackedPairs
     """The pairs, a row each."""
     correct_token: Int[Tensor, "pair 2"]
-    """Ids of the right next tokens of A and B."""
+    """Ids of the correct next tokens of A and B."""
     incorrect_token: Int[Tensor, "pair 2"]
-    """Ids of the wrong ones."""
+    """Ids of the incorrect ones."""
     lengths: Int[Tensor, " pair"]
     """Slots of each row in use, on the CPU."""
 

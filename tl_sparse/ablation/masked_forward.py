@@ -112,7 +112,7 @@ def masked_losses(
 
 
 def tiled(batch: TaskBatch, copies: int) -> TaskBatch:
-    """The batch so many times over, one copy after the other."""
+    """The batch repeated, one copy after the other."""
     return replace(
         batch,
         tokens=batch.tokens.repeat(copies, 1),
@@ -125,7 +125,7 @@ def tiled(batch: TaskBatch, copies: int) -> TaskBatch:
 
 
 def joined(batches: Sequence[TaskBatch]) -> TaskBatch:
-    """Batches one after the other, padded on the right to one length."""
+    """Batches concatenated, padded on the right to one length."""
     longest = max(batch.tokens.shape[1] for batch in batches)
     return replace(
         batches[0],

@@ -30,9 +30,9 @@ class PartialForward:
     model: SparseTransformer
     packed: PackedPairs
     correct_token: Int[Tensor, "pair 2"]
-    """Ids of the right next tokens of A and B."""
+    """Ids of the correct next tokens of A and B."""
     incorrect_token: Int[Tensor, "pair 2"]
-    """Ids of the wrong ones."""
+    """Ids of the incorrect ones."""
     hooks: tuple[FwdHook, ...] = ()
     """What holds in every run, such as a circuit's ablation; of any number of positions."""
     scales: Mapping[str, Tensor] = field(default_factory=dict)

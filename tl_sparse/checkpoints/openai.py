@@ -75,7 +75,7 @@ def read_openai(
 def write_openai(
     checkpoint: Checkpoint, directory: str | Path, with_tokenizer: bool = True
 ) -> None:
-    """Write a checkpoint in the format of openai/circuit_sparsity, all or nothing.
+    """Write a checkpoint in the format of openai/circuit_sparsity atomically.
 
     :func:`read_openai` gives the same checkpoint back, to the bit. The config's ``seed``,
     ``initializer_range`` and ``default_prepend_bos`` have no place in the format; half-precision

@@ -59,7 +59,7 @@ def write_packed(
     dtype: torch.dtype | None = None,
     card: str | None = None,
 ) -> None:
-    """Write config, weights, tokenizer, training record and model card, all or nothing.
+    """Write config, weights, tokenizer, training record and model card atomically.
 
     Args:
         checkpoint: what to write.

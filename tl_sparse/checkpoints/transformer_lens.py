@@ -87,7 +87,7 @@ def read_state_dict(
 
 
 def weights_in(state: Any, origin: str) -> dict[str, Tensor]:
-    """The weights in a state dict; ValueError if it is none."""
+    """The weights in a state dict; ValueError if there is none."""
     if not isinstance(state, Mapping):
         raise ValueError(
             f"{origin} must hold a state dict of tensors, not a {type(state).__name__}"

@@ -44,7 +44,7 @@ def calibrate(logit_diffs: Float[Tensor, " prompt"]) -> Calibration:
 def calibrated(
     logit_diffs: Float[Tensor, " prompt"], calibration: Calibration
 ) -> Float[Tensor, " prompt"]:
-    """Margins after calibration; rows alternate between members A and B of each pair."""
+    """Logit differences after calibration; rows alternate between members A and B of each pair."""
     scale, shift = (
         torch.tensor(x, device=logit_diffs.device) for x in (calibration.scale, calibration.shift)
     )

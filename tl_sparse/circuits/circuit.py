@@ -1,4 +1,4 @@
-"""``Circuit``: nodes and edges kept for a task, what they were measured to do, and from what."""
+"""``Circuit``: the nodes and edges kept for a task, and the results measured with them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Circuit:
     size_curve: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=["n_nodes", "loss"]).astype(CURVE)
     )
-    """Loss on the selection pairs (``loss``) of the first so many nodes (``n_nodes``), as tried."""
+    """Loss on the selection pairs (``loss``) of the first ``n_nodes`` nodes, as tried."""
 
     @property
     def model_fingerprint(self) -> str:
@@ -166,7 +166,7 @@ class Circuit:
         """``(hook name, function)`` pairs that set every node outside the circuit to its value.
 
         Raises:
-            ValueError: hooks cannot say it: edges are removed, for which weights change (see
+            ValueError: hooks cannot do it: edges are removed, for which weights change (see
                 :meth:`applied`), or it was pruned under resampling or with frozen norms, for which
                 hooks depend on the prompts (see :meth:`hooks_for`).
         """
@@ -294,7 +294,7 @@ class Circuit:
         return graph
 
     def table(self) -> CircuitTable:
-        """What a picture needs to know, for :mod:`tl_sparse.views`.
+        """The tables that a drawing is made from, for :mod:`tl_sparse.views`.
 
         Components without edges, such as heads, are a mark each; otherwise each node is.
         """
@@ -336,7 +336,7 @@ class Circuit:
     # on disk
 
     def save(self, folder: str | Path) -> None:
-        """Write the circuit to a folder, all or nothing; :meth:`load` restores it exactly."""
+        """Write the circuit to a folder atomically; :meth:`load` restores it exactly."""
         write_circuit(folder, {f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Where the edges of a circuit are in a model's parameters, and what removing some makes of them.
+"""Where a circuit's edges are in a model's parameters, and how to remove some of them.
 
 A removed edge i → j no longer carries node i's activation to node j but what node i amounts to at
 the value that stands for it when it is ablated: the weight becomes 0, and weight × value is added
@@ -150,7 +150,7 @@ def packed_if_possible(model: nn.Module, batch: TaskBatch) -> Prompts:
 
 
 def some_pairs(prompts: Prompts, start: int, stop: int) -> Prompts:
-    """The pairs ``start`` to ``stop - 1``, as far as there are."""
+    """The pairs ``start`` to ``stop - 1``, or up to the last one."""
     if isinstance(prompts, PackedBatch):
         return prompts.rows(torch.arange(start, min(stop, len(prompts.lengths))))
     return prompts.pairs(start, stop)

@@ -153,7 +153,7 @@ def edges_at(model: nn.Module, index: NodeIndex, ends: Int[Tensor, "edge 2"]) ->
 
 
 def without(index: NodeIndex, edges: pd.DataFrame, ends: Int[Tensor, "edge 2"]) -> pd.DataFrame:
-    """The edges of a table less those between the given nodes."""
+    """The edges of a table without those that have the given ends."""
     mine = pd.MultiIndex.from_arrays(edge_ends(index, edges).T.numpy())
     gone = mine.isin(pd.MultiIndex.from_arrays(ends.T.numpy()))
     return edges[~gone].reset_index(drop=True)

@@ -59,7 +59,7 @@ class CircuitPayload:
 
     @property
     def n_nodes(self) -> int:
-        """Kept channels, those of the final stream included."""
+        """Kept channels, those of the final residual stream included."""
         return sum(len(channels) for channels in self.kept.values())
 
     @property

@@ -125,7 +125,7 @@ def prune_many(
 def finalize(
     run: PruningRun, checkpoints: list[Float[Tensor, " node"]], seconds: float
 ) -> Circuit | PruningFailed:
-    """The circuit that trained masks come to, or why there is none."""
+    """The circuit of the trained masks, or the reason why there is none."""
     began = time.perf_counter()
     try:
         kept, tau, curve = select_nodes(run, checkpoints)

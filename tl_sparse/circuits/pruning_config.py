@@ -34,7 +34,7 @@ class PruningConfig:
     warmup_frac: float = 0.0
     """Share of the steps in which the learning rate rises from 0 (the paper's centre: 0.05)."""
     l0_penalty: float = 1e-3
-    """Price of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
+    """Penalty of one open gate in nats (the paper's search centre: 1e-4), or where ``adaptive``
     begins."""
     penalty: Penalty = "adaptive"
     """adaptive: raise l0_penalty while the training loss is below target, lower it while it is

@@ -222,7 +222,7 @@ def result_of(
     folder: Path | None,
     held: dict[int, Circuit],
 ) -> SearchResult:
-    """The result of all finished trials, whoever ran them."""
+    """The result of all finished trials, of every process."""
     trials = frame_of(finished)
     pareto, best = not_beaten(trials), best_of(trials, run.config.target_loss)
     circuits = {}

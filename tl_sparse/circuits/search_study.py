@@ -186,7 +186,7 @@ def create(storage: Path | None, sampler: SlotSampler) -> optuna.Study:
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """All finished trials, whoever ran them."""
+    """All finished trials, of every process."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 

@@ -69,7 +69,7 @@ class CircuitRecord:
 
 
 def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
-    """Write a circuit's fields to a folder, all or nothing."""
+    """Write a circuit's fields to a folder atomically."""
     index, means, calibration = values["index"], values["means"], values["calibration"]
     record = {name: values[name] for name in SCALARS} | {
         "schema_version": SCHEMA_VERSION,

@@ -139,7 +139,7 @@ class Sweep:
     def searched(
         self, model: SparseTransformer, task: Task, config: PruningConfig, means: ActivationMeans
     ) -> Circuit | PruningFailed | ValueError:
-        """The best circuit of a search over settings, or why there is none."""
+        """The best circuit of a search over settings, or the reason why there is none."""
         from tl_sparse.circuits.search import search  # slow to import, and seldom needed
         from tl_sparse.circuits.search_config import SearchConfig
 

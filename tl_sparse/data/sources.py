@@ -35,7 +35,7 @@ def check_source(source: str) -> None:
             raise ValueError(f"source {source!r} is not hf:<dataset>[:<split>[:<text column>]]")
         return
     if not source or not Path(source).expanduser().exists():
-        raise ValueError(f"unknown source {source!r}: it is none of {KINDS}")
+        raise ValueError(f"unknown source {source!r}: choose from {KINDS}")
 
 
 def read_source(

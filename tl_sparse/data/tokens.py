@@ -75,7 +75,7 @@ class TokenizedCorpus:
     train: UInt16[np.ndarray, " train_token"]
     """Real text and idioms, whole documents in seeded random order; memory-mapped."""
     validation: UInt16[np.ndarray, " validation_token"]
-    """Real text only, from files of which nothing is in `train`; memory-mapped."""
+    """Real text only, from files that `train` does not use; memory-mapped."""
     tokenizer: PreTrainedTokenizerFast
     """The tokenizer of both streams; its last id is `<|endoftext|>`."""
     config: CorpusConfig

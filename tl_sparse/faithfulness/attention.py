@@ -39,7 +39,7 @@ class HeadPatterns:
     uniform_last: Float[Tensor, "head prompt"]
     """The same at the prompt's last token alone."""
     missing: tuple[int, ...]
-    """Layers with heads of the circuit whose patterns the model does not lay open."""
+    """Layers with heads of the circuit whose attention patterns have no hook."""
 
 
 def head_patterns(test: CircuitUnderTest) -> HeadPatterns:
@@ -90,8 +90,8 @@ def js_distance(
 ) -> Float[Tensor, " *row"]:
     """Jensen-Shannon distance of distributions: the root of the divergence in bits, from 0 to 1.
 
-    What a row lacks to 1 is on the head's attention sink, which counts as one more outcome. Source:
-    Endres and Schindelin 2003.
+    The rest of a row up to 1 is on the head's attention sink, which counts as one more
+    outcome. Source: Endres and Schindelin 2003.
     """
     p, q = (torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=0)], -1) for x in (p, q))
     middle = (p + q) / 2

@@ -36,7 +36,7 @@ class EvaluationConfig:
     attack_steps: int = 30
     """Steps of projected gradient ascent of the adversarial ablation."""
     attack_pairs: int = 16
-    """Discovery pairs on which the adversary finds its ablation mask."""
+    """Train pairs on which the adversary finds its ablation mask."""
     attack_restarts: int = 2
     """Random starts of the attack on the circuit."""
     attacked_controls: int = 3

@@ -91,7 +91,7 @@ def faithful_prune(
 
     What is made small in training is the task loss + ``stochastic`` times the loss under a random
     ablation mask + ``adversarial`` times the mean loss under ablation masks that climb it meanwhile
-    + ``frozen_norm`` times the loss with frozen norms + the price of open gates; an adaptive price
+    + ``frozen_norm`` times the loss with frozen norms + the L0 penalty; an adaptive penalty
     watches the worst of these losses, each in proportion to its limit. The nodes are then chosen as
     by ``prune``, held to the plain ablation and to fixed ablation masks: random ones and the
     adversaries' last. Then they are attacked afresh, and as long as an attack breaks the limit, the

@@ -71,7 +71,7 @@ class CheckResult:
         """The number of that name and variant.
 
         Raises:
-            KeyError: there is none; those there are are named.
+            KeyError: there is none; the message names those there are.
         """
         for found in self.measures:
             if (found.name, found.variant) == (name, variant):

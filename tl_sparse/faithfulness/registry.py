@@ -61,7 +61,7 @@ class Check:
     searches: bool = False
     """Whether it searches for circuits anew, which takes most of the suite's time."""
     errors: tuple[type[Exception], ...] = (NotMeasured,)
-    """What it raises where it cannot be done; any other error is a bug and is not caught."""
+    """What it raises where it does not apply; any other error is a bug and is not caught."""
 
     @property
     def name(self) -> str:

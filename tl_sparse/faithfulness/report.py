@@ -189,7 +189,7 @@ class FaithfulnessReport:
     # on disk
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one JSON file, all or nothing; :meth:`load` restores it exactly."""
+        """Write everything to one JSON file atomically; :meth:`load` restores it exactly."""
         record = {
             "schema_version": SCHEMA_VERSION,
             **{name: getattr(self, name) for name in SCALARS},

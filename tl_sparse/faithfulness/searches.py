@@ -23,7 +23,7 @@ from tl_sparse.faithfulness.under_test import CircuitUnderTest, pruning_config_o
 from tl_sparse.tasks import Task
 
 Found = Circuit | PruningFailed
-"""What a search came to: a circuit, or why there is none."""
+"""The result of a search: a circuit, or the reason why there is none."""
 
 LR, ADAPT_RATE = 0.05, 0.05  # faster than a full search's, as there are fewer steps
 SELECTION = 32  # pairs on which a circuit's nodes are chosen

@@ -63,7 +63,7 @@ def judged(
 
 
 def nothing_to_explain(sufficiency: CheckResult | None) -> str:
-    """Why shares of the model's logit_diff say nothing, if so."""
+    """Why shares of the model's logit_diff are not judged; empty if they are."""
     if sufficiency is None:
         return ""
     known = {(m.name, m.variant): m for m in sufficiency.measures}

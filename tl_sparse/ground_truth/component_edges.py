@@ -15,7 +15,7 @@ RECEIVES = {"W_Q": "attn", "W_K": "attn", "W_V": "attn", "W_in": "mlp"}
 
 
 def component_edges(truth: GroundTruthModel) -> pd.DataFrame:
-    """A row per pair of parts of which one writes a stream channel that a later one reads.
+    """A row per pair of parts of which one writes a residual stream channel that a later one reads.
 
     Columns ``sender``: embed, position, a{layer}.{head} or m{layer}; ``receiver``: a head's query,
     key or value, as in a1.0.q, an m{layer}, or logits. Only the circuit's own weights count, so

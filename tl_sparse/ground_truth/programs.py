@@ -152,10 +152,11 @@ def single(shares: Shares) -> Value | None:
 def compile_program(program: Variable, answers: Mapping[Value, str], gain: float) -> Plan:
     """The plan of a circuit that runs a program.
 
-    A variable is a stream channel for each of its values: 1 for what it is, else 0. A map is a
-    neuron for each argument (or pair), which fires for it alone. A copy is a head: its queries have
-    a channel for each key, which is large where a token looks for that key; its values are the
-    channels of what is copied. Parts stand in the first layer that has what they read.
+    A variable is a residual stream channel for each of its values: 1 for its current value, else
+    0. A map is a neuron for each argument (or pair), which fires for it alone. A copy is a head:
+    its queries have a channel for each key, which is large where a token looks for that key; its
+    values are the channels of what is copied. Parts stand in the first layer that has what they
+    read.
 
     Args:
         program: The program; its result is read at every token.
@@ -204,7 +205,7 @@ def compile_program(program: Variable, answers: Mapping[Value, str], gain: float
 
 
 def channel(variable: Variable, value: Value) -> str:
-    """Name of the stream channel that is 1 where a variable has a value."""
+    """Name of the residual stream channel that is 1 where a variable has a value."""
     return f"{variable.name} = {str(value).strip()}"
 
 

@@ -54,17 +54,17 @@ class Places:
     """Where the circuit stands: drawn from the seed."""
 
     single: int
-    """Stream channel of the token that opens with a single quote."""
+    """Residual stream channel of the token that opens with a single quote."""
     double: int
-    """Stream channel of the token that opens with a double quote."""
+    """Residual stream channel of the token that opens with a double quote."""
     detector: int
-    """Stream channel that says: here text is opened."""
+    """Residual stream channel that says: here text is opened."""
     kind: int
-    """Stream channel that says with which quote: positive for double, negative for single."""
+    """Residual stream channel of the quote's kind: positive for double, negative for single."""
     out: int
-    """Stream channel that the unembedding reads for the two closings."""
+    """Residual stream channel that the unembedding reads for the two closings."""
     loud: int
-    """A distractor's stream channel, large at a full stop alone."""
+    """A distractor's residual stream channel, large at a full stop alone."""
     single_neuron: int
     """Neuron of layer 0 that fires at a single opening."""
     double_neuron: int
@@ -91,7 +91,7 @@ class Places:
 
     @property
     def channels(self) -> list[int]:
-        """The circuit's own channels of the stream."""
+        """The circuit's own channels of the residual stream."""
         return [self.single, self.double, self.detector, self.kind, self.out]
 
     def roles(self) -> dict[tuple[int, str, int], str]:
@@ -137,9 +137,10 @@ class Places:
 def quote_closing(distractors: int = 59, seed: int = 0) -> GroundTruthModel:
     """A sparse transformer of two layers in which 12 nodes with 9 edges close quoted text.
 
-    The circuit is that of Gao et al. 2025 (§3.1, figure 39) in small: two stream channels, one for
-    each opening quote; two neurons; a detector and a kind channel; and a head with a constant
-    query, a key read from the detector and a value read from the kind, which writes one channel.
+    The circuit is that of Gao et al. 2025 (§3.1, figure 39) in small: two residual stream channels,
+    one for each opening quote; two neurons; a detector and a kind channel; and a head with
+    a constant query, a key read from the detector and a value read from the kind, which writes one
+    channel.
     Where its parts stand is drawn from the seed. Around it are random sparse weights: other
     channels, neurons and heads, which are active, and of which some read the circuit's channels and
     write elsewhere. AbsTopK keeps a quarter of the channels at all eight sites.
@@ -147,8 +148,8 @@ def quote_closing(distractors: int = 59, seed: int = 0) -> GroundTruthModel:
     Without any one of the 12 nodes the task's loss is above 0.15, whatever else is there.
 
     Args:
-        distractors: Stream channels besides the circuit's five. There are four times as many
-            neurons a layer as channels, and a quarter as many heads.
+        distractors: Residual stream channels besides the circuit's five. There are four times as
+            many neurons a layer as channels, and a quarter as many heads.
         seed: Decides places and random weights.
 
     Raises:

@@ -37,7 +37,7 @@ from tl_sparse.ground_truth.wiring import (
     token_id,
 )
 
-MARGIN = 5.0  # of the full models' answers, in nats
+LOGIT_DIFF = 5.0  # of the full models' answers, in nats
 SHARP = 14.0  # score of what a head looks for; anything else has 0
 SINK = 6.0
 SINGLE, DOUBLE = OPENING["single"], OPENING["double"]
@@ -100,7 +100,7 @@ def averaging(seed: int = 0) -> GroundTruthModel:
     embed = dict(MARKS) | {
         SINGLE: {"opening": 1.0, "single": 1.0}, DOUBLE: {"opening": 1.0, "double": 1.0}
     }  # fmt: skip
-    whole = MARGIN / (1 + direct)
+    whole = LOGIT_DIFF / (1 + direct)
     plan = Plan(
         n_layers=1,
         embed=embed,
@@ -124,8 +124,8 @@ def averaging(seed: int = 0) -> GroundTruthModel:
 def backup(seed: int = 0) -> GroundTruthModel:
     """Two heads, a layer apart, find the opening by marks of their own and write the same answer.
 
-    What they write is as large as all else in the stream, so the final norm brings one head's
-    answer, or both heads', to nearly the same size: either is the other's backup.
+    What they write is as large as all else in the residual stream, so the final norm brings one
+    head's answer, or both heads', to nearly the same size: either is the other's backup.
     """
     loud = 2.42 * BALLAST  # of each head; alone it gives 90% of what both give
     second = " (second)"
@@ -133,7 +133,7 @@ def backup(seed: int = 0) -> GroundTruthModel:
         token: dict(marks) | {f"{name}{second}": value for name, value in marks.items()}
         for token, marks in MARKS.items()
     }
-    # the second query reads a stream that the first head's answer has made half as small
+    # the second query reads a residual stream that the first head's answer has made half as small
     heads = tuple(
         finder(
             layer, ({f"kind{suffix}": 1.0},), ({"out": loud},), suffix=suffix,
@@ -141,7 +141,7 @@ def backup(seed: int = 0) -> GroundTruthModel:
         )
         for layer, suffix in enumerate(("", second))
     )  # fmt: skip
-    gain = MARGIN / (2 * loud) * math.sqrt(1 + 2 * (loud / BALLAST) ** 2)
+    gain = LOGIT_DIFF / (2 * loud) * math.sqrt(1 + 2 * (loud / BALLAST) ** 2)
     plan = Plan(2, embed, closings({"out": gain}), heads, unread=frozenset({"out"}))
     return written(plan, seed, backup.__doc__ or "")
 
@@ -170,7 +170,7 @@ def cancelling(seed: int = 0) -> GroundTruthModel:
             NeuronPart(1, "double quote found", {"double found": 1.0}, {"out": 1.0}),
             NeuronPart(1, "no double quote found", {"double found": -1.0}, {"out": -1.0}, 1.0),
         ),
-        unembed=closings({"out": MARGIN}),
+        unembed=closings({"out": LOGIT_DIFF}),
     )  # fmt: skip
     return written(plan, seed, cancelling.__doc__ or "")
 
@@ -194,7 +194,7 @@ def steered(seed: int = 0) -> GroundTruthModel:
             NeuronPart(1, "answers single", {"found": -1.0}, {"out": -1.0}),
             NeuronPart(1, "steered to single", {"found": 1.0, "copy": -2.0}, {"out": -size}),
         ),
-        unembed=closings({"out": MARGIN / (1 + size / 2)}),
+        unembed=closings({"out": LOGIT_DIFF / (1 + size / 2)}),
     )
     return written(plan, seed, steered.__doc__ or "")
 
@@ -207,8 +207,8 @@ def loud_answer(seed: int = 0) -> GroundTruthModel:
     """
     loud, whispered = 20 * BALLAST, 0.9
     amplified = math.sqrt(1 + (loud / BALLAST) ** 2 / 2)
-    whisper = whispered * MARGIN
-    gain = (MARGIN - whisper / amplified) * amplified / loud
+    whisper = whispered * LOGIT_DIFF
+    gain = (LOGIT_DIFF - whisper / amplified) * amplified / loud
     plan = Plan(
         n_layers=1,
         embed=MARKS,
@@ -260,6 +260,6 @@ def gated(seed: int = 0) -> GroundTruthModel:
             ),
         ),
         neurons=answers,
-        unembed=closings({"out": MARGIN}),
+        unembed=closings({"out": LOGIT_DIFF}),
     )  # fmt: skip
     return written(plan, seed, gated.__doc__ or "")

@@ -1,4 +1,4 @@
-"""Heads and neurons in terms of named stream channels, and the model in which they are written.
+"""Heads and neurons in terms of named residual stream channels, and the model they are written in.
 
 A :class:`Plan` says what a circuit reads and writes; :func:`build` gives every named channel, head
 and neuron a random place in a model and fills the rest with random sparse weights, the distractors.
@@ -26,7 +26,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import Task
 
 Channels = Mapping[str, float]
-"""Stream channel → weight."""
+"""Residual stream channel → weight."""
 Node = tuple[int, str, int]
 """Layer, site and channel."""
 
@@ -37,7 +37,7 @@ DENSITY = 0.25  # share of the distractors' weights that are not zero
 
 @dataclass(frozen=True)
 class HeadPart:
-    """An attention head: each of its channels reads and writes named stream channels."""
+    """An attention head: each of its channels reads and writes named residual stream channels."""
 
     layer: int
     """Its layer."""
@@ -76,7 +76,7 @@ class NeuronPart:
 
 @dataclass(frozen=True)
 class Plan:
-    """A circuit in terms of named stream channels."""
+    """A circuit in terms of named residual stream channels."""
 
     n_layers: int
     """Layers of the model."""
@@ -111,9 +111,9 @@ class Places:
     """Where everything stands, drawn from a seed."""
 
     channel: Mapping[str, int]
-    """Stream channel of every name."""
+    """Residual stream channel of every name."""
     ballast: tuple[int, int]
-    """The stream's constant channels."""
+    """The residual stream's constant channels."""
     heads: tuple[int, ...]
     """Head of every part."""
     qk: tuple[tuple[int, ...], ...]
@@ -164,9 +164,9 @@ def build(
 ) -> GroundTruthModel:
     """A model of a plan, among distractors.
 
-    Two constant channels of the stream are so large that its norm is nearly constant wherever the
-    plan writes nothing as large; what parts read is scaled up by as much. Attention scores are
-    products of queries and keys, undivided. Distractors are random sparse weights that read the
+    Two constant channels of the residual stream are so large that its norm is nearly constant
+    wherever the plan writes nothing as large; what parts read is scaled up by as much. Attention
+    scores are products of queries and keys, undivided. Distractors are random sparse weights that read the
     plan's channels, too, and write elsewhere.
 
     Args:
@@ -174,7 +174,7 @@ def build(
         task: What it is for, with its tokenizer; its length is the model's context.
         text: What means are taken over.
         description: What the model does and how.
-        distractors: Stream channels besides the plan's and the two constant ones.
+        distractors: Residual stream channels besides the plan's and the two constant ones.
         heads: Heads a layer.
         d_head: Channels of a head.
         neurons: Neurons a layer.
@@ -226,7 +226,7 @@ def check_fits(plan: Plan, heads: int, d_head: int, neurons: int) -> None:
 
 
 def norm_scale(model: SparseTransformer) -> float:
-    """What the norms divide the stream by where the two constant channels dominate it."""
+    """What the norms divide the residual stream by where the two constant channels dominate it."""
     return BALLAST * (2 / model.config.d_model) ** 0.5
 
 
@@ -280,7 +280,7 @@ def write_ends(
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The id of a token; ValueError if it is none."""
+    """The id of a token; ValueError if there is none."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise ValueError(f"{token!r} is no token of the task's tokenizer")

@@ -1,4 +1,4 @@
-"""Causal attention with optional per-head sinks: one canonical kernel, whoever is looking.
+"""Causal attention with optional per-head sinks: one kernel for all runs, hooked or not.
 
 AbsTopK turns last-bit differences between kernels into visible ones, so the value of ``z`` may not
 depend on whether a hook reads the scores or the pattern. The fused kernel always computes it;

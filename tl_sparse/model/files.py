@@ -85,7 +85,7 @@ class FileMixin(ModelParts):
         dtype: torch.dtype | None = None,
         card: str | None = None,
     ) -> None:
-        """Write config, packed weights, tokenizer and model card to a folder, all or nothing.
+        """Write config, packed weights, tokenizer and model card to a folder atomically.
 
         Args:
             folder: where to; a model that is there already is replaced.
@@ -136,7 +136,7 @@ class FileMixin(ModelParts):
         return cls.from_checkpoint(checkpoint).to(device or "cpu")
 
     def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
-        """Write the model in openai/circuit_sparsity's format, all or nothing.
+        """Write the model in openai/circuit_sparsity's format atomically.
 
         See :func:`tl_sparse.checkpoints.openai.write_openai` for the arguments and errors.
         """

@@ -47,7 +47,7 @@ class Inputs:
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None
     """Which tokens are real, as given or as left padding implies; None: all."""
     mask: Bool[Tensor, "batch dest src"] | None
-    """Who may attend to whom; None: causal."""
+    """Which positions attend to which; None: causal."""
     positions: Int[Tensor, "batch_or_1 pos"]
     """Each token's position."""
     layers: range
@@ -176,7 +176,7 @@ class InputMixin(ModelParts):
         attention_mask: Tensor | None,
         past_kv_cache: Any,
     ) -> tuple[Bool[Tensor, "batch dest src"] | None, Int[Tensor, "batch_or_1 pos"]]:
-        """Who may attend to whom (None: plainly causal) and each token's position."""
+        """Which positions attend to which (None: causal), and each token's position."""
         device = self.unembed.b_U.device
         if past_kv_cache is not None:
             if attention_mask is None:

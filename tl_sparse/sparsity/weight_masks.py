@@ -102,7 +102,7 @@ class WeightMasks:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Zero the weights that are not kept inside the block, restore them to the bit after it.
+        """Zero the weights that are not kept inside the block, restore them bit for bit after it.
 
         Hooks, patching and attribution run inside as they are.
 

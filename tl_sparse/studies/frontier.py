@@ -227,7 +227,7 @@ def _pruned(
     config: PruningConfig,
     progress: bool,
 ) -> tuple[tuple[Circuit, ...], dict[str, str]]:
-    """A circuit for every task, or why there is none."""
+    """A circuit for every task, or the reason why there is none."""
     means = activation_means(model, tokens)
     jobs = [(get(name, model.tokenizer, model.cfg.n_ctx), config) for name in tasks]
     found = attempted(model, jobs, means=means, progress=progress)

@@ -66,7 +66,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What a finished unit says of itself."""
+    """The record of a finished unit."""
 
     settings: Mapping[str, Any]
     """The settings of the unit."""
@@ -189,7 +189,7 @@ def claimed(unit: Unit) -> Iterator[bool]:
 
 
 def holder(unit: Unit) -> str:
-    """Who claimed a unit last, in words; empty if nobody does or did."""
+    """Which process claimed a unit last, in words; empty if none did."""
     with suppress(FileNotFoundError):
         return _claim(unit).read_text(encoding="utf-8")
     return ""

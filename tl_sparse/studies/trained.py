@@ -205,7 +205,7 @@ def machine() -> str:
 
 
 def training_time(folder: Path, steps: int) -> tuple[float, str]:
-    """Hours that a run of so many steps took, and on what.
+    """Hours that a run of ``steps`` steps took, and on which machine.
 
     Steps whose time is unknown, because the process was killed, count as long as the others; where
     no time is known the hours are NaN.

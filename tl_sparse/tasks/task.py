@@ -34,7 +34,7 @@ MakePair = Callable[[random.Random, Split], tuple[str, str] | Pair]
 
 @dataclass(frozen=True)
 class StoredPairs:
-    """All pairs of a task that has only so many, as from a file."""
+    """All pairs of a task with a fixed number of them, as from a file."""
 
     train: tuple[Pair, ...]
     """Those of the training split."""

@@ -20,7 +20,7 @@ def visible(text: str) -> str:
 
 
 def shorten(text: str, letters: int) -> str:
-    """Text of at most so many letters, of which the last are kept."""
+    """The last letters of a text, at most ``letters`` of them."""
     return text if len(text) <= letters else f"…{text[1 - letters :]}"
 
 

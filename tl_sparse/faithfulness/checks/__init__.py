@@ -1,7 +1,7 @@
 """The checks of the faithfulness suite: one file a check, found by its name.
 
 A file here is a check if it holds ``CHECK``, a :class:`~tl_sparse.faithfulness.registry.Check`.
-Nothing else has to be told of it.
+No other file has to change.
 """
 
 from __future__ import annotations

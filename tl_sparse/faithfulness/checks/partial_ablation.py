@@ -28,7 +28,7 @@ FEW = 4  # ablation masks that each of the random sets is tried under
 def partial_ablation(test: CircuitUnderTest) -> CheckResult:
     """Does the circuit still do the task when the rest of the model is ablated only in part?
 
-    A ablation mask s in [0, 1] says what is left of each removed component: ``s * x + (1 - s) *
+    An ablation mask s in [0, 1] says what is left of each removed component: ``s * x + (1 - s) *
     value``; kept components are left alone. s = 0 is the circuit as it was found, s = 1 the full
     model. Losses are two-way cross-entropy ``softplus(-logit_diff)`` in nats (chance: ln 2), means
     over test prompts; f is ``(m - m(none)) / (m(model) - m(none))`` with m the mean logit_diff,

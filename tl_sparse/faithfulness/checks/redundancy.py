@@ -68,7 +68,7 @@ def redundancy(test: CircuitUnderTest) -> CheckResult:
 
 
 def smallest_of(test: CircuitUnderTest, results: list[Found]) -> Circuit | None:
-    """The circuit of the fewest components; None if there is none."""
+    """The circuit with the fewest components; None if no circuit was found."""
     found = [result for result in results if isinstance(result, Circuit)]
     return min(found, key=lambda circuit: n_components(test, circuit), default=None)
 

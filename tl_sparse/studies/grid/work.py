@@ -173,7 +173,7 @@ def _by_attribution(opened: OpenModel, one: CircuitUnit) -> Circuit | PruningFai
 def _store(
     opened: OpenModel, one: CircuitUnit, circuit: Circuit | PruningFailed | ValueError
 ) -> None:
-    """Write a circuit, or why there is none."""
+    """Write a circuit, or the reason why there is none."""
     folder = one.unit.folder
     with atomic_folder(folder) as work:
         if isinstance(circuit, Circuit):
