@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from tl_sparse.sites import SITE
-from tl_sparse.storage.json_dataclass import dataclass_from_json
+from tl_sparse.storage.json_dataclass import check_choices, dataclass_from_json
 
 Normalization = Literal["RMS", "LN", "none"]
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]
@@ -152,18 +152,7 @@ class SparseTransformerConfig:
                 f"activation_density={self.activation_density!r} must be an ActivationDensity, "
                 "such as ActivationDensity.paper(0.25)"
             )
-        choices = {
-            "act_fn": Activation,
-            "normalization_type": Normalization,
-            "positional_embedding_type": Positions,
-            "bigram_table": Bigram,
-            "residual_act": ResidualActivation,
-        }
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose from {get_args(literal)}"
-                )
+        check_choices(self)
         if self.concat_positions != (self.d_pos > 0):
             raise ValueError(
                 f"d_pos={self.d_pos} does not fit positional_embedding_type="

@@ -204,7 +204,7 @@ def test_recovery_names_what_is_missing_and_what_is_extra(models):
     model = models(0)
     exact = ground_truth.recovery(model, model.kept)
     assert exact.exact
-    assert str(exact) == "exactly the planted nodes"
+    assert str(exact) == "exactly the true nodes"
     other = model.kept.clone()
     first = model.nodes.iloc[0]
     other[model.nodes.index[0]] = False

@@ -25,29 +25,6 @@ from tl_sparse.tasks import TaskBatch
 ROWS = 1024  # masks x prompts of one forward pass: more save no time on a CPU, and cost memory
 
 
-@torch.no_grad()
-def masked_logit_diffs(
-    model: nn.Module,
-    batch: TaskBatch,
-    index: NodeIndex,
-    keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"],
-    values: Replacement,
-    *,
-    hooks: Sequence[FwdHook] = (),
-    max_rows: int = ROWS,
-) -> Float[Tensor, "mask prompt"]:
-    """logit(correct) - logit(incorrect) of every prompt under each of many node masks.
-
-    Nodes not kept are set to ``values``, or with :class:`ResampleSources` to what they are on the
-    source sequence of the same number as the prompt. Masks may be gates from 0 to 1: a
-    node is then gate * x + (1 - gate) * value. ``hooks`` run before.
-
-    Raises:
-        ValueError: ``keep`` is not one entry a node, or a hook never fired.
-    """
-    return gated_logit_diffs(model, batch, index, keep, values, hooks=hooks, max_rows=max_rows)
-
-
 def gated_logit_diffs(
     model: nn.Module,
     batch: TaskBatch,
@@ -58,7 +35,12 @@ def gated_logit_diffs(
     hooks: Sequence[FwdHook] = (),
     max_rows: int = ROWS,
 ) -> Float[Tensor, "mask prompt"]:
-    """:func:`masked_logit_diffs`, differentiable in the gates.
+    """logit(correct) - logit(incorrect) of every prompt under each of many node masks or gates.
+
+    A node is gate * x + (1 - gate) * value, with its value from ``values``, or with
+    :class:`ResampleSources` what it is on the source sequence of the same number as the prompt.
+    ``hooks`` run before. Differentiable in the gates; :func:`masked_logit_diffs` is the same
+    without gradients.
 
     Raises:
         ValueError: ``gates`` is not one entry a node, or a hook never fired.
@@ -92,6 +74,9 @@ def gated_logit_diffs(
         check_fired(mixes)
         found.append(logit_diffs.view(len(part), len(batch)))
     return torch.cat(found) if found else torch.zeros(0, len(batch), device=device)
+
+
+masked_logit_diffs = torch.no_grad()(gated_logit_diffs)
 
 
 def masked_losses(

@@ -32,6 +32,11 @@ class ActivationMeans:
     model_fingerprint: str
     """Fingerprint of the model that computed them."""
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless this model computed them, and it is unchanged."""
+        if self.model_fingerprint != fingerprint(model):
+            raise ValueError("means belong to another model: compute them with activation_means")
+
 
 @torch.no_grad()
 def activation_means(

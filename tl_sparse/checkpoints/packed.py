@@ -61,17 +61,7 @@ def write_packed(
 ) -> None:
     """Write config, weights, tokenizer, training record and model card atomically.
 
-    Args:
-        checkpoint: what to write.
-        folder: where to; a model that is there already is replaced.
-        training: how the model came to be.
-        dtype: what the weights are stored in; default is their own dtype, which keeps every bit. A
-            narrower one rounds them, see :func:`rounded`.
-        card: text of the README.md; default is to keep the one that the folder has, if any.
-
-    Raises:
-        ValueError: the training record's L0 is not that of the weights, a weight is too large for
-            the dtype, or the folder holds files that are no part of a checkpoint.
+    Arguments and errors are those of :meth:`~tl_sparse.SparseTransformer.save_pretrained`.
     """
     if training is not None:
         check_l0(training, checkpoint.tensors)

@@ -17,7 +17,6 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edges import circuit_edges
 from tl_sparse.circuits.stored import check_groups, check_widths
 from tl_sparse.sites import NodeIndex
-from tl_sparse.storage.fingerprint import fingerprint
 
 
 def circuit_of_nodes(
@@ -40,8 +39,7 @@ def circuit_of_nodes(
         ValueError: means of another model, a mask of another length, or a group kept in part.
     """
     index = means.index
-    if means.model_fingerprint != fingerprint(model):
-        raise ValueError("means belong to another model: compute them with activation_means")
+    means.check_model(model)
     if any(x.shape != (index.n_nodes,) for x in (kept, kept if groups is None else groups)):
         raise ValueError(f"kept and groups must have one entry for each of {index.n_nodes} nodes")
     if groups is not None:

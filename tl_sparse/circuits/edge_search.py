@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from tl_sparse.circuits.bisection import bisect, middle
 from tl_sparse.circuits.gates import HardGates, straight_through
 from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, train_gates
+from tl_sparse.storage.json_dataclass import check_choices
 
 LossOf = Callable[[Bool[Tensor, " edge"]], float]
 """Loss on the fixed prompts with these edges kept."""
@@ -67,19 +68,11 @@ class EdgePruningConfig:
     """Seed of τ and of the prompts; None: the circuit's, whose selection prompts these are then."""
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            known = ", ".join(get_args(Method))
-            raise ValueError(f"method={self.method!r} is unknown; choose from {known}")
+        check_choices(self)
         if self.target_loss is not None and not self.target_loss > 0:
             raise ValueError(f"target_loss={self.target_loss} must be positive")
-        for name in (
-            "steps",
-            "batch_pairs",
-            "max_passes",
-            "patience",
-            "selection_pairs",
-            "report_pairs",
-        ):
+        for name in ("steps", "batch_pairs", "max_passes", "patience", "selection_pairs",
+                     "report_pairs"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("lr", "l0_penalty", "temperature"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from tl_sparse.ablation.kinds import Ablation
+from tl_sparse.storage.json_dataclass import check_choices
 
 Penalty = Literal["adaptive", "fixed"]
 OnCollapse = Literal["eliminate", "fail"]
@@ -90,13 +91,4 @@ class PruningConfig:
         for name in ("beta1", "beta2", "warmup_frac"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for name, choices in (
-            ("penalty", Penalty),
-            ("ablation", Ablation),
-            ("on_collapse", OnCollapse),
-        ):
-            known = get_args(choices)
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}"
-                )
+        check_choices(self)

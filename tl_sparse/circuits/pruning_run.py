@@ -35,7 +35,6 @@ from tl_sparse.circuits.components import component_ranks, components, ranked_co
 from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.sites import NodeIndex
-from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tasks import Task, TaskBatch
 
 MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
@@ -166,9 +165,8 @@ def set_up(
     """
     config = config or PruningConfig()
     started = time.perf_counter()
-    mine, index = fingerprint(model), means.index
-    if means.model_fingerprint != mine:
-        raise ValueError("means belong to another model: compute them with activation_means")
+    index = means.index
+    means.check_model(model)
     kind = KINDS[config.ablation]
     if (sources is None) == (kind.sources is not None):
         takers = " and ".join(repr(name) for name in KINDS if takes_sources(name))
@@ -176,7 +174,8 @@ def set_up(
             f"sources= are what ablation={takers} take removed nodes from: give both or neither "
             f"(ablation={config.ablation!r})"
         )
-    if sources is not None and (sources.model_fingerprint != mine or sources.index != index):
+    of = (means.model_fingerprint, index)
+    if sources is not None and (sources.model_fingerprint, sources.index) != of:
         raise ValueError(
             "sources belong to another model or other sites than the means: compute them with "
             "resample_sources"

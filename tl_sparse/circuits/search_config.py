@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.storage.json_dataclass import check_choices
 
 Objective = Literal["nodes", "nodes_and_loss"]
 Sampler = Literal["tpe", "nsga2", "random"]
@@ -49,10 +50,7 @@ class SearchConfig:
         for name in ("rounds", "suggestions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, choices in (("objective", Objective), ("sampler", Sampler)):
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {known}")
+        check_choices(self)
         if not 0 < self.targets[0] < self.targets[1] < math.log(2):
             raise ValueError(f"targets={self.targets} must rise and lie between 0 and ln 2")
 

@@ -179,17 +179,8 @@ def smallest_of(frame: pd.DataFrame) -> str:
         return "no circuit was found: " + "; ".join(dict.fromkeys(frame["failure"]))
     known = frame.dropna(subset=["nodes"])
     best = known.loc[known.groupby(["task", "target_loss"], sort=False)["nodes"].idxmin()]
-    columns = [
-        "task",
-        "target_loss",
-        "nodes",
-        "edges",
-        "loss",
-        "accuracy",
-        "seed",
-        "l0_penalty",
-        "lr",
-    ]
+    columns = ["task", "target_loss", "nodes", "edges", "loss", "accuracy", "seed", "l0_penalty",
+               "lr"]  # fmt: skip
     return str(best[columns].to_string(index=False, float_format="{:.4g}".format))
 
 

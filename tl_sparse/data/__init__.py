@@ -27,4 +27,4 @@ __all__ = [
     "idiom_documents",
     "validation_text",
     "windows",
-]
+]  # fmt: skip

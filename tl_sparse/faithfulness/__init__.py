@@ -4,26 +4,22 @@ Sources: Gao et al. 2025 (arXiv 2511.13653), §3 and appendices; Drori 2026; the
 metrics (see ``docs/faithfulness.md``).
 """
 
-from tl_sparse.faithfulness.config import EvaluationConfig as EvaluationConfig
-from tl_sparse.faithfulness.evaluate import evaluate as evaluate
-from tl_sparse.faithfulness.faithful import FaithfulConfig as FaithfulConfig
-from tl_sparse.faithfulness.faithful import faithful_prune as faithful_prune
-from tl_sparse.faithfulness.inverse_pruning import Necessity as Necessity
-from tl_sparse.faithfulness.inverse_pruning import necessity as necessity
-from tl_sparse.faithfulness.measure import CheckResult as CheckResult
-from tl_sparse.faithfulness.measure import Measure as Measure
-from tl_sparse.faithfulness.measure import NotMeasured as NotMeasured
-from tl_sparse.faithfulness.nulls import arbitrary_map as arbitrary_map
-from tl_sparse.faithfulness.nulls import constant_answer as constant_answer
-from tl_sparse.faithfulness.nulls import label_swap as label_swap
-from tl_sparse.faithfulness.nulls import reinitialised as reinitialised
-from tl_sparse.faithfulness.nulls import shuffled_weights as shuffled_weights
-from tl_sparse.faithfulness.registry import Check as Check
-from tl_sparse.faithfulness.registry import Criterion as Criterion
-from tl_sparse.faithfulness.report import FaithfulnessReport as FaithfulnessReport
-from tl_sparse.faithfulness.under_test import CircuitUnderTest as CircuitUnderTest
-from tl_sparse.faithfulness.under_test import under_test as under_test
-from tl_sparse.faithfulness.verdict import CriterionResult as CriterionResult
+from tl_sparse.faithfulness.config import EvaluationConfig
+from tl_sparse.faithfulness.evaluate import evaluate
+from tl_sparse.faithfulness.faithful import FaithfulConfig, faithful_prune
+from tl_sparse.faithfulness.inverse_pruning import Necessity, necessity
+from tl_sparse.faithfulness.measure import CheckResult, Measure, NotMeasured
+from tl_sparse.faithfulness.nulls import (
+    arbitrary_map,
+    constant_answer,
+    label_swap,
+    reinitialised,
+    shuffled_weights,
+)
+from tl_sparse.faithfulness.registry import Check, Criterion
+from tl_sparse.faithfulness.report import FaithfulnessReport
+from tl_sparse.faithfulness.under_test import CircuitUnderTest, under_test
+from tl_sparse.faithfulness.verdict import CriterionResult
 
 __all__ = [
     "Check", "CheckResult", "CircuitUnderTest", "Criterion", "CriterionResult", "EvaluationConfig",

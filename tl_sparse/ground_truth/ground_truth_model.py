@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,8 +10,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_sparse.ablation import ActivationMeans
+from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits import Circuit, PruningConfig
+from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
@@ -37,6 +39,27 @@ class GroundTruthModel:
     """What the model does and how."""
     text: Int[Tensor, "sequence pos"]
     """Text of the language that the model stands in for having learned."""
+
+    @classmethod
+    def of(
+        cls,
+        model: SparseTransformer,
+        task: Task,
+        text: Int[Tensor, "sequence pos"],
+        roles: Mapping[tuple[int, str, int], str],
+        edges: Sequence[tuple[int, str, int, str, int, str, float]],
+        description: str,
+    ) -> GroundTruthModel:
+        """A model whose circuit is these nodes (layer, site, channel), each with its role."""
+        means = activation_means(model, text)
+        kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
+        for layer, site, channel in roles:
+            kept[means.index.slices[means.index.hook(layer, site)].start + channel] = True
+        nodes = means.index.nodes(kept)
+        names = nodes[["layer", "site", "channel"]].itertuples(index=False, name=None)
+        nodes["role"] = [roles[name] for name in names]
+        frame = pd.DataFrame(edges, columns=list(COLUMNS)).astype(COLUMNS)
+        return cls(model, task, means, kept, nodes, frame, description, text)
 
     @property
     def index(self) -> NodeIndex:

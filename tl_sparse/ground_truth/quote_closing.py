@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 
-from tl_sparse.ablation import activation_means
-from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.ground_truth.ground_truth_model import GroundTruthModel
 from tl_sparse.ground_truth.noise import write_noise
@@ -172,17 +169,8 @@ def quote_closing(distractors: int = 59, seed: int = 0) -> GroundTruthModel:
         write_distractors(model, places, generator)
         write_circuit(model, places)
     text = running_text(tokenizer, TEXT, seed)
-    means = activation_means(model, text)
-    roles = places.roles()
-    kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
-    for layer, site, channel in roles:
-        kept[means.index.slices[means.index.hook(layer, site)].start + channel] = True
-    nodes = means.index.nodes(kept)
-    names = nodes[["layer", "site", "channel"]].itertuples(index=False, name=None)
-    nodes["role"] = [roles[name] for name in names]
-    edges = pd.DataFrame(places.edges(), columns=list(COLUMNS)).astype(COLUMNS)
-    return GroundTruthModel(
-        model, quote_task(tokenizer), means, kept, nodes, edges, DESCRIPTION, text
+    return GroundTruthModel.of(
+        model, quote_task(tokenizer), text, places.roles(), places.edges(), DESCRIPTION
     )
 
 

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_sparse.ablation import activation_means
-from tl_sparse.circuits.edges import COLUMNS
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.ground_truth.ground_truth_model import GroundTruthModel
 from tl_sparse.ground_truth.noise import write_noise
@@ -29,6 +26,8 @@ Channels = Mapping[str, float]
 """Residual stream channel → weight."""
 Node = tuple[int, str, int]
 """Layer, site and channel."""
+Edge = tuple[int, str, int, str, int, str, float]
+"""In the columns of ``circuit_edges``."""
 
 BALLAST = 100.0  # the stream's two constant channels, far larger than most of what is written
 NO_SINK = -1e3  # a sink's logit, so low that nothing is attended to it
@@ -198,14 +197,7 @@ def build(
         write_distractors(model, plan, places, generator)
         write_ends(model, plan, places, task.tokenizer)
         roles, edges = write_parts(model, plan, places)
-    means = activation_means(model, text)
-    kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
-    for layer, site, channel in roles:
-        kept[means.index.slices[means.index.hook(layer, site)].start + channel] = True
-    nodes = means.index.nodes(kept)
-    names = nodes[["layer", "site", "channel"]].itertuples(index=False, name=None)
-    nodes["role"] = [roles[name] for name in names]
-    return GroundTruthModel(model, task, means, kept, nodes, edges, description, text)
+    return GroundTruthModel.of(model, task, text, roles, edges, description)
 
 
 def check_fits(plan: Plan, heads: int, d_head: int, neurons: int) -> None:
@@ -291,7 +283,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 class Link:
     """A weight of the plan, and what the nodes at its ends do."""
 
-    edge: tuple[int, str, int, str, int, str, float]
+    edge: Edge
     """In the columns of ``circuit_edges``."""
     source_role: str
     """What the node that it comes from does."""
@@ -341,7 +333,7 @@ def neuron_links(part: NeuronPart, neuron: int, places: Places, scale: float) ->
 
 def write_parts(
     model: SparseTransformer, plan: Plan, places: Places
-) -> tuple[dict[Node, str], pd.DataFrame]:
+) -> tuple[dict[Node, str], list[Edge]]:
     """The weights of the plan's heads and neurons, and nothing else in these.
 
     Returns:
@@ -378,5 +370,5 @@ def write_parts(
             getattr(block.attn, matrix)[target // d_head, source, target % d_head] = weight
         roles.setdefault((layer, source_site, source), {})[link.source_role] = None
         roles.setdefault((layer, target_site, target), {})[link.target_role] = None
-    edges = pd.DataFrame([link.edge for link in links], columns=list(COLUMNS)).astype(COLUMNS)
+    edges = [link.edge for link in links]
     return {node: "; ".join(names) for node, names in roles.items()}, edges

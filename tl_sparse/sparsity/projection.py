@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.sparsity.matrices import WeightMatrix
+from tl_sparse.storage.json_dataclass import check_choices
 
 Anneal = Literal["linear", "exponent", "power_law"]
 EmbeddingSchedule = Literal["linear", "window"]
@@ -68,16 +69,7 @@ class SparsityConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not self.anneal_exponent > 0:
             raise ValueError(f"anneal_exponent={self.anneal_exponent} must be positive")
-        choices = {
-            "anneal": ("linear", "exponent", "power_law"),
-            "embedding_schedule": ("linear", "window"),
-            "lr_factor": ("normalised", "unnormalised", "none"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
-                )
+        check_choices(self)
         if self.embedding_schedule == "window" and self.final_embedding_density < self.density:
             raise ValueError(
                 f"embedding_schedule='window' needs embedding_density >= density, got "

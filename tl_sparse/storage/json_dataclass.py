@@ -37,6 +37,19 @@ def dataclass_from_json(cls: type[Any], values: Any) -> Any:
     return cls(**{name: convert(hints[name], value, name) for name, value in values.items()})
 
 
+def check_choices(config: Any) -> None:
+    """Check a dataclass' fields that are annotated as a ``Literal``.
+
+    Raises:
+        ValueError: one of them has another value; the message names the choices.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            known = ", ".join(map(str, get_args(hint)))
+            raise ValueError(f"{name}={value!r} is unknown; choose from {known}")
+
+
 def convert(hint: Any, value: Any, name: str) -> Any:
     """A JSON value as what an annotation asks for: lists become tuples, objects dataclasses.
 

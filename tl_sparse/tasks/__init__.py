@@ -37,4 +37,4 @@ __all__ = [
     "task_losses",
     "to_jsonl",
     "variants",
-]
+]  # fmt: skip

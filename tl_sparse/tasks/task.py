@@ -73,13 +73,8 @@ class TaskBatch:
 
     def to(self, device: torch.device | str) -> "TaskBatch":
         """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            last=self.last.to(device),
-            correct_token=self.correct_token.to(device),
-            incorrect_token=self.incorrect_token.to(device),
-        )
+        names = ("tokens", "last", "correct_token", "incorrect_token")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def pairs(self, start: int, stop: int) -> "TaskBatch":
         """The pairs `start` to `stop - 1` as a batch of the same padded length."""

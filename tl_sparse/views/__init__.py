@@ -10,23 +10,7 @@ from tl_sparse.views.page import Bullets, Chart, Page, Section, Table, Text, pag
 from tl_sparse.views.page_circuits import PageCircuit, PageExample
 
 __all__ = [
-    "Bullets",
-    "Chart",
-    "CircuitTable",
-    "Layout",
-    "Look",
-    "Page",
-    "PageCircuit",
-    "PageExample",
-    "Panel",
-    "Section",
-    "Table",
-    "Text",
-    "chart",
-    "circuit_figure",
-    "circuit_html",
-    "circuit_layout",
-    "circuit_svg",
-    "frame_html",
-    "page_html",
-]
+    "Bullets", "Chart", "CircuitTable", "Layout", "Look", "Page", "PageCircuit", "PageExample",
+    "Panel", "Section", "Table", "Text", "chart", "circuit_figure", "circuit_html",
+    "circuit_layout", "circuit_svg", "frame_html", "page_html",
+]  # fmt: skip

@@ -258,7 +258,7 @@ def _measures(
         ("accuracy", [(m.circuit > 0).double()], None, None),
         ("logit_diff", [m.circuit], None, None),
         ("f", [m.circuit, m.empty, m.model], f_statistic, share),
-        ("loss_recovered", [loss, empty, model], _loss_recovered, None),
+        ("loss_recovered", [loss, empty, model], lambda means: loss_recovered(*means.T), None),
         ("kl_recovered", kls, lambda means: kl_recovered(means[:, 0], means[:, 1]), None),
     ]
     found = [
@@ -278,10 +278,6 @@ def _measures(
 def f_statistic(means: Float[Tensor, "draw 3"]) -> Float[Tensor, " draw"]:
     """f of mean logit_diffs of the circuit, the empty circuit and the model."""
     return normalised(means[:, 0], means[:, 1], means[:, 2])
-
-
-def _loss_recovered(means: Float[Tensor, "draw 3"]) -> Float[Tensor, " draw"]:
-    return loss_recovered(means[:, 0], means[:, 1], means[:, 2])
 
 
 def prompt_shares(
