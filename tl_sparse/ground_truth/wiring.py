@@ -165,8 +165,8 @@ def build(
 
     Two constant channels of the residual stream are so large that its norm is nearly constant
     wherever the plan writes nothing as large; what parts read is scaled up by as much. Attention
-    scores are products of queries and keys, undivided. Distractors are random sparse weights that read the
-    plan's channels, too, and write elsewhere.
+    scores are products of queries and keys, undivided. Distractors are random sparse weights that
+    read the plan's channels, too, and write elsewhere.
 
     Args:
         plan: The circuit.
