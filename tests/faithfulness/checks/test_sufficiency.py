@@ -30,7 +30,7 @@ NAMES = (
 def small(whole):
     """The chain's CircuitUnderTest with few train prompts, and constants learned in a few steps."""
     config = replace(whole.config, constant_steps=3)
-    return replace(whole, discovery=whole.train_batch.pairs(0, 12), config=config)
+    return replace(whole, train_batch=whole.train_batch.pairs(0, 12), config=config)
 
 
 def of_nodes(test, kept):
