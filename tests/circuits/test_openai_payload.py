@@ -76,7 +76,7 @@ def make_payload(state):
         },
         "all_loss": [(0, 1.0), (1, torch.tensor(0.5))],
         "num_total_nodes": 2 * sum(WIDTHS.values()) + D,
-        "prune_config": {"l0_penalty": 1e-4, "lr": [1, 2], "dtype": torch.float32, "on": True},
+        "prune_config": {"k_coef": 1e-4, "lr": [1, 2], "dtype": torch.float32, "on": True},
     }
 
 
@@ -128,7 +128,7 @@ def test_what_a_payload_says(saved, payload):
     assert all(torch.equal(read.kept[n], c) for n, c in payload["circuit_data"].items())
     assert read.n_nodes == sum(len(c) for c in payload["circuit_data"].values())
     assert read.n_total_nodes == 2 * 11 * D + D
-    assert read.prune_config == {"l0_penalty": 1e-4, "lr": [1, 2], "dtype": "dtype", "on": True}
+    assert read.prune_config == {"k_coef": 1e-4, "lr": [1, 2], "dtype": "dtype", "on": True}
     assert torch.equal(read.task_tokens, payload["importances"]["task_samples"][0])
 
 

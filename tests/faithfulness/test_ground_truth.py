@@ -68,7 +68,7 @@ def test_true_circuits_pass(name):
 @pytest.mark.parametrize("name", FALSE)
 def test_false_circuits_fail_where_they_were_built_to_and_pass_elsewhere(name):
     false = falses()[name]
-    found = outcomes(false.planted, false.circuit(FEW), HARD)
+    found = outcomes(false.truth, false.circuit(FEW), HARD)
     assert {found[key] for key in false.caught_by} == {"failed"}, found
     fooled = [key for key in false.fools if key not in ("sufficient", "accurate")]
     assert len(fooled) >= 4
@@ -78,7 +78,7 @@ def test_false_circuits_fail_where_they_were_built_to_and_pass_elsewhere(name):
 @pytest.mark.parametrize("name", ["norm_scale_cheat"])
 def test_sufficiency_alone_passes_false_circuits(name):
     false = falses()[name]
-    found = outcomes(false.planted, false.circuit(FEW), ("sufficiency",))
+    found = outcomes(false.truth, false.circuit(FEW), ("sufficiency",))
     assert (found["sufficient"], found["accurate"]) == ("passed", "passed")
 
 

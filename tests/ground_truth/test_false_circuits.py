@@ -166,7 +166,7 @@ def test_models_must_all_be_there():
 
 
 def test_roles_and_parts_must_be_there(falses):
-    model = falses["extra_nodes"].planted
+    model = falses["extra_nodes"].truth
     with pytest.raises(ValueError, match="no node of the circuit is 'reads the weather'"):
         without(model, {"reads the weather"})
     with pytest.raises(ValueError, match=r"no node of the circuit is \(3, 'mlp'\)"):
