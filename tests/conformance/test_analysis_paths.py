@@ -198,7 +198,9 @@ def test_abstopk_on_the_stream_refuses_every_tool_that_follows_edges(site):
         lambda: direct_path(model, "q"),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=f"AbsTopK at {site} drops channels of the residual stream"):
+        with pytest.raises(
+            ValueError, match=f"AbsTopK at {site} drops channels of the residual stream"
+        ):
             call()
 
 
