@@ -25,6 +25,10 @@ class AblationKind:
     prompts and positions."""
     sources: Callable[..., ResampleSources] | None = None
     """(model, tokens, index=) → activations on other sequences, from which prompts take theirs."""
+    needs_text: bool = True
+    """Whether it is taken from the pretraining text."""
+    pooled: bool = False
+    """Whether its sources are one sequence, which every prompt takes."""
 
 
 def _task_means(model: nn.Module, means: ActivationMeans, train: TaskBatch) -> ActivationMeans:
@@ -36,17 +40,21 @@ KINDS: dict[str, AblationKind] = {
         "the mean over the pretraining text, pooled over positions (Gao et al. 2025, §A.5)",
         means=lambda model, means, train: means,
     ),
-    "task_mean": AblationKind("the mean over the task's train prompts", means=_task_means),
+    "task_mean": AblationKind(
+        "the mean over the task's train prompts", means=_task_means, needs_text=False
+    ),
     "zero": AblationKind(
         "zero",
         means=lambda model, means, train: replace(means, values=torch.zeros_like(means.values)),
-    ),
-    "resample": AblationKind(
-        "the activation on another sequence (Gao et al. 2025, appendix E)", sources=resample_sources
+        needs_text=False,
     ),
     "positional_mean": AblationKind(
         "the mean over the pretraining text at the same position (Wang et al. 2022)",
         sources=positional_means,
+        pooled=True,
+    ),
+    "resample": AblationKind(
+        "the activation on another sequence (Gao et al. 2025, appendix E)", sources=resample_sources
     ),
 }
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from tests.faithfulness.slow import fixed, loss, mean, slow_logit_diffs
+from tl_sparse.ablation import KINDS
+from tl_sparse.ablation.kinds import AblationKind
 from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import greedy_subset
 from tl_sparse.faithfulness.checks.norms import norms
@@ -227,3 +229,16 @@ def test_circuits_of_heads_and_of_dense_models_work(
     found = sufficiency(tested(dense, marks, circuit_of(dense, marks, nodes), constant_steps=3))
     assert not found.notes
     assert found.measure("f", "as_pruned").value > 0.5 > found.measure("f", "as_pruned").null
+
+
+def test_a_new_kind_of_ablation_is_tried_without_being_named_here(small, monkeypatch):
+    half = AblationKind(
+        "half the mean",
+        means=lambda model, means, train: replace(means, values=means.values / 2),
+    )
+    monkeypatch.setitem(KINDS, "half_mean", half)
+    found = sufficiency(small)
+    expected = ablations(small, [])["mean"](small.batch) / 2
+    (logit_diffs,) = logit_diffs_under(small, small.kept[None], lambda batch: expected)
+    value = float(torch.nn.functional.softplus(-logit_diffs).mean())
+    assert found.measure("loss", "half_mean").value == pytest.approx(value, abs=1e-6)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation import KINDS, activation_means
 from tl_sparse.circuits.edges import EdgesUndefined
 from tl_sparse.faithfulness.measure import CheckResult, Measure, NotMeasured
 from tl_sparse.faithfulness.nulls import MODELS, TASKS, NoTokensLeft
@@ -154,7 +154,7 @@ def text_for_means(test: CircuitUnderTest) -> Tensor | None:
     if test.tokens is not None:
         return test.tokens[:MEANS]
     ablation = search_config(test, test.config.seed).ablation
-    return test.train_batch.tokens[:MEANS] if ablation in ("zero", "task_mean") else None
+    return None if KINDS[ablation].needs_text else test.train_batch.tokens[:MEANS]
 
 
 def searches_figure(table: pd.DataFrame) -> go.Figure:

@@ -15,14 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.ablation import (
-    Replacement,
-    ResampleSources,
-    activation_means,
-    positional_means,
-    resample_sources,
-)
+from tl_sparse.ablation import KINDS, Replacement, ResampleSources, activation_means
 from tl_sparse.ablation.eval_mode import eval_mode
+from tl_sparse.ablation.kinds import AblationKind
 from tl_sparse.circuits.calibration import Calibration, calibrate, calibrated
 from tl_sparse.faithfulness.controls import few, first_nodes, on, on_train, random_components
 from tl_sparse.faithfulness.measure import CheckResult, Measure, Statistic, measured_mean
@@ -42,12 +37,11 @@ Values = Callable[[TaskBatch], Replacement]
 def sufficiency(test: CircuitUnderTest) -> CheckResult:
     """What the circuit alone does, every other node removed, for each way to remove nodes.
 
-    Variants are ways to ablate: ``as_pruned`` (as the circuit was found), ``zero``, ``mean`` (over
-    the pretraining text), ``task_mean`` (over train prompts), ``positional_mean`` (over the text,
-    by position), ``resample`` (each prompt's removed nodes as they are on a sequence of the text,
-    drawn by the prompt; condition 2 of causal scrubbing), ``optimal`` (learned constants, see
-    :func:`~tl_sparse.faithfulness.optimal_ablation.optimal_values`). With m the mean logit_diff and
-    L the mean two-way loss on test prompts, for each:
+    Variants are ways to ablate: ``as_pruned`` (as the circuit was found), each kind of
+    ``ablation.KINDS`` (``resample``: each prompt's removed nodes are as on a sequence of the text,
+    drawn by the prompt, which is condition 2 of causal scrubbing), and ``optimal`` (learned
+    constants, see :func:`~tl_sparse.faithfulness.optimal_ablation.optimal_values`). With m the mean
+    logit_diff and L the mean two-way loss on test prompts, for each:
 
     - ``loss``: L(C), nats; chance is ln 2.
     - ``calibrated_loss``: L(C) after scale and shift of the logit difference: the circuit's stored
@@ -97,42 +91,49 @@ def ablations(test: CircuitUnderTest, notes: list[str]) -> dict[str, Values]:
 
     What cannot be had is left out, and a line about it added to ``notes``.
     """
-    model, index = test.model, test.index
     as_pruned, text = test.values, test.tokens
-    known = test.train_batch.pairs(0, MEAN_PAIRS)
-    with eval_mode(model):
-        task = activation_means(model, known.tokens, last=known.last, index=index).values.cpu()
-    found: dict[str, Values] = {
-        "as_pruned": lambda batch: as_pruned,
-        "zero": lambda batch: torch.zeros_like(as_pruned),
-        "task_mean": lambda batch: task,
-    }
-    if text is None:
-        notes.append("mean, positional_mean, resample: no text of the pretraining distribution")
-        return found
-    with eval_mode(model):
-        mean = activation_means(model, text, index=index).values.cpu()
-    found["mean"] = lambda batch: mean
+    found: dict[str, Values] = {"as_pruned": lambda batch: as_pruned}
     longest = int(max(test.batch.last.max(), test.train_batch.last.max())) + 1
-    if text.shape[1] < longest:
-        notes.append(
-            f"positional_mean, resample: sequences of {text.shape[1]} tokens are shorter than the "
-            f"longest prompt, of {longest}"
-        )
-        return found
-    with eval_mode(model):
-        by_position = positional_means(model, text[:, :longest], index)
-    seed = test.config.seed
+    left_out: dict[str, list[str]] = {}
+    for name, kind in KINDS.items():
+        if text is None and kind.needs_text:
+            left_out.setdefault("no text of the pretraining distribution", []).append(name)
+        elif text is not None and kind.sources is not None and text.shape[1] < longest:
+            why = (
+                f"sequences of {text.shape[1]} tokens are shorter than the longest prompt, of "
+                f"{longest}"
+            )
+            left_out.setdefault(why, []).append(name)
+        else:
+            with eval_mode(test.model):
+                found[name] = values_of(test, kind, longest)
+    notes += [f"{', '.join(names)}: {why}" for why, names in left_out.items()]
+    return found
 
-    def averaged(batch: TaskBatch) -> ResampleSources:
-        return by_position.take(torch.zeros(len(batch), dtype=torch.int64))
 
-    def resampled(batch: TaskBatch) -> ResampleSources:
-        drawn = text[resampled_sequences(batch.prompts, len(text), seed)]
+def values_of(test: CircuitUnderTest, kind: AblationKind, longest: int) -> Values:
+    """What a kind of ablation sets removed nodes to, for a batch."""
+    model, index, text = test.model, test.index, test.tokens
+    if kind.means is not None:
+        over_text = test.circuit.means
+        if text is not None and kind.needs_text:
+            over_text = activation_means(model, text, index=index)
+        known = test.train_batch.pairs(0, MEAN_PAIRS)
+        values = kind.means(model, over_text, known).values.cpu()
+        return lambda batch: values
+    assert kind.sources is not None
+    assert text is not None
+    sources, tokens = kind.sources, text
+    if kind.pooled:
+        one = sources(model, tokens[:, :longest], index=index)
+        return lambda batch: one.take(torch.zeros(len(batch), dtype=torch.int64))
+
+    def drawn(batch: TaskBatch) -> ResampleSources:
+        rows = tokens[resampled_sequences(batch.prompts, len(tokens), test.config.seed)]
         with eval_mode(model):
-            return resample_sources(model, drawn[:, : int(batch.last.max()) + 1], index=index)
+            return sources(model, rows[:, : int(batch.last.max()) + 1], index=index)
 
-    return found | {"positional_mean": averaged, "resample": resampled}
+    return drawn
 
 
 def resampled_sequences(
@@ -302,6 +303,6 @@ CHECK = Check(
                   variants=("as_pruned",)),
         Criterion("any ablation", "does the task however all of the rest is ablated", "loss",
                   HALF_OF_CHANCE,
-                  variants=("zero", "mean", "task_mean", "positional_mean", "resample")),
+                  variants=tuple(KINDS)),
     ),
 )  # fmt: skip
