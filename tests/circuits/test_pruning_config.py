@@ -26,7 +26,7 @@ from tl_sparse.circuits import PruningConfig
         ("init_scale", -0.1, "init_scale=-0.1"),
         ("penalty", "none", "penalty='none' is unknown; choose from adaptive, fixed"),
         ("on_collapse", "stop", "on_collapse='stop' is unknown; choose from eliminate, fail"),
-        ("ablation", "noise", "ablation='noise' is unknown; choose from mean, task_mean, zero, re"),
+        ("ablation", "noise", "ablation='noise' is unknown; choose from mean, task_mean, zero"),
     ],
 )
 def test_a_bad_option_is_named(name, value, message):
