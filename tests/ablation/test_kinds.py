@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -17,6 +18,7 @@ def test_a_kind_is_an_entry_of_the_table():
     assert {name for name in KINDS if takes_sources(name)} == {"resample", "positional_mean"}
     assert not takes_sources(None)
     assert not takes_sources("of a later version")
+    assert pickle.loads(pickle.dumps(KINDS)) == KINDS  # also for a process that is spawned
 
 
 @pytest.mark.parametrize("name", list(KINDS))

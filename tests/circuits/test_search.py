@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import math
+import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.circuits.search import search, values_of
 from tl_sparse.circuits.search_config import RANGES, SearchConfig, starts
 from tl_sparse.circuits.search_result import best_of, not_beaten
-from tl_sparse.circuits.search_study import settings_of, space
+from tl_sparse.circuits.search_study import SlotSampler, open_study, settings_of, space
 
 SEARCH = importlib.import_module("tl_sparse.circuits.search")  # not the function
 BASE = PruningConfig(steps=10, batch_pairs=8, selection_pairs=16, report_pairs=8)
@@ -263,6 +264,32 @@ def test_a_storage_of_another_search_is_refused(setting, pruned, tmp_path, chang
         config = replace(config, seed=3)
     with pytest.raises(ValueError, match=f"another search, with another .*{changed}"):
         search(model, task, base, config, means=means, storage=file, progress=False)
+
+
+def test_a_search_is_kept_in_the_file_that_was_named(tmp_path):
+    """An address of a database gives a meaning to these signs, a file's name does not."""
+    names = ["a?mode=memory&x.db", "%41.db", "{SCHEMA_VERSION}.db", "{x}", "#1 ü.db"]
+    sampler = SlotSampler(SMALL, BASE, space(None))
+    for name in names:
+        open_study(tmp_path / name, sampler, {"name": name}).ask()
+    assert {path.name.removesuffix(".lock") for path in tmp_path.iterdir()} == set(names)
+    for name in names:
+        with sqlite3.connect(tmp_path / name) as database:
+            assert database.execute("select count(*) from trials").fetchone() == (1,)
+
+
+def test_a_relative_name_is_one_in_the_working_directory(setting, pruned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(setting, SearchConfig(rounds=1, suggestions=1), storage="file:a?mode=ro")
+    assert (tmp_path / "file:a?mode=ro").read_bytes().startswith(b"SQLite")
+    assert (tmp_path / "file:a?mode=ro.circuits").is_dir()
+
+
+def test_a_place_that_is_no_regular_file_is_refused_at_once(setting, pruned, tmp_path):
+    os.mkfifo(tmp_path / "pipe.db")
+    for place in (tmp_path / "pipe.db", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="no regular file"):
+            run(setting, storage=place)
 
 
 def test_a_file_that_is_no_study_is_refused(setting, pruned, tmp_path):

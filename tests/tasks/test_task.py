@@ -1,3 +1,5 @@
+import copy
+import pickle
 import time
 
 import pytest
@@ -215,3 +217,36 @@ def test_a_task_needs_a_docstring_and_two_answers():
     silent.__doc__ = "Something decides."
     with pytest.raises(ValueError, match="twice the answer 'a'"):
         task(answers=("a", "a"), source="test")(silent)
+
+
+def plain_pairs(rng, split):
+    """A function that is decorated by a call, under another name."""
+    number = rng.choice("123")
+    return f"if {number}", f"xy {number}"
+
+
+called = task(answers=(":", "\n"), source="test")(plain_pairs)
+
+
+@pytest.mark.parametrize("again", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+def test_every_task_goes_to_another_process_and_draws_the_same_prompts_there(tokenizer, again):
+    found = [tasks.get(spec, tokenizer) for spec in (*NAMES, tiny, called)]
+    found += [
+        tasks.get(name, tokenizer, 1000, variant)
+        for name in NAMES
+        for variant in tasks.variants(name)
+    ]
+    for here, there in zip(found, again(found), strict=True):
+        batches = [one.batch(3, split="held_out", seed=1) for one in (here, there)]
+        assert batches[0].prompts == batches[1].prompts
+        assert torch.equal(batches[0].tokens, batches[1].tokens)
+
+
+def test_a_task_of_a_local_function_cannot_be_sent_and_says_so(tokenizer):
+    @task(answers=(":", "\n"), source="test")
+    def local(rng, split):
+        """Nothing leads to this function from outside."""
+        return tiny.make(rng, split)
+
+    with pytest.raises((pickle.PicklingError, AttributeError), match="local"):
+        pickle.dumps(tasks.get(local, tokenizer))

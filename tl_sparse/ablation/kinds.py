@@ -35,17 +35,25 @@ def _task_means(model: nn.Module, means: ActivationMeans, train: TaskBatch) -> A
     return activation_means(model, train.tokens, last=train.last, index=means.index)
 
 
+def _same_means(model: nn.Module, means: ActivationMeans, train: TaskBatch) -> ActivationMeans:
+    return means
+
+
+def _zeros(model: nn.Module, means: ActivationMeans, train: TaskBatch) -> ActivationMeans:
+    return replace(means, values=torch.zeros_like(means.values))
+
+
 KINDS: dict[str, AblationKind] = {
     "mean": AblationKind(
         "the mean over the pretraining text, pooled over positions (Gao et al. 2025, §A.5)",
-        means=lambda model, means, train: means,
+        means=_same_means,
     ),
     "task_mean": AblationKind(
         "the mean over the task's train prompts", means=_task_means, needs_text=False
     ),
     "zero": AblationKind(
         "zero",
-        means=lambda model, means, train: replace(means, values=torch.zeros_like(means.values)),
+        means=_zeros,
         needs_text=False,
     ),
     "positional_mean": AblationKind(

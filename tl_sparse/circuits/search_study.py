@@ -9,10 +9,12 @@ failed, is asked again the same.
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,8 @@ def open_study(
             what it differs.
     """
     if storage is not None:
+        if storage.exists() and not storage.is_file():
+            raise ValueError(f"{storage} is no regular file: choose another name")
         storage.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(storage):  # of two processes that make the same tables at once, one has to wait
@@ -176,8 +180,11 @@ def create(storage: Path | None, sampler: SlotSampler) -> optuna.Study:
     """The study in a file or in memory, made if there is none."""
     backend = None
     if storage is not None:
-        waiting = {"connect_args": {"timeout": LOCK_SECONDS}}
-        backend = optuna.storages.RDBStorage(f"sqlite:///{storage}", engine_kwargs=waiting)
+        # an address gives a meaning to ?, % and braces in a file's name; the file is opened here
+        opened = partial(sqlite3.connect, storage, timeout=LOCK_SECONDS, check_same_thread=False)
+        backend = optuna.storages.RDBStorage(
+            "sqlite:///in-the-file", engine_kwargs={"creator": opened}
+        )
     n_objectives = 1 if sampler.config.objective == "nodes" else 2
     return optuna.create_study(
         study_name=NAME, storage=backend, sampler=sampler, load_if_exists=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ def label_swap(task: Task) -> Task:
         answers=None if task.answers is None else task.answers[::-1],
         answer_ids=None if task.answer_ids is None else task.answer_ids[::-1],
         incorrect_ids=None if task.incorrect_ids is None else task.incorrect_ids[::-1],
-        make=answered(task.make, lambda pair: pair.answers[::-1]),
+        make=answered(task.make, None),
     )
 
 
@@ -62,7 +62,7 @@ def arbitrary_map(task: Task, seed: int = 0) -> Task:
         answers=(first, second),
         answer_ids=(first_id, second_id),
         incorrect_ids=None,
-        make=answered(task.make, lambda _: (first, second)),
+        make=answered(task.make, (first, second)),
     )
 
 
@@ -80,28 +80,40 @@ def constant_answer(task: Task, seed: int = 0) -> Task:
         answers=(right, right),
         answer_ids=(right_id, right_id),
         incorrect_ids=(wrong_id, wrong_id),
-        make=answered(task.make, lambda _: (right, right)),
+        make=answered(task.make, (right, right)),
     )
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Draws the pairs of a task; those that have answers of their own get others."""
+
+    make: MakePair
+    """Draws the task's pairs."""
+    answers: tuple[str, str] | None
+    """The answers; None swaps the pair's own."""
+
+    def __call__(self, rng: random.Random, split: Split) -> tuple[str, str] | Pair:
+        """A pair of prompts for a split."""
+        drawn = self.make(rng, split)
+        return again(drawn, self.answers) if isinstance(drawn, Pair) else drawn
+
+
 def answered(
-    make: MakePair | StoredPairs, answers: Callable[[Pair], tuple[str, str]]
+    make: MakePair | StoredPairs, answers: tuple[str, str] | None
 ) -> MakePair | StoredPairs:
-    """The same prompts; pairs that have answers of their own get others."""
+    """The same prompts; pairs that have answers of their own get others: None swaps them."""
+    if not isinstance(make, StoredPairs):
+        return Answered(make, answers)
+    return StoredPairs(
+        train=tuple(again(pair, answers) for pair in make.train),
+        held_out=tuple(again(pair, answers) for pair in make.held_out),
+    )
 
-    def again(pair: Pair) -> Pair:
-        return Pair(pair.prompts, answers(pair))
 
-    if isinstance(make, StoredPairs):
-        return StoredPairs(
-            train=tuple(map(again, make.train)), held_out=tuple(map(again, make.held_out))
-        )
-
-    def draw(rng: random.Random, split: Split) -> tuple[str, str] | Pair:
-        drawn = make(rng, split)
-        return again(drawn) if isinstance(drawn, Pair) else drawn
-
-    return draw
+def again(pair: Pair, answers: tuple[str, str] | None) -> Pair:
+    """A pair with other answers; None swaps its own."""
+    return Pair(pair.prompts, pair.answers[::-1] if answers is None else answers)
 
 
 def arbitrary_tokens(task: Task, seed: int) -> tuple[tuple[str, int], tuple[str, int]]:

@@ -1,11 +1,14 @@
 """The nouns of a task: its specification, the task bound to a tokenizer, and batches of prompts."""
 
+import functools
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Final
+from operator import attrgetter
+from typing import Any, Final
 
 import torch
 from jaxtyping import Int
@@ -112,6 +115,31 @@ class TaskSpec:
     """Whether a long prompt may lose whole lines at its start."""
 
 
+class Decorated:
+    """A function in whose place a decorator put an object that holds this as its ``make``.
+
+    It is called like the function and pickled by name, which no longer leads to the function: so
+    tasks go to other processes.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.__wrapped__ = function
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """What the function returns."""
+        return self.__wrapped__(*args, **options)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        name = self.__wrapped__.__qualname__
+        try:
+            found = attrgetter(name)(sys.modules[self.__wrapped__.__module__])
+        except (AttributeError, KeyError):
+            found = None
+        # decorated by a call, the function itself is still there
+        return (Decorated, (found,)) if found is self.__wrapped__ else f"{name}.make"
+
+
 def task(*, answers: tuple[str, str] | None = None, source: str) -> Callable[[MakePair], TaskSpec]:
     """Turn a function `(rng, split) -> (prompt A, prompt B)` into a task specification.
 
@@ -127,7 +155,7 @@ def task(*, answers: tuple[str, str] | None = None, source: str) -> Callable[[Ma
             raise ValueError(f"task {name!r} needs a docstring that says what decides the answer")
         if answers is not None and answers[0] == answers[1]:
             raise ValueError(f"task {name!r} has twice the answer {answers[0]!r}")
-        return TaskSpec(name, description, answers, source, make)
+        return TaskSpec(name, description, answers, source, Decorated(make))
 
     return specify
 

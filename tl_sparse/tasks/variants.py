@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from tl_sparse.tasks import builtin
 from tl_sparse.tasks.contexts import Split, snippets
 from tl_sparse.tasks.phrases import draw_lead, draw_names, draw_numbers, draw_target
-from tl_sparse.tasks.task import Pair, TaskSpec
+from tl_sparse.tasks.task import Decorated, Pair, TaskSpec
 
 Drawn = tuple[str, str] | Pair
 
@@ -53,25 +53,36 @@ class Variant:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{option}={value!r} must be a whole number of at least 1")
         values = known | options
-        make = self.make
-
-        def draw(rng: random.Random, split: Split) -> Drawn:
-            return make(task, rng, split, **values)
-
         return replace(
             task,
             name="/".join([task.name, self.name, *(f"{k}={v}" for k, v in values.items())]),
             description=f"{task.description}\n\n{self.description}",
-            make=draw,
+            make=VariantPairs(self, task, tuple(values.items())),
             may_shorten=False,
         )
+
+
+@dataclass(frozen=True)
+class VariantPairs:
+    """Draws the pairs of a variant of a task."""
+
+    variant: Variant
+    """The variant."""
+    task: TaskSpec
+    """The task that it is a variant of."""
+    options: tuple[tuple[str, int], ...]
+    """Each option and its value."""
+
+    def __call__(self, rng: random.Random, split: Split) -> Drawn:
+        """A pair of prompts for a split."""
+        return self.variant.make(self.task, rng, split, **dict(self.options))
 
 
 def variant(name: str, *tasks: TaskSpec) -> Callable[[Callable[..., Drawn]], Variant]:
     """Turn a function `(task, rng, split, **options) -> pair` into a variant of tasks."""
 
     def specify(make: Callable[..., Drawn]) -> Variant:
-        return Variant(name, tasks, inspect.getdoc(make) or "", make)
+        return Variant(name, tasks, inspect.getdoc(make) or "", Decorated(make))
 
     return specify
 
@@ -172,4 +183,5 @@ def _some_names(rng: random.Random, split: Split, count: int) -> list[str]:
 
 
 def _variable(task: TaskSpec, rng: random.Random, split: Split) -> str:
-    return "current" if task is builtin.set_or_string_fixedvarname else draw_names(rng, split, 1)[0]
+    fixed = task == builtin.set_or_string_fixedvarname
+    return "current" if fixed else draw_names(rng, split, 1)[0]

@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -19,18 +20,18 @@ from tl_sparse.tasks import Pair, Task, task
 from tl_sparse.tasks.task import StoredPairs
 
 
+@task(source="test")
+def copied(rng, split):
+    """Which word stood first."""
+    low, high = (20, 25) if split == "train" else (25, 30)
+    one, other = rng.sample(range(low, high), 2)
+    filler = " ".join(f"w{rng.randrange(12, 16)}" for _ in range(rng.randint(2, 6)))
+    return Pair((f"w{one} {filler}", f"w{other} {filler}"), (f" w{one}", f" w{other}"))
+
+
 @pytest.fixture
 def own_answers(words):
     """A task whose pairs have answers of their own: the word that stood first comes again."""
-
-    @task(source="test")
-    def copied(rng, split):
-        """Which word stood first."""
-        low, high = (20, 25) if split == "train" else (25, 30)
-        one, other = rng.sample(range(low, high), 2)
-        filler = " ".join(f"w{rng.randrange(12, 16)}" for _ in range(rng.randint(2, 6)))
-        return Pair((f"w{one} {filler}", f"w{other} {filler}"), (f" w{one}", f" w{other}"))
-
     return Task.bind(copied, words, max_tokens=12)
 
 
@@ -47,6 +48,15 @@ def stored(marks):
 
 # --------------------------------------------------------------------------------------------------
 # tasks
+
+
+def test_null_tasks_go_to_another_process_and_draw_the_same_prompts_there(own_answers, stored):
+    for real in (own_answers, stored):
+        for null in (label_swap(real), arbitrary_map(real), constant_answer(real)):
+            there = pickle.loads(pickle.dumps(null))
+            batches = [one.batch(3, split="train", seed=1) for one in (null, there)]
+            assert batches[0].prompts == batches[1].prompts
+            assert batches[0].answers == batches[1].answers
 
 
 @pytest.mark.parametrize("which", ["marks", "own_answers", "stored"])
