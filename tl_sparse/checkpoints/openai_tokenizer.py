@@ -22,7 +22,8 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.tokenizer import END_OF_TEXT, wrap_tokenizer
-from tl_sparse.storage.json_files import check_file, read_json
+from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.read_file import read_text
 
 MERGES, IDS = "vocab.bpe", "encoder.json"
 TOKENIZER_FILES = (MERGES, IDS)
@@ -63,11 +64,7 @@ def tokenizer_from_openai(folder: str | Path, d_vocab: int) -> PreTrainedTokeniz
 
 def read_tokens(path: Path) -> list[str]:
     """The tokens of a vocab.bpe in the order of their ids."""
-    check_file(path, MAX_BYTES)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}") from error
+    lines = read_text(path, MAX_BYTES).split("\n")
     if not lines[0].startswith("#version") or lines[-1]:
         raise ValueError(f"{path} must begin with {HEADER!r} and end with a line's end")
     tokens = list(BYTES)

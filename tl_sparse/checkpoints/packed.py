@@ -22,8 +22,9 @@ from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.hub import CARD, CONFIG, WEIGHTS, find_model
 from tl_sparse.storage.json_dataclass import dataclass_from_json
-from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.json_files import MAX_JSON_BYTES, read_json
 from tl_sparse.storage.packing import BITS, pack
+from tl_sparse.storage.read_file import read_text
 from tl_sparse.storage.tensor_files import read_weights
 from tl_sparse.storage.tokenizer_files import read_tokenizer, write_tokenizer
 
@@ -66,7 +67,7 @@ def write_packed(
     if training is not None:
         check_l0(training, checkpoint.tensors)
     if card is None and (Path(folder) / CARD).is_file():
-        card = (Path(folder) / CARD).read_text(encoding="utf-8")
+        card = read_text(Path(folder) / CARD, MAX_JSON_BYTES)
     with atomic_folder(folder) as work:
         streams, metadata = pack(rounded(checkpoint.tensors, dtype))
         save_file(streams, work / WEIGHTS, metadata)

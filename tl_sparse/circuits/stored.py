@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from tl_sparse.sites import SITE_NAMES, NodeIndex
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.json_dataclass import dataclass_from_json
-from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.json_files import WORDS, plain, read_json, real
 from tl_sparse.storage.tensor_files import read_tensors
 
 SCHEMA_VERSION = 3
@@ -34,6 +35,7 @@ SCALARS = (
     "task", "model_name", "selection_loss", "model_loss", "target_loss", "n_active", "seed",
     "seconds",
 )  # fmt: skip
+MAY_BE_NAN = ("selection_loss", "model_loss", "target_loss", "seconds")
 RESULTS = ("kept", "losses", "losses_calibrated", "correct")
 OPTIONAL = ("tau", "groups", "removed", "removed_constants", "edge_scores")
 
@@ -80,6 +82,7 @@ def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
         "index": plain_index(index),
         "means": {f.name: getattr(means, f.name) for f in fields(MeansRecord)},
     }
+    text = json.dumps(plain(record), indent=1, allow_nan=False)
     tensors = {name: values[name] for name in RESULTS} | {"means": means.values}
     tensors |= {name: values[name] for name in ("tau", "groups") if values[name] is not None}
     edges, removed = values["edges"], values["removed_edges"]
@@ -93,7 +96,7 @@ def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
         # copies: safetensors refuses tensors that share memory
         copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
         save_file(copies, work / TENSORS)
-        (work / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (work / RECORD).write_text(text, encoding="utf-8")
 
 
 def read_circuit(folder: str | Path, model: nn.Module) -> dict[str, Any]:
@@ -146,7 +149,8 @@ def checked_record(path: Path) -> CircuitRecord:
             f"of tl_sparse reads {SCHEMA_VERSION}"
         )
     try:
-        record: CircuitRecord = dataclass_from_json(CircuitRecord, values)
+        unknown = {name: real(values[name]) for name in MAY_BE_NAN if values.get(name) in WORDS}
+        record: CircuitRecord = dataclass_from_json(CircuitRecord, values | unknown)
         curve = checked_curve(values["size_curve"])  # a list, as it was read
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error
@@ -155,18 +159,12 @@ def checked_record(path: Path) -> CircuitRecord:
 
 def checked_curve(rows: Any) -> list[tuple[int, float]]:
     """Pairs of a number of nodes and a loss; ValueError otherwise."""
-    right = isinstance(rows, list) and all(
-        isinstance(row, list)
-        and len(row) == 2
-        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in row)
-        and 0 <= row[0] < 2**62
-        and float(row[0]).is_integer()
-        and (isinstance(row[1], float) or abs(row[1]) < 2**62)
-        for row in rows
-    )
-    if not right:
+    curve = None
+    with suppress(TypeError, ValueError):
+        curve = [(real(n), real(loss)) for n, loss in rows] if isinstance(rows, list) else None
+    if curve is None or not all(0 <= n < 2**62 and n.is_integer() for n, _ in curve):
         raise ValueError("size_curve must be a list of [number of nodes, loss]")
-    return [(int(n), float(loss)) for n, loss in rows]
+    return [(int(n), loss) for n, loss in curve]
 
 
 def plain_index(index: NodeIndex) -> dict[str, Any]:

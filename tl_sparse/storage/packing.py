@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
+from tl_sparse.storage.json_files import parse_json
+
 # The bits of each dtype, as a type that both numpy and torch have.
 BITS: dict[str, type[np.integer[Any]]] = {
     "float64": np.int64,
@@ -155,10 +157,7 @@ def packing_table(metadata: Mapping[str, str]) -> dict[str, Packed]:
     """
     if METADATA not in metadata:
         raise ValueError(f"no packed weights: the header has no entry {METADATA!r}")
-    try:
-        values = json.loads(metadata[METADATA])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the table of packed tensors is no valid JSON: {error}") from error
+    values = parse_json(metadata[METADATA], "the table of packed tensors")
     if not isinstance(values, dict):
         raise ValueError("the table of packed tensors must be a JSON object")
     return {name: packed(name, row) for name, row in values.items()}

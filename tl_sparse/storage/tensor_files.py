@@ -7,7 +7,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tl_sparse.storage.json_files import parse_json
 from tl_sparse.storage.packing import unpack
+from tl_sparse.storage.read_file import open_file
+
+MAX_BYTES = 1 << 38
+MAX_HEADER = 1 << 24
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -36,11 +41,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata; errors as in :func:`read_tensors`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+    header = header_of(path)
     try:
+        # the library lets a name be there twice, and takes memory before it looks at an entry
+        parse_json(header, "its header")
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def header_of(path: Path) -> bytes:
+    """The JSON text at the beginning of a safetensors file; ValueError if it is too large."""
+    with open_file(path, MAX_BYTES) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"{path} is truncated or no safetensors file: its header would have "
+                             f"{length:,} bytes")  # fmt: skip
+        return file.read(length)

@@ -6,18 +6,23 @@ files' names among them; here the tokenizer is built from tokenizer.json and a f
 
 from __future__ import annotations
 
+import base64
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tl_sparse.storage.json_files import check_file, read_json
+from tl_sparse.storage.json_files import nested, parse_json, read_json
+from tl_sparse.storage.read_file import read_text
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG)
 MAX_BYTES = 1 << 26
+MAX_PADDING = 1 << 20
 SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SIDES = ("padding_side", "truncation_side")
 
@@ -40,25 +45,76 @@ def read_tokenizer(folder: Path, d_vocab: int) -> PreTrainedTokenizerFast | None
     """The tokenizer of a model folder; None where there is none.
 
     Raises:
-        FileNotFoundError: there is something in a file's place that is no file.
+        FileNotFoundError: a link in a file's place leads nowhere.
         ValueError: a file is broken, or a token's id is not below ``d_vocab``.
     """
     path = folder / TOKENIZER
     if not os.path.lexists(path):
         return None
-    check_file(path, MAX_BYTES)
+    core = tokenizer_core(path, d_vocab)
     settings = tokenizer_settings(folder / TOKENIZER_CONFIG)
-    try:
-        core = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        check_ids(core, d_vocab)
+    with only_value_errors(path):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=core, name_or_path=str(folder), **settings
         )
         check_ids(tokenizer.backend_tokenizer, d_vocab)  # special tokens may have been added
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+    return tokenizer
+
+
+def tokenizer_core(path: Path, d_vocab: int) -> Tokenizer:
+    """What a tokenizer.json defines.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is broken, or a token's id is not below ``d_vocab``.
+    """
+    text = read_text(path, MAX_BYTES)
+    check_sizes(parse_json(text, str(path)), str(path))
+    with only_value_errors(path):
+        core = Tokenizer.from_str(text)
+        check_ids(core, d_vocab)
+        # what is put around every text is looked up now, not when the first text comes
+        if (largest := max(core.encode("").ids, default=0)) >= d_vocab:
+            raise ValueError(f"it puts id {largest} around texts, the config says {d_vocab=}")
+    return core
+
+
+@contextmanager
+def only_value_errors(path: Path) -> Iterator[None]:
+    """Let every error of the tokenizers library be a ValueError: its own are bare Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        # a panic of the library's Rust code is no Exception, and its type cannot be imported
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no valid tokenizer: {reason:.300}") from error
-    return tokenizer
+
+
+def check_sizes(values: Any, origin: str) -> None:
+    """ValueError if a tokenizer.json asks for memory far beyond its own size.
+
+    The library takes what is asked for, and aborts the whole process where there is too little.
+    """
+    if isinstance(values, dict):
+        for key in ("Fixed", "pad_to_multiple_of"):
+            if isinstance(length := values.get(key), int) and length > MAX_PADDING:
+                raise ValueError(f"{origin} pads every text to {length} tokens")
+        if isinstance(table := values.get("precompiled_charsmap"), str):
+            check_table(table, origin)
+    for inner in nested(values):
+        check_sizes(inner, origin)
+
+
+def check_table(table: str, origin: str) -> None:
+    """ValueError unless a base64 table of characters is as long as its first four bytes say."""
+    try:
+        data = base64.b64decode(table, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{origin} has a precompiled_charsmap that is no base64") from error
+    if len(data) < 4 or int.from_bytes(data[:4], "little") > len(data) - 4:
+        raise ValueError(f"{origin} has a precompiled_charsmap that is cut short")
 
 
 def check_ids(core: Tokenizer, d_vocab: int) -> None:

@@ -6,7 +6,6 @@ only if its parts together are no larger than the file, so that they cannot unpa
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_sparse.storage.read_file import check_file
+
+MAX_BYTES = 1 << 38
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,12 +26,11 @@ def read_pt(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, unpacks to more than its size, or holds anything else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+    size = check_file(path, MAX_BYTES)
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-        if sum(part.file_size for part in parts) > os.path.getsize(path):
+        if sum(part.file_size for part in parts) > size:
             raise ValueError("its parts are compressed, or overlap")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken archive provokes
