@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -69,8 +70,8 @@ def build_corpus(
     if directory.is_dir():
         try:
             return TokenizedCorpus.load(directory)
-        except ValueError:
-            pass  # damaged, and everything needed to build it again is at hand
+        except ValueError as error:  # everything needed to build it again is at hand
+            warnings.warn(f"{error}: the corpus is built anew", stacklevel=2)
     parts = _split(config, documents)
     tokenizer = build_tokenizer(
         _tokenizer_texts(config, parts.train), config.vocab_size, config.required_words
@@ -134,6 +135,7 @@ def _read(config: CorpusConfig, progress: bool) -> tuple[list[Document], int]:
                 suffixes=config.suffixes,
                 max_documents=config.max_documents,
                 max_bytes=config.max_bytes,
+                max_file_bytes=config.max_file_bytes,
             ):
                 bar.update()
                 if isinstance(document, Document) and usable(document.text, config):

@@ -54,6 +54,7 @@ def _held_out(config: CorpusConfig) -> Iterator[str]:
             suffixes=config.suffixes,
             max_documents=config.max_documents,
             max_bytes=config.max_bytes,
+            max_file_bytes=config.max_file_bytes,
         ):
             if (
                 isinstance(document, Document)

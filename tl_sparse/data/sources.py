@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tl_sparse.storage.read_file import read_bytes
+
 KINDS: Final = (
     '"python-stdlib", "python-site-packages", a local file or folder, '
     '"hf:<dataset>[:<split>[:<text column>]]"'
@@ -44,10 +46,12 @@ def read_source(
     suffixes: Sequence[str] = (".py",),
     max_documents: int | None = None,
     max_bytes: int | None = None,
+    max_file_bytes: int = 1 << 30,
 ) -> Iterator[bytes | Document]:
     """Yield the documents of one source, files in sorted order of their paths.
 
-    A file that is not UTF-8 is yielded as its raw bytes, so that the caller can count it.
+    A file that is not UTF-8 is yielded as its raw bytes, so that the caller can count it; one that
+    is larger than `max_file_bytes`, whatever its line ends, as no bytes.
     `suffixes` choose the files of a folder; `max_documents` and `max_bytes` stop a hub dataset,
     which is streamed. Raises `ValueError` for a source of no known kind.
     """
@@ -65,7 +69,11 @@ def read_source(
         root = Path(source).expanduser()
         files = [root] if root.is_file() else _files_below(root, suffixes)
     for path in files:
-        raw = path.read_bytes()
+        # normalising leaves at least half of a file, and takes a mark of three bytes from its start
+        if path.stat().st_size > 2 * max_file_bytes + 3:
+            yield b""
+            continue
+        raw = read_bytes(path, 2 * max_file_bytes + 3)
         inside = path.relative_to(root).as_posix() if path != root else path.name
         try:
             yield Document(f"{source}/{inside}", normalise(raw.decode("utf-8")))

@@ -21,6 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.words import REQUIRED_WORDS
+from tl_sparse.storage.tokenizer_files import tokenizer_core
 
 END_OF_TEXT: Final = "<|endoftext|>"
 MIN_VOCAB_SIZE: Final = 300
@@ -95,8 +96,11 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Read a `tokenizer.json` that `build_tokenizer` made."""
-    return wrap_tokenizer(Tokenizer.from_file(str(path)))
+    """Read a `tokenizer.json` that `build_tokenizer` made; `ValueError` if it is another one."""
+    core = tokenizer_core(path, MAX_VOCAB_SIZE)
+    if core.token_to_id(END_OF_TEXT) != core.get_vocab_size() - 1:
+        raise ValueError(f"{path} has no token {END_OF_TEXT}, or not as its last one")
+    return wrap_tokenizer(core)
 
 
 def split_pieces(text: str) -> list[str]:

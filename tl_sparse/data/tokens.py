@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +19,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.config import CorpusConfig
 from tl_sparse.data.tokenizer import load_tokenizer
+from tl_sparse.storage.json_dataclass import dataclass_from_json
+from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.read_file import check_file, open_file
 
 _PARTS: Final = ("train.bin", "validation.bin", "tokenizer.json")
 _INDEX: Final = "corpus.json"
 _FORMAT: Final = 1
+MAX_BYTES: Final = 1 << 38
 _BATCH: Final = 256  # documents per call of the tokenizer
 
 
@@ -105,29 +109,39 @@ class TokenizedCorpus:
 
     @classmethod
     def load(cls, directory: str | Path) -> "TokenizedCorpus":
-        """Open a corpus folder. A missing, truncated or altered file is a `ValueError`."""
+        """Open a corpus folder. A missing, truncated, altered or broken file is a `ValueError`."""
         directory = Path(directory).expanduser()
         index = _read_index(directory)
-        for name, expected in index["files"].items():
-            if _describe(directory / name) != expected:
-                raise ValueError(f"corpus file {directory / name} is missing, cut short or altered")
+        tokenizer = load_tokenizer(directory / "tokenizer.json")
+        lengths = {"train.bin": index.stats.tokens_train}
+        lengths["validation.bin"] = index.stats.tokens_validation
         train, validation = (
-            np.memmap(directory / name, dtype=np.uint16, mode="r") for name in _PARTS[:2]
+            read_ids(directory / name, lengths[name], len(tokenizer)) for name in _PARTS[:2]
         )
-        settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in index["config"].items()
-        }
         return cls(
             train=train,
             validation=validation,
-            tokenizer=load_tokenizer(directory / "tokenizer.json"),
-            config=CorpusConfig(**settings),
-            fingerprint=index["fingerprint"],
-            stats=CorpusStats(**index["stats"]),
-            dropped=tuple(index["dropped"]),
+            tokenizer=tokenizer,
+            config=index.config,
+            fingerprint=index.fingerprint,
+            stats=index.stats,
+            dropped=index.dropped,
             directory=directory,
         )
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """What `corpus.json` holds."""
+
+    format: int
+    fingerprint: str
+    version: str
+    config: CorpusConfig
+    stats: CorpusStats
+    dropped: tuple[str, ...]
+    files: Mapping[str, Any]
+    """Size and hash of each of the other files."""
 
 
 def encode_documents(
@@ -183,32 +197,54 @@ def write_corpus(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
+def _read_index(directory: Path) -> CorpusIndex:
+    """The index of a corpus folder whose files are those that it describes."""
     path = directory / _INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{directory} is no corpus: it has no {_INDEX}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"corpus file {path} cannot be read: {error}") from None
-    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        values = read_json(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{directory} is no corpus: it has no {_INDEX}") from error
+    if values.get("format") != _FORMAT:
         raise ValueError(f"corpus file {path} is not of format {_FORMAT}")
-    known = {
-        "config": {f.name for f in fields(CorpusConfig)},
-        "stats": {f.name for f in fields(CorpusStats)},
-        "files": set(_PARTS),
-    }
-    wrong = [key for key, names in known.items() if set(index.get(key, ())) != names]
-    wrong += [key for key in ("fingerprint", "dropped") if key not in index]
-    if wrong:
-        raise ValueError(f"corpus file {path} lacks or misnames fields of {', '.join(wrong)}")
+    try:
+        index: CorpusIndex = dataclass_from_json(CorpusIndex, values)
+        if missing := {*asdict(index.config)} - {*values["config"]}:
+            raise ValueError(f"a CorpusConfig without {', '.join(sorted(missing))}")
+    except ValueError as error:
+        raise ValueError(f"corpus file {path} is broken: {error}") from error
+    if set(index.files) != set(_PARTS):
+        raise ValueError(f"corpus file {path} must describe {', '.join(_PARTS)}")
+    for name, expected in index.files.items():
+        if not _is_as_described(directory / name, expected):
+            raise ValueError(f"corpus file {directory / name} is missing, cut short or altered")
     return index
 
 
 def _describe(path: Path) -> dict[str, int | str]:
-    """Size and hash of a file; size -1 when it is not there."""
-    if not path.is_file():
-        return {"bytes": -1, "sha256": ""}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    """Size and hash of a file."""
+    size = check_file(path, MAX_BYTES)
+    with open_file(path, MAX_BYTES) as file:
+        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _is_as_described(path: Path, expected: Any) -> bool:
+    """Whether a file has the size and the hash that it should; it is read only if the size fits."""
+    try:
+        size = check_file(path, MAX_BYTES)
+    except (ValueError, FileNotFoundError):
+        return False
+    return (
+        isinstance(expected, dict)
+        and expected.get("bytes") == size
+        and (_describe(path) == expected)
+    )
+
+
+def read_ids(path: Path, length: int, n_tokens: int) -> UInt16[np.ndarray, " token"]:
+    """The token ids in a file, memory-mapped; `ValueError` unless so many and all below n_tokens."""
+    if length < 1 or check_file(path, MAX_BYTES) != 2 * length:
+        raise ValueError(f"corpus file {path} does not hold the {length} tokens of its index")
+    ids = np.memmap(path, dtype=np.uint16, mode="r")
+    if (largest := int(ids.max())) >= n_tokens:
+        raise ValueError(f"corpus file {path} has token {largest}, its tokenizer {n_tokens} tokens")
+    return ids

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,7 +23,7 @@ from tl_sparse.faithfulness.page import report_page
 from tl_sparse.faithfulness.verdict import CriterionResult, judged, thresholds_of, verdict
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.json_dataclass import dataclass_from_json
-from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.json_files import read_json, real
 from tl_sparse.views.display import frame_html
 from tl_sparse.views.page import page_html
 
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 SCHEMA_VERSION = 2
-COLUMN_TYPES = ("float64", "float32", "int64", "Int64", "bool", "boolean", "object", "str")
+COLUMN_TYPES: Mapping[str, tuple[type, ...]] = {
+    "float64": (float, int, str), "float32": (float, int, str),  # words where they are not finite
+    "int64": (int,), "Int64": (int, NoneType), "bool": (bool,), "boolean": (bool, NoneType),
+    "object": (str, int, float, bool, NoneType), "str": (str, NoneType),
+}  # fmt: skip
+"""pandas' types that a table's columns may have, and those of their values in JSON."""
 NUMBERS = ("value", "low", "high", "null", "null_low", "null_high")
 
 
@@ -215,16 +221,64 @@ class FaithfulnessReport:
                 f"of tl_sparse reads {SCHEMA_VERSION}"
             )
         try:
+            stored: ReportRecord = dataclass_from_json(ReportRecord, record)
             return cls(
-                **{name: record[name] for name in SCALARS if name != "prompts"},
-                prompts=tuple(map(str, record["prompts"])),
-                versions={str(k): str(v) for k, v in record["versions"].items()},
-                config=dataclass_from_json(EvaluationConfig, record["config"]),
-                thresholds=thresholds_of({k: real(v) for k, v in record["thresholds"].items()}),
-                results=tuple(map(result_of, record["results"])),
+                **{name: getattr(stored, name) for name in SCALARS},
+                versions=stored.versions,
+                config=stored.config,
+                thresholds=thresholds_of({k: real(v) for k, v in stored.thresholds.items()}),
+                results=tuple(map(result_of, stored.results)),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} holds no faithfulness report: {error}") from error
+
+
+@dataclass(frozen=True)
+class ReportRecord:
+    """What a report's file holds."""
+
+    schema_version: int
+    task: str
+    model_name: str
+    model_fingerprint: str
+    n_components: int
+    n_universe: int
+    n_edges: int | None
+    target_loss: float | None
+    prompts: tuple[str, ...]
+    versions: Mapping[str, str]
+    config: EvaluationConfig
+    thresholds: Mapping[str, Any]
+    """Numbers, or words where they are not finite."""
+    results: tuple[Any, ...]
+    """Each what a :class:`ResultRecord` holds."""
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """What a report's file holds of a check."""
+
+    check: str
+    seconds: Any
+    notes: tuple[str, ...]
+    tables: Mapping[str, Any]
+    measures: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class MeasureRecord:
+    """What a report's file holds of a measure; numbers may be words."""
+
+    name: str
+    variant: str
+    null_name: str
+    value: Any
+    low: Any
+    high: Any
+    null: Any
+    null_low: Any
+    null_high: Any
+    examples: Any
 
 
 SCALARS = (
@@ -259,35 +313,54 @@ def result_record(result: CheckResult) -> dict[str, Any]:
     }
 
 
-def result_of(record: Mapping[str, Any]) -> CheckResult:
-    """A check's result from plain values."""
-    name = str(record["check"])
-    if name not in check_names():
-        raise KeyError(f"unknown check {name!r}")
-    measures = []
-    for m in record["measures"]:
-        values = None if m["examples"] is None else torch.tensor([real(v) for v in m["examples"]])
-        numbers = {name: real(m[name]) for name in NUMBERS}
-        measures.append(
-            Measure(
-                str(m["name"]), str(m["variant"]), **numbers, null_name=str(m["null_name"]),
-                examples=values,
-            )
-        )  # fmt: skip
-    tables = {
-        str(name): pd.DataFrame({str(c): series_of(values) for c, values in table.items()})
-        for name, table in record["tables"].items()
-    }
+def result_of(record: Any) -> CheckResult:
+    """A check's result from plain values; ValueError if they are none."""
+    stored: ResultRecord = dataclass_from_json(ResultRecord, record)
+    if stored.check not in check_names():
+        raise ValueError(f"unknown check {stored.check!r:.80}")
     return CheckResult(
-        tuple(measures), tables, tuple(map(str, record["notes"])), name, real(record["seconds"])
+        tuple(map(measure_of, stored.measures)),
+        {name: table_of(name, columns) for name, columns in stored.tables.items()},
+        stored.notes,
+        stored.check,
+        real(stored.seconds),
     )
 
 
-def series_of(record: Mapping[str, Any]) -> pd.Series:
-    """A table's column from plain values."""
-    kind, values = record["type"], record["values"]
+def measure_of(record: Any) -> Measure:
+    """A measure from plain values; ValueError if they are none."""
+    stored: MeasureRecord = dataclass_from_json(MeasureRecord, record)
+    values = stored.examples
+    if values is not None and not isinstance(values, tuple | list):
+        raise ValueError(f"examples={values!r:.80} must be a list")
+    return Measure(
+        stored.name,
+        stored.variant,
+        **{name: real(getattr(stored, name)) for name in NUMBERS},
+        null_name=stored.null_name,
+        examples=None if values is None else torch.tensor([real(v) for v in values]),
+    )
+
+
+def table_of(name: str, columns: Any) -> pd.DataFrame:
+    """A table from plain values; ValueError if they are none."""
+    if not isinstance(columns, dict):
+        raise ValueError(f"the table {name!r:.80} must be an object")
+    table = {column: series_of(column, values) for column, values in columns.items()}
+    if len({len(values) for values in table.values()}) > 1:
+        raise ValueError(f"the columns of the table {name!r:.80} are not equally long")
+    return pd.DataFrame(table)
+
+
+def series_of(name: str, record: Any) -> pd.Series:
+    """A table's column from plain values; ValueError if they are none."""
+    kind, values = (
+        (record.get("type"), record.get("values")) if isinstance(record, dict) else (0, 0)
+    )
     if kind not in COLUMN_TYPES:
-        raise ValueError(f"unknown column type {kind!r}; known: {', '.join(COLUMN_TYPES)}")
+        raise ValueError(f"{kind!r:.80} is no column type; known: {', '.join(COLUMN_TYPES)}")
+    if not isinstance(values, list) or not all(type(v) in COLUMN_TYPES[kind] for v in values):
+        raise ValueError(f"the column {name!r:.80} must hold {kind}, not {values!r:.80}")
     return pd.Series([real(v) for v in values] if "float" in kind else values, dtype=kind)
 
 
@@ -298,8 +371,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return None if value is pd.NA else value
-
-
-def real(value: Any) -> float:
-    """A number as it was before :func:`plain`."""
-    return float(value)

@@ -9,14 +9,15 @@ One pair a line, an object with the keys
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.storage.atomic_write import atomic_file
+from tl_sparse.storage.json_files import parse_json
+from tl_sparse.storage.read_file import check_file, read_lines
 from tl_sparse.tasks.contexts import SPLITS, Split
 from tl_sparse.tasks.task import Pair, StoredPairs, Task, check_tokenizer
 
@@ -54,8 +55,7 @@ def from_jsonl(
     check_tokenizer(name, tokenizer, max_tokens)
     if not 0 <= held_out_share <= 1:
         raise ValueError(f"held_out_share must be from 0 to 1, not {held_out_share}")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_file(path, MAX_FILE_BYTES)
     posing = Task(
         name=name,
         description=f"The pairs of {path.name}.",
@@ -69,17 +69,16 @@ def from_jsonl(
     parts: dict[Split, list[Pair]] = {"train": [], "held_out": []}
     free: list[Pair] = []
     seen: dict[bytes, int] = {}
-    with path.open("rb") as file:
-        for number, text in _lines(file, path):
-            try:
-                pair, split = _parsed(text)
-                posing.check_pair(pair)
-                first = seen.setdefault(_digest(pair), number)
-                if first != number:
-                    raise ValueError(f"the same pair as in line {first}")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            (free if split is None else parts[split]).append(pair)
+    for number, text in read_lines(path, MAX_FILE_BYTES, MAX_PAIRS, MAX_LINE_BYTES):
+        try:
+            pair, split = _parsed(text)
+            posing.check_pair(pair)
+            first = seen.setdefault(_digest(pair), number)
+            if first != number:
+                raise ValueError(f"the same pair as in line {first}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        (free if split is None else parts[split]).append(pair)
     if not seen:
         raise ValueError(f"{path} has no pairs")
     free_held_out = set(sorted(map(_digest, free))[: round(held_out_share * len(free))])
@@ -111,30 +110,9 @@ def to_jsonl(task: Task, path: str | Path, *, n_pairs: int = 128, seed: int = 0)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    """The numbered lines, of which no more is in memory than one."""
-    number = size = 0
-    while text := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        size += len(text)
-        if len(text) > MAX_LINE_BYTES:
-            raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
-        if number > MAX_PAIRS or size > MAX_FILE_BYTES:
-            raise ValueError(
-                f"{path}, line {number}: a task has at most {MAX_PAIRS:,} pairs "
-                f"in {MAX_FILE_BYTES:,} bytes"
-            )
-        yield number, text
-
-
 def _parsed(text: bytes) -> _Line:
     """The pair and split of a line; `ValueError` says what is wrong with it."""
-    try:
-        row = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({type(error).__name__})") from None
+    row = parse_json(text, "the line")
     if not isinstance(row, dict):
         raise ValueError("not an object with the keys prompts and answers")
     if unknown := sorted(set(row) - _KEYS):

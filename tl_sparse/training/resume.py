@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import atomic_folder, write_atomic
-from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.json_dataclass import dataclass_from_json
+from tl_sparse.storage.json_files import parse_json, read_json
+from tl_sparse.storage.read_file import read_lines
 from tl_sparse.storage.tensor_files import read_weights
-from tl_sparse.storage.torch_files import read_pt
+from tl_sparse.storage.torch_files import check_plain, read_pt
 
 METRICS, STATE, OPTIMIZER, MODEL = "metrics.jsonl", "trainer.json", "optimizer.pt", "model"
 PREFIX = "checkpoint-"
+MAX_METRICS, MAX_LINE = 1 << 30, 10_000  # bytes
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -52,6 +57,31 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
+@dataclass(frozen=True)
+class CheckpointState:
+    """What ``trainer.json`` holds."""
+
+    step: int
+    """Steps that were taken."""
+    tl_sparse_version: str
+    """Version of this package."""
+    run: Mapping[str, Any]
+    """The run that it belongs to (see ``Trainer.description``)."""
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """A line of ``metrics.jsonl``."""
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    density: float
+    l0: int
+    validation_loss: float | None
+
+
 def load_checkpoint(
     folder: Path,
     run: Mapping[str, Any],
@@ -68,18 +98,76 @@ def load_checkpoint(
     if not found:
         return None
     newest = found[-1]
-    state = read_json(newest / STATE)
-    if differing := differences(json.loads(json.dumps(run)), state["run"]):
+    state = read_checkpoint_state(newest / STATE)
+    if differing := differences(json.loads(json.dumps(run)), state.run):
         raise ValueError(
             f"{newest} belongs to another run ({'; '.join(differing)}): use another folder, or "
             "restart=True to begin anew"
         )
+    steps = run["training"]["steps"]
+    if newest.name != f"{PREFIX}{state.step:08d}" or not 0 < state.step <= steps:
+        raise ValueError(
+            f"{newest / STATE} is broken: it says that {state.step} of {steps} steps were taken, "
+            f"and its folder is {newest.name}"
+        )
     weights = newest / MODEL / "model.safetensors"
     tensors = read_weights(weights)
-    moments = read_pt(newest / OPTIMIZER)
+    moments = read_moments(newest / OPTIMIZER, optimizer, state.step)
     load_tensors(model, tensors, str(weights))
     optimizer.load_state_dict(moments)
-    return int(state["step"])
+    return state.step
+
+
+def read_checkpoint_state(path: Path) -> CheckpointState:
+    """The state in a ``trainer.json``; ValueError unless each of its fields is of its type."""
+    values = read_json(path)
+    try:
+        state: CheckpointState = dataclass_from_json(CheckpointState, values)
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    return state
+
+
+def read_moments(path: Path, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """The state of an AdamW optimizer from a file, for ``optimizer``, whose own settings stay.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such state: other parameters, moments of other shapes or types or that
+            are not finite, or of more steps than were taken.
+    """
+    mine, stored = optimizer.state_dict(), read_pt(path)
+    groups = mine["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        theirs = [group["params"] for group in stored["param_groups"]]
+        if set(stored) != set(mine) or theirs != [group["params"] for group in groups]:
+            raise ValueError("it has other parameters than this run")
+        numbers = [number for group in groups for number in group["params"]]
+        if not set(stored["state"]) <= set(numbers):
+            raise ValueError("it has moments of other parameters than this run's")
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in stored["state"]:
+                check_moments(stored["state"][number], parameter, step)
+    except Exception as error:  # whatever the file holds, these lines may do with it
+        raise ValueError(f"{path} is no optimizer's state of this run: {error!r:.300}") from error
+    return {"state": stored["state"], "param_groups": groups}
+
+
+def check_moments(moments: Any, parameter: torch.Tensor, step: int) -> None:
+    """ValueError unless these are AdamW's moments of a parameter after at most so many steps."""
+    if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"moments are step, exp_avg and exp_avg_sq, not {moments!r:.80}")
+    for name, tensor in moments.items():
+        check_plain(name, tensor)
+        shape = () if name == "step" else parameter.shape
+        if tensor.shape != shape or tensor.dtype not in (parameter.dtype, torch.float32):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(shape)}")
+    taken, first, second = (moments[name] for name in ("step", "exp_avg", "exp_avg_sq"))
+    if not 0 <= float(taken) <= step or float(taken) % 1:
+        raise ValueError(f"moments of {float(taken):g} steps, of which {step} were taken")
+    if not bool(first.isfinite().all()) or not bool((second >= 0).all()):
+        raise ValueError("moments that are not finite, or squares below 0")
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -109,11 +197,26 @@ def remove_run(folder: Path) -> None:
 
 
 def read_metrics(folder: Path, last_step: int) -> list[dict[str, Any]]:
-    """Logged rows up to a step; later ones belong to steps that will be taken again."""
+    """Logged rows up to a step; later ones belong to steps that will be taken again.
+
+    Raises:
+        ValueError: a line is none that a trainer wrote, or steps do not ascend. The last line may
+            be cut off: a killed process leaves such a one behind.
+    """
     path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    # a killed process can leave half a line behind
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    if not os.path.lexists(path):
+        return []
+    rows: list[dict[str, Any]] = []
+    for number, line in read_lines(path, MAX_METRICS, MAX_METRICS // 64, MAX_LINE):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = vars(dataclass_from_json(MetricsRow, parse_json(line, "the line")))
+            if rows and row["step"] <= rows[-1]["step"]:
+                raise ValueError(f"step {row['step']} comes after step {rows[-1]['step']}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        rows.append(row)
     return [row for row in rows if row["step"] <= last_step]
 
 

@@ -140,8 +140,8 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the last step is taken, or ``stop_at_loss`` reached at the final density."""
         goal, row = self.config.stop_at_loss, self.rows[-1] if self.rows else None
-        if self.step == self.config.steps or goal is None or row is None:
-            return self.step == self.config.steps
+        if self.step >= self.config.steps or goal is None or row is None:
+            return self.step >= self.config.steps
         measured = row["validation_loss"] if row["step"] == self.step else None
         return measured is not None and measured <= goal and self.has_final_density()
 
