@@ -16,8 +16,8 @@ import networkx as nx
 
 ROOMS = (
     "cli", "studies", "tracing", "heads", "faithfulness", "bridges", "analyses", "ground_truth",
-    "circuits", "nodes", "training", "ablation", "sparsity", "model", "checkpoints", "views",
-    "tasks", "data", "config", "sites", "compat", "storage",
+    "circuits", "nodes", "training", "ablation", "sparsity", "model", "checkpoints", "tasks",
+    "data", "views", "config", "sites", "compat", "storage",
 )  # fmt: skip
 """From top to bottom: a room may import those below it."""
 PACKAGE = Path(__file__).parents[1] / "tl_sparse"

@@ -1,15 +1,24 @@
+import base64
+import hashlib
 import json
 import math
 import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import tl_sparse
 from tl_sparse.views import (
     Bullets,
     Chart,
+    CircuitTable,
+    Look,
     Page,
     PageCircuit,
     PageExample,
@@ -18,8 +27,14 @@ from tl_sparse.views import (
     Table,
     Text,
     chart,
+    circuit_figure,
+    circuit_html,
+    circuit_svg,
+    frame_html,
     page_html,
 )
+
+KINDS = ("joined", "bars")
 
 HOSTILE = (
     "<|endoftext|>",
@@ -106,9 +121,11 @@ def test_page_asks_no_network(quote_circuit):
     html = page_html(report(PageCircuit(quote_circuit, "sparse")))
     page = Parsed(html)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv"))
+    (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy == (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "img-src data: blob:"
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
+        f"form-action 'none'; script-src 'sha256-{digest}'"
     )
     assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}
     assert not {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "base"}
@@ -138,6 +155,109 @@ def test_hostile_texts_stay_texts(quote_circuit):
         "<|endoftext|>", "</script><img·src=x·onerror=alert(1)>", "<!--", "\\u2028", "·a↵", "&lt;",
     ]  # fmt: skip
     assert payload(page)["circuits"]
+
+
+EVIL = "</title></script><script>1</script><img src=x><a href=//x>$\\href{x}{y}$\x00\u202e'\"&"
+"""What would break out of any place: elements, attributes, scripts, Plotly's HTML, MathJax."""
+HARMLESS = "w" * len(EVIL)
+
+
+@cache
+def crowded(text):
+    """A page with a text in every place that takes one."""
+    panel = {"series": text, "label": text, "hover": text, "line": text, "y": 1.0}
+    named = pd.DataFrame([panel | {"x": text}, panel | {"x": f"{text}2"}])
+    numbers = pd.DataFrame([panel | {"x": x} for x in (1.0, 2.0)])
+    panels = [
+        Panel(named, text, text, text),
+        Panel(numbers.assign(y=text), text, text, text, x_level=(1.0, text)),
+        Panel(numbers, text, text, text, y_level=(1.0, text)),
+    ]
+    charts = [chart(text, panels, look=Look(kind), note=text) for kind in KINDS]
+    nodes = pd.DataFrame({"layer": 0, "site": [f"{text}1", f"{text}2"], "channel": [1, 2]})
+    nodes = nodes.assign(hook=nodes["site"])
+    nodes["head"] = nodes["head_channel"] = pd.array([None, None], dtype="Int64")
+    edges = pd.DataFrame(
+        [(0, f"{text}1", 1, f"{text}2", 2, text, 0.5)],
+        columns=["layer", "source_site", "source", "target_site", "target", "matrix", "weight"],
+    )
+    circuit = CircuitTable(text, nodes, edges, model_name=text, accuracy=0.5)
+    shown = example((text, text), {f"0.{text}1.1": [0.1, 0.2]}, correct_token=text,
+                    incorrect_token=text)  # fmt: skip
+    table = pd.DataFrame({text: [text], "outcome": [text]}, index=pd.Index([text], name=text))
+    blocks = (Text(text), Bullets((text,)), Table(table, text), Table(table, max_rows=0),
+              *map(Chart, charts), Chart(circuit_figure(circuit)))  # fmt: skip
+    return Page(
+        text, text, ((text, text),), (Section(text, blocks),),
+        (PageCircuit(circuit, text, (shown,)), PageCircuit(circuit, text),
+         PageCircuit(replace(circuit, task=f"{text}2"), text)),
+    ), circuit, table  # fmt: skip
+
+
+def strings(value):
+    """All strings in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for item in inner for text in strings(item)]
+
+
+def test_no_text_in_any_place_of_a_page_changes_what_the_page_consists_of():
+    hostile, harmless = (Parsed(page_html(crowded(text)[0])) for text in (EVIL, HARMLESS))
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in harmless.elements]
+    assert [set(attrs) for _, attrs in hostile.elements] == [
+        set(attrs) for _, attrs in harmless.elements
+    ]
+    found = [value for _, attrs in hostile.elements for value in attrs.values() if value]
+    found += [text for tag, _, text in hostile.texts if tag not in ("script", "style")]
+    assert all(line.isprintable() for text in found for line in text.split("\n"))
+    assert any("<a href=//x>" in text for text in found)  # it is shown, as text
+
+
+def test_no_text_in_any_place_of_a_figure_is_read_as_html_or_tex():
+    page, _, _ = crowded(EVIL)
+    drawn = [
+        json.loads(b.figure.to_json()) for b in page.sections[0].blocks if isinstance(b, Chart)
+    ]
+    for trace in (trace for figure in drawn for trace in figure["data"]):
+        for never_shown in ("legendgroup", "customdata"):
+            trace.pop(never_shown, None)
+    shown = [text for text in strings(drawn) if "href" in text]
+    assert len(shown) > 40
+    for text in shown:
+        assert not set(re.findall("<[^>]*>", text)) - {"<br>", "<b>", "</b>", "<sub>", "</sub>"}
+        assert "$" not in text
+
+
+def test_displays_are_of_the_same_elements_whatever_the_texts():
+    for draw in (
+        lambda text: circuit_html(crowded(text)[1]),
+        lambda text: frame_html(text, text, crowded(text)[2]),
+        lambda text: circuit_svg(crowded(text)[1]),
+    ):
+        hostile, harmless = Parsed(draw(EVIL)), Parsed(draw(HARMLESS))
+        assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in harmless.elements]
+        assert [set(a) for _, a in hostile.elements] == [set(a) for _, a in harmless.elements]
+    assert ET.fromstring(circuit_svg(crowded(EVIL)[1])) is not None  # a file of its own
+    assert "mathjax_ignore" in frame_html("a", "b", QUOTE)
+
+
+def test_html_and_figures_are_written_in_one_place_each():
+    """What is written elsewhere goes round the escapes above."""
+    package = Path(tl_sparse.__file__).parent
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for words in ("<!doctype", "tostring(", ".to_html(", "write_html", "plotly.subplots",
+                      "go.Figure(", "Markdown("):  # fmt: skip
+            if words in source:
+                found.setdefault(words, []).append(path.relative_to(package).as_posix())
+    assert found == {
+        "<!doctype": ["views/markup.py"],
+        "tostring(": ["views/markup.py"],
+        "plotly.subplots": ["views/chart.py"],
+        "go.Figure(": ["views/circuit_figure.py"],
+    }
 
 
 def test_page_can_be_written_whatever_the_tokens(quote_circuit):

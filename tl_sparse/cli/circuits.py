@@ -18,7 +18,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.frontier import attempted, frontier
 from tl_sparse.tasks import Task, check_names, table
-from tl_sparse.views import Chart, Page, Section, Table, page_html
+from tl_sparse.views import Chart, Page, PageCircuit, Section, Table, page_html
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Prune:
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
         circuit.save(folder)
-        write_atomic(page, f"<!doctype html><meta charset=utf-8>{circuit._repr_html_()}")
+        drawn = PageCircuit(circuit.table(), "circuit")
+        write_atomic(page, page_html(Page(f"Circuit of {task.name}", circuits=(drawn,))))
         say(f"{circuit!r}\nsaved in {folder}; drawing: {page}")
 
 

@@ -11,6 +11,7 @@ from tl_sparse.tasks import registry
 from tl_sparse.tasks.contexts import Split, check_split
 from tl_sparse.tasks.evaluate import TaskResult, evaluate_batch
 from tl_sparse.tasks.task import Task
+from tl_sparse.views.display import frame_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class TaskTable:
 
     def _repr_html_(self) -> str:
         frame = self.to_dataframe()
-        return frame.to_html(index=False, float_format="{:.3f}".format, na_rep="")
+        return frame_html("Tasks", f"{len(self.results)} of {len(frame)}", frame)
 
 
 def table(

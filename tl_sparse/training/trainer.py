@@ -24,6 +24,7 @@ from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import check_l0, final_budget, l0, project_all
 from tl_sparse.training import resume, train_step
 from tl_sparse.training.config import TrainingConfig
+from tl_sparse.views.display import frame_html
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class TrainingResult:
         return self.metrics
 
     def _repr_html_(self) -> str:
-        return self.metrics.dropna().to_html(index=False)
+        frame = self.metrics.dropna().reset_index(drop=True)
+        return frame_html("Training", f"{len(frame)} steps with a validation loss", frame)
 
 
 class Trainer:

@@ -7,7 +7,7 @@ import pandas as pd
 from tl_sparse.views.circuit_svg import circuit_element
 from tl_sparse.views.circuit_table import CircuitTable
 from tl_sparse.views.layout import circuit_layout
-from tl_sparse.views.markup import element
+from tl_sparse.views.markup import element, to_fragment
 from tl_sparse.views.table import add_table
 from tl_sparse.views.text import printable
 
@@ -22,14 +22,14 @@ def circuit_html(circuit: CircuitTable) -> str:
     """
     root = _titled(circuit.task, circuit.line)
     root.append(circuit_element(circuit_layout(circuit.nodes, circuit.edges), _MAX_EDGES))
-    return _fragment(root)
+    return to_fragment(root)
 
 
 def frame_html(title: str, line: str, frame: pd.DataFrame) -> str:
     """HTML for `_repr_html_` of a result: its title and one line of facts, then a table."""
     root = _titled(title, line)
     add_table(root, frame)
-    return _fragment(root)
+    return to_fragment(root)
 
 
 def _titled(title: str, line: str) -> ET.Element:
@@ -37,7 +37,3 @@ def _titled(title: str, line: str) -> ET.Element:
     head = element(root, "div", style="margin:0 0 .4em")
     element(head, "b", printable(title)).tail = f" · {printable(line)}"
     return root
-
-
-def _fragment(root: ET.Element) -> str:
-    return ET.tostring(root, encoding="unicode", method="html")

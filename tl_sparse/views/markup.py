@@ -1,7 +1,14 @@
 """Building HTML and SVG from element trees, so that every text is escaped by the serialiser."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
+from typing import Literal
+
+from tl_sparse.views.text import printable
+
+RAW = ("script", "style")
+"""Elements whose text is written as it is."""
 
 
 def element(
@@ -23,12 +30,37 @@ def element(
 
 def to_svg(root: ET.Element) -> str:
     """Serialise as XML with explicit end tags: valid inside HTML and as a file of its own."""
-    return ET.tostring(root, encoding="unicode", short_empty_elements=False)
+    return _serialised(root, "xml")
 
 
 def to_html(root: ET.Element) -> str:
     """Serialise as an HTML document; texts of script and style elements are written as they are."""
-    return "<!doctype html>\n" + ET.tostring(root, encoding="unicode", method="html") + "\n"
+    return "<!doctype html>\n" + _serialised(root, "html") + "\n"
+
+
+def to_fragment(root: ET.Element) -> str:
+    """Serialise as HTML for a notebook, whose MathJax leaves the texts alone."""
+    root.set("class", f"{root.get('class', '')} mathjax_ignore tex2jax_ignore".strip())
+    return _serialised(root, "html")
+
+
+def _serialised(root: ET.Element, method: Literal["xml", "html"]) -> str:
+    """The tree as a string, in which every text and attribute is escaped and printable."""
+    for node in root.iter():
+        if node.tag not in RAW:
+            node.text = _lines(node.text)
+        node.tail = _lines(node.tail)
+        node.attrib.update({name: printable(value) for name, value in node.attrib.items()})
+    return ET.tostring(root, encoding="unicode", method=method, short_empty_elements=False)
+
+
+def _lines(text: str | None) -> str | None:
+    """Printable text that keeps its line breaks."""
+    return text if text is None or text.isprintable() else re.sub(r"[^\n]+", _printable, text)
+
+
+def _printable(match: re.Match[str]) -> str:
+    return printable(match[0])
 
 
 def script_json(value: object) -> str:

@@ -142,7 +142,7 @@ def _payload(page_circuit: PageCircuit, layout: Layout) -> dict[str, object]:
     place = pd.Series(range(len(nodes)), index=nodes["id"], dtype=int)
     head = nodes["head"].astype("Int64").fillna(-1).astype(int)
     columns = zip(
-        nodes["id"], node_names(nodes), node_facts(nodes), node_labels(nodes),
+        nodes["id"].map(printable), node_names(nodes), node_facts(nodes), node_labels(nodes),
         nodes["hook"].astype(str).map(printable), nodes["site"], nodes["layer"].astype(int),
         nodes["channel"].astype(int), head, nodes["row"].astype(int), strict=True,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _payload(page_circuit: PageCircuit, layout: Layout) -> dict[str, object]:
             for source, target, matrix, weight in zip(
                 place[edges["source_id"]].tolist(),
                 place[edges["target_id"]].tolist(),
-                edges["matrix"].astype(str),
+                edges["matrix"].astype(str).map(printable),
                 edges["weight"].astype(float),
                 strict=True,
             )

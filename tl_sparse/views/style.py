@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from tl_sparse.sites import SITES
-from tl_sparse.views.text import number
+from tl_sparse.views.text import number, printable
 
 POSITIVE = "#2f6fd0"
 NEGATIVE = "#d43d3d"
@@ -50,7 +50,7 @@ def node_places(nodes: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     known = nodes["site"].isin(list(SITE_STYLES))
     hook = nodes["hook"].astype(str)
     block = hook.str.extract(r"^blocks\.(\d+)\.")[0].astype("Int64")
-    words = hook.str.replace(r"^blocks\.\d+\.|hook_", "", regex=True)
+    words = hook.str.replace(r"^blocks\.\d+\.|hook_", "", regex=True).map(printable)
     labels = nodes["site"].map(lambda site: site_style(site).label)
     return block.where(~known).fillna(nodes["layer"]).astype(int), labels.where(known, words)
 

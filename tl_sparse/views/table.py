@@ -20,7 +20,7 @@ def add_table(parent: ET.Element, table: pd.DataFrame) -> None:
     """
     if not isinstance(table.index, pd.RangeIndex):
         names = ["" if name is None else str(name) for name in table.index.names]
-        table = table.reset_index(names=names)
+        table = table.reset_index(names=names, allow_duplicates=True)
     head_row, body = table_frame(parent)
     columns = [table.iloc[:, i] for i in range(table.shape[1])]
     texts = [_texts(column) for column in columns]

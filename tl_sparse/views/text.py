@@ -8,6 +8,8 @@ from math import isnan
 def printable(text: str) -> str:
     """Text in which every character without a glyph (control, bidirectional override, lone
     surrogate) is written as its code, e.g. "\\u202e"."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else _code(c) for c in text)
 
 
@@ -27,10 +29,12 @@ def shorten(text: str, letters: int) -> str:
 def plotly_text(text: object) -> str:
     """Text for any label, title or hover text of a Plotly figure, which reads a little HTML.
 
-    A newline starts a new line; everything else is shown as it is.
+    A newline starts a new line; everything else is shown as it is. Where MathJax is loaded, as in
+    notebooks, Plotly would read what stands between dollar signs as TeX, which has links too.
     """
     # Plotly shows an escaped quotation mark as its code
-    return "<br>".join(escape(printable(line), quote=False) for line in str(text).split("\n"))
+    lines = (escape(printable(line), quote=False) for line in str(text).split("\n"))
+    return "<br>".join(lines).replace("$", "&#36;")
 
 
 def number(value: float, keep_zeros: bool = False) -> str:
