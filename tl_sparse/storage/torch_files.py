@@ -1,7 +1,8 @@
 """``.pt`` and ``.pth`` files, read without running what is in them.
 
 Such a file is a zip archive around a pickle. It is read with torch's weights-only unpickler, and
-only if its parts together are no larger than the file, so that they cannot unpack to more.
+only if its parts together are no larger than the file, and what they say, written out, is not out
+of all proportion: so it cannot unpack to more.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_sparse.storage.extent import MAX_ENTRIES, check_extent, check_pickle
 from tl_sparse.storage.read_file import check_file
 
+PICKLE = "data.pkl"
 MAX_BYTES = 1 << 38
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,20 +27,27 @@ def read_pt(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, unpacks to more than its size, or holds anything else.
+        ValueError: it is truncated, unpacks to more than its size, or says more than it may (see
+            :mod:`~tl_sparse.storage.extent`), or holds anything else.
     """
     size = check_file(path, MAX_BYTES)
+    most = max(size, MAX_ENTRIES)
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-        if sum(part.file_size for part in parts) > size:
-            raise ValueError("its parts are compressed, or overlap")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            if sum(part.file_size for part in parts) > size:
+                raise ValueError("its parts are compressed, or overlap")
+            for part in parts:
+                if part.filename.endswith(PICKLE):
+                    check_pickle(archive.read(part), most)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        check_extent(values, most)
     except Exception as error:  # torch raises whatever the broken archive provokes
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is truncated or no weights-only checkpoint: {reason:.300}"
         ) from error
+    return values
 
 
 def check_plain(name: str, tensor: Any) -> Tensor:
