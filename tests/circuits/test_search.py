@@ -288,14 +288,14 @@ def test_a_relative_name_is_one_in_the_working_directory(setting, pruned, tmp_pa
 def test_a_place_that_is_no_regular_file_is_refused_at_once(setting, pruned, tmp_path):
     os.mkfifo(tmp_path / "pipe.db")
     for place in (tmp_path / "pipe.db", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match="no regular file"):
+        with pytest.raises(ValueError, match="where a file is expected"):
             run(setting, storage=place)
 
 
 def test_a_file_that_is_no_study_is_refused(setting, pruned, tmp_path):
     text, other = tmp_path / "text.db", tmp_path / "other.db"
     text.write_text("no database at all, but long enough to be looked at " * 40)
-    with pytest.raises(ValueError, match="holds no search"):
+    with pytest.raises(ValueError, match=r"text\.db is no SQLite database"):
         run(setting, storage=text)
     optuna.create_study(study_name="tl_sparse", storage=f"sqlite:///{other}").optimize(
         lambda trial: trial.suggest_float("x", 0, 1), n_trials=1
@@ -321,6 +321,56 @@ def test_a_stored_config_is_checked_before_it_is_used(setting, pruned, tmp_path)
         )
     with pytest.raises(ValueError, match="steps"):
         run(setting, replace(SMALL, rounds=1), storage=file)
+
+
+HOSTILE = {
+    "a view in a table's place": (
+        "alter table trials rename to t; create view trials as with recursive r(i) as "
+        "(select 1 union all select i + 1 from r) select t.* from t, r"
+    ),
+    "a trigger": "create trigger a after update on trials begin delete from trials; end",
+    "no record": "delete from trial_user_attributes where key = 'record'",
+    "a list": "update trial_user_attributes set value_json = '[1]' where key = 'record'",
+    "NaN": "update trial_user_attributes set value_json = replace(value_json, "
+           "'\"selection_loss\": ', '\"selection_loss\": NaN, \"x\": ') where key = 'record'",
+    "a depth": "update trial_user_attributes set value_json = "
+               "replace(hex(zeroblob(50000)), '00', '[')",
+    "a state": "update trials set state = 'ASLEEP'",
+    "no value": "delete from trial_values",
+    "a distribution": "update trial_params set distribution_json = '{\"name\": \"os.system\"}'",
+    "a number in text": "update trial_params set param_value = 'x'",
+    "no directions": "delete from study_directions",
+    "no identity": "delete from study_user_attributes",
+    "an identity that is no object": "update study_user_attributes set value_json = '3'",
+    "a missing table": "drop table trial_params",
+    "another version": "update alembic_version set version_num = 'v99'",
+}  # fmt: skip
+
+
+def test_a_damaged_or_hostile_database_is_refused(setting, pruned, tmp_path):
+    file = tmp_path / "s.db"
+    config = SearchConfig(rounds=1, suggestions=2)
+    run(setting, config, storage=file)
+    whole = file.read_bytes()
+    for name, statements in HOSTILE.items():
+        file.write_bytes(whole)
+        with sqlite3.connect(file) as database:
+            database.executescript(statements)
+        database.close()
+        with pytest.raises(ValueError, match=r"s\.db") as caught:
+            run(setting, config, storage=file)
+        assert "\n" not in str(caught.value).strip(), name
+    for place in ("s.db-journal", "s.db-wal"):
+        file.write_bytes(whole)
+        os.mkfifo(tmp_path / place)
+        with pytest.raises(ValueError, match=f"{place} is a pipe"):
+            run(setting, config, storage=file)
+        (tmp_path / place).unlink()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"s\.db"):
+        run(setting, config, storage=file)
+    file.write_bytes(whole)
+    assert len(run(setting, config, storage=file).trials) == 2
 
 
 def test_a_deleted_circuit_is_missed(setting, pruned, tmp_path):

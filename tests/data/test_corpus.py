@@ -113,7 +113,7 @@ def test_an_index_with_foreign_fields_is_refused(corpus, tmp_path):
     index = json.loads((copy / "corpus.json").read_text())
     index["config"]["surprise"] = 1
     (copy / "corpus.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="unknown CorpusConfig key.* surprise"):
+    with pytest.raises(ValueError, match=r"unknown CorpusConfig key.* surprise"):
         TokenizedCorpus.load(copy)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ def search(
     with search_study.quiet():
         sampler = search_study.SlotSampler(config, base, wanted)
         study = search_study.open_study(path, sampler, identity(run, config))
+        check_trials(search_study.finished(study), path, set(wanted))
         with (
             search_study.Worker(study, path) as worker,
             tqdm(
@@ -167,6 +168,39 @@ def record_of(config: PruningConfig, found: Circuit | PruningFailed) -> dict[str
         "accuracy": found.accuracy,
         "seconds": found.seconds,
     }
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What is stored of a trial; of one without a circuit, only the first three."""
+
+    config: PruningConfig
+    feasible: bool
+    selection_loss: float
+    n_nodes: int = 1
+    n_edges: int = 0
+    loss: float = 0.0
+    accuracy: float = 0.0
+    seconds: float = 0.0
+
+
+def check_trials(trials: Sequence[FrozenTrial], path: Path | None, wanted: set[str]) -> None:
+    """ValueError unless every finished trial has the settings, values and record of one."""
+    for trial in trials:
+        try:
+            record = dataclass_from_json(TrialRecord, trial.user_attrs.get(RECORD))
+            numbers = (record.selection_loss, record.loss, record.accuracy, record.seconds)
+            if not all(map(math.isfinite, numbers)) or record.n_nodes < 0 or record.n_edges < 0:
+                raise ValueError("a number that is not finite, or a count below 0")
+            if set(trial.params) != wanted:
+                raise ValueError(f"it has settings of {', '.join(trial.params) or 'nothing'}")
+            if trial.values is None or not all(map(math.isfinite, trial.values)):
+                raise ValueError(f"its values are {trial.values!r:.80}")
+            expected = len(fields(TrialRecord)) if record.feasible else 3
+            if len(trial.user_attrs[RECORD]) != expected:
+                raise ValueError(f"{len(trial.user_attrs[RECORD])} entries, not {expected}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: trial {trial.number} is broken: {error}") from error
 
 
 def values_of(record: dict[str, Any], n_nodes: int, config: SearchConfig) -> list[float]:

@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_config import RANGES, SearchConfig, starts, with_settings
+from tl_sparse.storage.database_files import check_database
 
 NAME, IDENTITY, WORKER = "tl_sparse", "identity", "worker"
 LOCK_SECONDS = 120.0  # how long to wait while another process writes to the file
@@ -153,8 +153,7 @@ def open_study(
             what it differs.
     """
     if storage is not None:
-        if storage.exists() and not storage.is_file():
-            raise ValueError(f"{storage} is no regular file: choose another name")
+        check_database(storage, LOCK_SECONDS)
         storage.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(storage):  # of two processes that make the same tables at once, one has to wait
@@ -163,8 +162,11 @@ def open_study(
         if IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
             study.set_user_attr(IDENTITY, mine)
         theirs = study.user_attrs.get(IDENTITY)
-    except (SQLAlchemyError, RuntimeError, optuna.exceptions.OptunaError) as error:
-        raise ValueError(f"{storage} holds no search of tl_sparse: {error}") from error
+        if len(study.directions) != objectives(sampler.config):
+            raise ValueError(f"it has {len(study.directions)} objectives")
+        study.get_trials(deepcopy=False)  # every row, while what is wrong with one is its file's
+    except Exception as error:  # Optuna does with a row whatever the row says
+        raise ValueError(f"{storage} holds no search of tl_sparse: {error!r:.300}") from error
     if not isinstance(theirs, dict):
         raise ValueError(f"{storage} holds no search of tl_sparse: choose another file")
     if wrong := sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key)):
@@ -185,11 +187,15 @@ def create(storage: Path | None, sampler: SlotSampler) -> optuna.Study:
         backend = optuna.storages.RDBStorage(
             "sqlite:///in-the-file", engine_kwargs={"creator": opened}
         )
-    n_objectives = 1 if sampler.config.objective == "nodes" else 2
     return optuna.create_study(
         study_name=NAME, storage=backend, sampler=sampler, load_if_exists=True,
-        directions=["minimize"] * n_objectives,
+        directions=["minimize"] * objectives(sampler.config),
     )  # fmt: skip
+
+
+def objectives(config: SearchConfig) -> int:
+    """How many numbers are minimised."""
+    return 1 if config.objective == "nodes" else 2
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:

@@ -241,7 +241,7 @@ def _is_as_described(path: Path, expected: Any) -> bool:
 
 
 def read_ids(path: Path, length: int, n_tokens: int) -> UInt16[np.ndarray, " token"]:
-    """The token ids in a file, memory-mapped; `ValueError` unless so many and all below n_tokens."""
+    """The ids in a file, memory-mapped; `ValueError` unless there are `length` below n_tokens."""
     if length < 1 or check_file(path, MAX_BYTES) != 2 * length:
         raise ValueError(f"corpus file {path} does not hold the {length} tokens of its index")
     ids = np.memmap(path, dtype=np.uint16, mode="r")
