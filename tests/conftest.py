@@ -164,7 +164,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def make_tokenizer() -> Callable[..., Any]:
-    """``make_tokenizer(pad="<pad>")``: a tokenizer over the words w3 .. w29, by number."""
+    """``make_tokenizer(pad="<pad>", adds_bos=False)``: a tokenizer over the words w3 .. w29."""
     from tests.conformance.models import make_tokenizer
 
     return make_tokenizer

@@ -6,6 +6,7 @@ Everything else in this package imports TransformerLens names from here.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping
@@ -222,9 +223,15 @@ def transformer_lens_model(
         model = bridge_class().boot_native(config, device=fields["device"], dtype=fields["dtype"])
         model.load_state_dict(convert_tl_checkpoint(dict(weights), config), strict=True)
     if tokenizer is not None:
-        # not set_tokenizer, which would reload it by its name, if it has one
+        # what set_tokenizer does, which would reload it by its name, if it has one
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.eos_token
         model.tokenizer = tokenizer
-        model.cfg.tokenizer_prepends_bos = False
+        added = tokenizer("")["input_ids"]
+        prepends_bos = added[:1] == [tokenizer.bos_token_id]
+        model.cfg.tokenizer_prepends_bos = prepends_bos
+        model.cfg.tokenizer_appends_eos = added[prepends_bos:] == [tokenizer.eos_token_id]
         model.cfg.default_prepend_bos = fields["default_prepend_bos"]
     for parameter in model.parameters():
         parameter.requires_grad_(True)

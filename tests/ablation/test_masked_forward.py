@@ -15,6 +15,7 @@ from tl_sparse.ablation.masked_forward import (
     tiled,
 )
 from tl_sparse.sites import SITE_NAMES, NodeIndex
+from tl_sparse.tasks import evaluate_task
 
 
 @pytest.fixture(params=["plain", "together", "abstopk_resid", "standard", "attn_only", "dense"])
@@ -200,3 +201,20 @@ def test_gates_have_the_gradient_of_mixing_by_hand(small_model, batch):
     (expected,) = torch.autograd.grad(by_hand.square().sum(), gates)
     assert float(expected.abs().max()) > 1e-3
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_all_runs_of_a_batch_agree_whatever_side_the_model_pads_on(
+    small_model, make_tokenizer, marks
+):
+    """A batch is padded on the right and begins with BOS: nothing of it is left padding."""
+    task = replace(marks, tokenizer=make_tokenizer("<bos>"))
+    plain, rows = small_model("standard"), task.batch(6, split="held_out", seed=0)
+    expected = evaluate_task(plain, task, 6).losses
+    left = small_model("standard", tokenizer=task.tokenizer, default_prepend_bos=False)
+    left.padding_side = "left"
+    index = NodeIndex.of(left)
+    everything = torch.ones(1, index.n_nodes, dtype=torch.bool)
+    masked = masked_losses(left, rows, index, everything, torch.zeros(index.n_nodes))
+    torch.testing.assert_close(evaluate_task(left, task, 6).losses, expected)
+    torch.testing.assert_close(F.softplus(-task_logit_diffs(left, rows)), expected)
+    torch.testing.assert_close(masked, expected.mean()[None])

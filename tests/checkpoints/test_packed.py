@@ -182,6 +182,27 @@ def test_tokenizer_travels_along(small_model, make_tokenizer, tmp_path):
     assert SparseTransformer.from_pretrained(tmp_path / "bare").tokenizer is None
 
 
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>", None])
+def test_the_sides_of_a_tokenizer_are_saved_however_they_were_set(
+    small_model, make_tokenizer, tmp_path, pad
+):
+    texts, long = ["w4 w5", "w6"], "w8 " * 20
+    given = small_model(tokenizer=make_tokenizer(pad))
+    given.set_tokenizer(given.tokenizer, default_padding_side="left")
+    later = small_model(tokenizer=make_tokenizer(pad))
+    later.tokenizer.padding_side = later.tokenizer.truncation_side = "left"
+    right = small_model(tokenizer=make_tokenizer(pad))
+    for name, model in (("given", given), ("later", later), ("right", right)):
+        model.save_pretrained(tmp_path / name)
+        loaded = SparseTransformer.from_pretrained(tmp_path / name)
+        assert loaded.tokenizer.padding_side == model.tokenizer.padding_side
+        assert loaded.tokenizer.truncation_side == model.tokenizer.truncation_side
+        assert torch.equal(loaded.to_tokens(texts), model.to_tokens(texts))
+        assert torch.equal(loaded(texts), model(texts))
+        assert torch.equal(loaded.to_tokens(long), model.to_tokens(long))
+    assert [given.padding_side, later.padding_side, right.padding_side] == ["left", "left", "right"]
+
+
 def test_two_saves_are_the_same_bytes(small_model, tmp_path):
     for name in ("a", "b"):
         small_model().save_pretrained(tmp_path / name)

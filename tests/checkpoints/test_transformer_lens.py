@@ -188,6 +188,24 @@ def test_dtype_tokenizer_and_defaults_come_along(make_tokenizer):
     assert ours.to_tokens("w3 w4", prepend_bos=True).tolist() == [[1, 3, 4]]
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", None])
+def test_converted_models_make_the_same_tokens_of_text(small_model, make_tokenizer, pad, adds_bos):
+    ours = small_model("standard", tokenizer=make_tokenizer(pad, adds_bos))
+    texts, rows = ["w4 w5", "w6"], {}
+    for side in ("left", "right"):
+        ours.set_tokenizer(ours.tokenizer, default_padding_side=side)
+        theirs = ours.to_transformer_lens()
+        back = SparseTransformer.from_transformer_lens(theirs)
+        assert theirs.tokenizer.padding_side == back.padding_side == side
+        for prepend_bos in (True, False):
+            rows = ours.to_tokens(texts, prepend_bos)
+            assert torch.equal(theirs.to_tokens(texts, prepend_bos), rows)
+            assert torch.equal(back.to_tokens(texts, prepend_bos), rows)
+        torch.testing.assert_close(theirs(texts)[:, -1], ours(texts)[:, -1], atol=1e-5, rtol=1e-5)
+    assert ours.tokenizer.pad_token == pad
+
+
 def test_the_converted_model_is_a_copy(tokens):
     theirs = their_own()
     ours = SparseTransformer.from_transformer_lens(theirs)

@@ -80,16 +80,23 @@ def random_model(config: Any, tokenizer: Any = None, zeros: float = 0.0) -> Any:
     return model.eval()
 
 
-def make_tokenizer(pad: str | None = "<pad>") -> Any:
-    """A tokenizer, made in memory, over the words w3 .. w29 by number; <bos> is 1, <eos> is 2."""
+def make_tokenizer(pad: str | None = "<pad>", adds_bos: bool = False) -> Any:
+    """A tokenizer, made in memory, over the words w3 .. w29 by number; <bos> is 1, <eos> is 2.
+
+    With ``pad`` None it has no pad token, as GPT-2's; with ``adds_bos`` it begins texts with <bos>
+    by itself, as Llama's.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, D_VOCAB))]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
     core.pre_tokenizer = WhitespaceSplit()
+    if adds_bos:
+        core.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
     if pad is not None:
         special["pad_token"] = pad

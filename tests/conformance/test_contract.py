@@ -127,6 +127,7 @@ GENERATE = [
     ("do_sample", True), ("top_k", None), ("top_p", None), ("temperature", 1.0),
     ("freq_penalty", 0.0), ("use_past_kv_cache", True), ("prepend_bos", None),
     ("padding_side", None), ("return_type", "input"), ("verbose", True),
+    ("attention_mask", None),
 ]  # fmt: skip
 
 

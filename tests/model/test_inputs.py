@@ -172,13 +172,66 @@ def test_left_padded_strings_find_their_own_mask(small_model, make_tokenizer, op
     assert torch.equal(model(texts), logits)
 
 
-@pytest.mark.parametrize("pad", ["<pad>", "<bos>"])
-def test_the_bos_token_stays_visible_when_it_pads_too(small_model, make_tokenizer, pad):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("start", [[1, 1], [0, 1], [0, 0]])
+def test_token_ids_are_never_masked_by_what_they_are(small_model, make_tokenizer, side, start):
+    """As TransformerLens 4 does it; 3.9 masks leading pad tokens if the tokenizer pads left."""
+    plain = small_model("standard")
+    model = small_model("standard", tokenizer=make_tokenizer("<bos>" if start[0] else "<pad>"))
+    model.padding_side = side
+    model.cfg.default_prepend_bos = False
+    tokens = torch.tensor([[*start, 5], [*start, 6]])
+    assert torch.equal(model(tokens), plain(tokens))
+    assert torch.equal(model.input_to_embed(tokens)[0], plain(tokens, stop_at_layer=0))
+    loss = model(tokens, return_type="loss")
+    assert torch.equal(loss, plain(tokens, return_type="loss"))
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>", None])
+def test_token_ids_that_look_padded_and_have_no_mask_are_warned_of(
+    small_model, make_tokenizer, recwarn, pad
+):
     model = small_model(tokenizer=make_tokenizer(pad))
-    tokens = model.to_tokens(["w3 w4", "w5"], padding_side="left")
-    mask = model.padding_mask(tokens, prepend_bos=True)
-    assert mask.tolist() == [[True, True, True], [False, True, True]]
-    assert model.padding_mask(tokens[:1], prepend_bos=True) is None
+    tokens, mask = model.to_padded_tokens(["w3 w4", "w5"], padding_side="left")
+    model(tokens)
+    model.padding_side = "left"
+    model(tokens, attention_mask=mask)
+    model(tokens[:1])
+    model(["w3 w4", "w5"])
+    assert not recwarn
+    for call in (
+        lambda: model(tokens),
+        lambda: model.generate(tokens, padding_side="right", max_new_tokens=1),
+    ):
+        with pytest.warns(UserWarning, match="pass the attention_mask that"):
+            call()
+
+
+def wrong_masks(batch, n):
+    """Masks that do not belong to a batch of tokens."""
+    ones = torch.ones(batch, n, dtype=torch.long)
+    each_pair = ones[:, None] * ones[..., None]
+    shapes = [ones[:1], ones[0], ones[:, 1:], ones.T, ones[:, None, None], each_pair]
+    values = [ones * -1e9, 2 * ones, 0.5 * ones]
+    return [*shapes, torch.cat([ones, ones], 1), *values]
+
+
+@pytest.mark.parametrize("wrong", range(10))
+def test_a_mask_that_is_not_one_entry_for_each_token_is_refused(small_model, tokens, wrong):
+    model = small_model("standard")
+    mask, logits = wrong_masks(*tokens.shape)[wrong], model(tokens)
+    for call in (
+        lambda: model(tokens, attention_mask=mask),
+        lambda: model(tokens, return_type="loss", attention_mask=mask),
+        lambda: model(logits[..., :16], start_at_layer=1, tokens=tokens, attention_mask=mask),
+        lambda: model.loss_fn(logits, tokens, mask),
+        lambda: model.loss_fn(logits, tokens, mask, per_token=True),
+        lambda: model.input_to_embed(tokens, attention_mask=mask),
+        lambda: model.get_residual(model.embed(tokens), 0, attention_mask=mask),
+        lambda: model.generate(tokens, 1, stop_at_eos=False, attention_mask=mask),
+    ):
+        with pytest.raises(ValueError, match="attention_mask"):
+            call()
 
 
 def test_unknown_padding_side_names_the_sides(small_model, make_tokenizer):
@@ -234,6 +287,66 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence(small_model, tokens, opt
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="13 tokens do not fit n_ctx=12"):
         model(tokens[:, :5], past_kv_cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", SMOOTH)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_cache_continues_residual_streams_at_any_layer(small_model, tokens, option, padding):
+    model, n_layers = small_model(option), 2
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    whole, acts = model.run_with_cache(tokens, attention_mask=mask)
+    for layer in range(n_layers + 1):
+        stream = acts["resid_post", 1] if layer == n_layers else acts["resid_pre", layer]
+        cache = KeyValueCache.init_cache(model.cfg, "cpu", 2)
+        pieces = [model(tokens[:, :3], attention_mask=mask[:, :3], past_kv_cache=cache)]
+        for start, stop in ((3, 5), (5, 8)):
+            here = slice(start, stop)
+            pieces.append(
+                model(stream[:, here], start_at_layer=layer, tokens=tokens[:, here],
+                      past_kv_cache=cache)
+            )  # fmt: skip
+        torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()],
+                                   atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("says_it_twice", [False, True])
+def test_a_cache_of_blocks_that_run_one_after_the_other(small_model, tokens, says_it_twice):
+    """Lower blocks first, in two parts, then upper ones: the padding is remembered."""
+    model, mask = small_model("standard"), torch.ones_like(tokens)
+    mask[0, :2] = 0
+    whole = model(tokens, attention_mask=mask)
+    loss = model(tokens, attention_mask=mask, return_type="loss")
+    cache = KeyValueCache.init_cache(model.cfg, "cpu", 2)
+    lower = [
+        model(tokens[:, a:b], attention_mask=mask[:, a:b], past_kv_cache=cache, stop_at_layer=1)
+        for a, b in ((0, 3), (3, 8))
+    ]
+    with pytest.raises(ValueError, match=r"has seen \[8, 0\] tokens in blocks \[0, 1\]"):
+        model(tokens[:, :1], past_kv_cache=cache)
+    upper = {"start_at_layer": 1, "tokens": tokens, "past_kv_cache": cache}
+    given = {"attention_mask": mask} if says_it_twice else {}
+    found = model(torch.cat(lower, 1), **upper, **given, return_type="both")
+    torch.testing.assert_close(found.logits[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss, loss, atol=1e-5, rtol=1e-5)
+    assert torch.equal(cache.previous_attention_mask, mask)
+
+
+@torch.no_grad()
+def test_a_mask_may_cover_what_a_cache_has_seen(small_model, tokens):
+    model, mask = small_model("standard"), torch.ones_like(tokens)
+    mask[0, :2] = 0
+    cache = KeyValueCache.init_cache(model.cfg, "cpu", 2)
+    first = model(tokens[:, :5], attention_mask=mask[:, :5], past_kv_cache=cache)
+    cache.freeze()
+    for later in (mask, mask[:, 5:]):
+        rest = model(tokens[:, 5:], attention_mask=later, past_kv_cache=cache)
+        whole = model(tokens, attention_mask=mask)
+        torch.testing.assert_close(torch.cat([first, rest], 1)[mask.bool()], whole[mask.bool()],
+                                   atol=1e-5, rtol=1e-5)  # fmt: skip
+        assert cache.previous_attention_mask.shape == (2, 5)
 
 
 @pytest.mark.parametrize("option", SMOOTH)

@@ -60,27 +60,52 @@ def test_a_text_has_the_logits_that_it_has_alone(model, option, pad):
 @pytest.mark.parametrize("lengths", [(10,), (4, 6), (1, 8, 1), (9, 1)])
 def test_a_cache_gives_the_logits_of_one_run(model, option, lengths):
     model = model(option)
-    tokens = model.to_tokens(TEXTS, padding_side="left")
-    mask = model.padding_mask(tokens, prepend_bos=True).long()
+    tokens, mask = model.to_padded_tokens(TEXTS, padding_side="left")
     whole = model(tokens, attention_mask=mask)
     cache, seen, pieces = KeyValueCache.init_cache(model.cfg, "cpu", 3), 0, []
     for n in lengths:
         here = slice(seen, seen + n)
         pieces.append(model(tokens[:, here], attention_mask=mask[:, here], past_kv_cache=cache))
         seen += n
-    close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
+    close(torch.cat(pieces, 1)[mask], whole[mask])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>", "<eos>", None])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_that_bring_their_bos_have_the_logits_that_they_have_alone(model, pad, side):
+    """Which tokens are padding follows from the lengths: no id tells a BOS from padding."""
+    model, how = model("standard", pad), {"padding_side": side, "prepend_bos": False}
+    padding = pad or "<eos>"
+    texts = ["<bos>a bad cab", "<bos>fade", "<bos>", "<bos><bos>a<eos>", f"{padding}{padding}b"]
+    logits = model(texts, **how)
+    for text, row in zip(texts, logits, strict=True):
+        alone = model(text, prepend_bos=False)[0]
+        close(row[-len(alone) :] if side == "left" else row[: len(alone)], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_follows_a_padded_batch_in_a_cache_does_not_see_the_padding(model, side):
+    model, words = model("standard"), torch.tensor([[5, 6], [7, 8], [9, 9]])
+    cache = KeyValueCache.init_cache(model.cfg, "cpu", 3)
+    model(TEXTS, padding_side=side, past_kv_cache=cache)
+    later = model(words, past_kv_cache=cache)
+    for text, row, more in zip(TEXTS, later, words, strict=True):
+        whole = torch.cat([model.to_tokens(text), more[None]], dim=1)
+        close(row, model(whole)[0, -2:])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_run_of_one_text_is_a_run_of_the_batch_at_any_layer(model, option):
-    """Starting at a layer, the tokens or the mask say where padding is."""
+    """Starting at a layer, the mask says where padding is."""
     model = model(option)
     model.set_tokenizer(model.tokenizer, default_padding_side="left")
     resid, tokens, _, mask = model.input_to_embed(TEXTS)
     whole = model(TEXTS)
-    assert torch.equal(model(resid, start_at_layer=0, tokens=tokens), whole)
     assert torch.equal(model(resid, start_at_layer=0, tokens=tokens, attention_mask=mask), whole)
+    assert torch.equal(model(tokens, attention_mask=mask), whole)
     _, cache = model.run_with_cache(TEXTS)
     close(cache.decompose_resid().sum(0), cache["resid_post", 1])
     for i, text in enumerate(TEXTS):

@@ -78,8 +78,9 @@ def write_openai(
     """Write a checkpoint in the format of openai/circuit_sparsity atomically.
 
     :func:`read_openai` gives the same checkpoint back, to the bit. The config's ``seed``,
-    ``initializer_range`` and ``default_prepend_bos`` have no place in the format; half-precision
-    weights come back as the same numbers in float32, and a zero positional table as none.
+    ``initializer_range`` and ``default_prepend_bos``, and the tokenizer's padding side, have no
+    place in the format; half-precision weights come back as the same numbers in float32, and a zero
+    positional table as none.
 
     Args:
         checkpoint: what to write.

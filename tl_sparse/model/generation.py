@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparse.compat import KeyValueCache, tl_utils
+from tl_sparse.model.inputs import check_attention_mask, warn_of_padding
 from tl_sparse.model.parts import ModelParts
 
 GENERATED = ("input", "str", "tokens")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to before their character is complete
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """Token ids."""
+    real: Bool[Tensor, "batch pos"]
+    """Which of them are no padding."""
+
+    def continued(
+        self, row: int, tokens: Int[Tensor, "batch longer"], stop_tokens: Sequence[int]
+    ) -> list[int]:
+        """A row's tokens without padding, up to the one that ended it."""
+        n = self.tokens.shape[1]
+        new = tokens[row, n:].tolist()
+        end = next((i + 1 for i, token in enumerate(new) if token in stop_tokens), len(new))
+        return self.tokens[row][self.real[row]].tolist() + new[:end]
 
 
 class GenerationMixin(ModelParts):
@@ -41,27 +62,33 @@ class GenerationMixin(ModelParts):
         padding_side: str | None = None,
         return_type: str = "input",
         verbose: bool = True,
+        attention_mask: Tensor | None = None,
     ) -> Any:
         """Continue a prompt; strings give strings and tokens [batch, pos] give tokens.
 
         ``return_type`` "str" or "tokens" asks for the one or the other; arguments are those of
-        ``HookedTransformer.generate``. Strings come without BOS and padding.
+        ``HookedTransformer.generate``. Strings are padded on the left, whatever ``padding_side``
+        says, as new tokens come on the right; padding in tokens is what ``attention_mask`` [batch,
+        pos] has 0 at. What comes as text ends where its row ended, and special tokens are left out,
+        as in TransformerLens.
 
         Raises:
-            ValueError: prompt and new tokens do not fit n_ctx; no EOS token to stop at; an unknown
-                return_type, or strings without a tokenizer.
+            ValueError: prompt and new tokens do not fit n_ctx, or there is no token to go on from;
+                no EOS token to stop at; an attention mask that does not fit or ends in padding; an
+                unknown return_type, or strings without a tokenizer.
         """
         as_text = self.generates_text(input, return_type)
-        tokens = self.input_tokens(input, prepend_bos, padding_side or "left")
+        prompt = self.prompt(input, attention_mask, prepend_bos, padding_side)
+        stop_tokens = self.stop_tokens(stop_at_eos, eos_token_id)
+        tokens = prompt.tokens
         for longer in self.continuations(
-            tokens, max_new_tokens, self.stop_tokens(stop_at_eos, eos_token_id), use_past_kv_cache,
-            prepend_bos, do_sample, top_k=top_k, top_p=top_p, temperature=temperature,
-            freq_penalty=freq_penalty,
+            prompt, max_new_tokens, stop_tokens, use_past_kv_cache, do_sample, top_k=top_k,
+            top_p=top_p, temperature=temperature, freq_penalty=freq_penalty,
         ):  # fmt: skip
             tokens = longer
         if not as_text:
             return tokens
-        texts = self.texts(tokens)
+        texts = self.texts(prompt, tokens, stop_tokens)
         return texts[0] if isinstance(input, str) else texts
 
     def generate_stream(
@@ -81,6 +108,7 @@ class GenerationMixin(ModelParts):
         padding_side: str | None = None,
         return_type: str = "input",
         verbose: bool = True,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[Any]:
         """Yield what :meth:`generate` returns in pieces, which put together are all of it.
 
@@ -88,30 +116,56 @@ class GenerationMixin(ModelParts):
         prompt. Text is held back while a character of it is not complete.
         """
         as_text = self.generates_text(input, return_type)
-        prompt = self.input_tokens(input, prepend_bos, padding_side or "left")
-        done, texts = 0, [""] * len(prompt)
+        prompt = self.prompt(input, attention_mask, prepend_bos, padding_side)
+        stop_tokens = self.stop_tokens(stop_at_eos, eos_token_id)
+        done, texts = 0, [""] * len(prompt.tokens)
 
         def piece(tokens: Tensor) -> Any:
             if not as_text:
                 return tokens[:, done:]
-            before, texts[:] = list(texts), self.texts(tokens)
+            before, texts[:] = list(texts), self.texts(prompt, tokens, stop_tokens)
             new = [text[len(old) :] for old, text in zip(before, texts, strict=True)]
             return new[0] if isinstance(input, str) else new
 
-        tokens = prompt
+        tokens = prompt.tokens
         for tokens in self.continuations(
-            prompt, max_new_tokens, self.stop_tokens(stop_at_eos, eos_token_id), use_past_kv_cache,
-            prepend_bos, do_sample, top_k=top_k, top_p=top_p, temperature=temperature,
-            freq_penalty=freq_penalty,
+            prompt, max_new_tokens, stop_tokens, use_past_kv_cache, do_sample, top_k=top_k,
+            top_p=top_p, temperature=temperature, freq_penalty=freq_penalty,
         ):  # fmt: skip
             if tokens.shape[1] - done < max_tokens_per_yield:
                 continue
-            if as_text and any(text.endswith(UNFINISHED) for text in self.texts(tokens)):
+            if as_text and any(
+                text.endswith(UNFINISHED) for text in self.texts(prompt, tokens, stop_tokens)
+            ):
                 continue
             yield piece(tokens)
             done = tokens.shape[1]
-        if tokens.shape[1] > max(done, prompt.shape[1]):
+        if tokens.shape[1] > max(done, prompt.tokens.shape[1]):
             yield piece(tokens)
+
+    def prompt(
+        self,
+        input: Any,
+        attention_mask: Tensor | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+    ) -> Prompt:
+        """The input as tokens, padding on the left, and which of them are real."""
+        self.side(padding_side)  # an unknown one is an error, though strings are padded left
+        tokens, padding = self.input_tokens(input, prepend_bos, "left")
+        check_attention_mask(attention_mask, *tokens.shape)
+        if attention_mask is None and isinstance(input, Tensor):
+            warn_of_padding(tokens, self.tokenizer)
+        mask = padding if attention_mask is None else attention_mask
+        if mask is None:
+            mask = torch.ones_like(tokens)
+        real = mask.bool().to(tokens.device)
+        if not tokens.shape[1] or not bool(real[:, -1].all()):
+            raise ValueError(
+                "every row must end in a token to go on from: no empty text without BOS, and "
+                "padding on the left"
+            )
+        return Prompt(tokens, real)
 
     def generates_text(self, input: Any, return_type: str) -> bool:
         """Whether generating from this input returns strings."""
@@ -133,30 +187,34 @@ class GenerationMixin(ModelParts):
             raise ValueError("stop_at_eos needs eos_token_id= or a tokenizer that has one")
         return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
-    def texts(self, tokens: Int[Tensor, "batch pos"]) -> list[str]:
-        """Each row as a string, without BOS and padding."""
-        skip = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
-        return [self.to_string([t for t in row if t not in skip]) for row in tokens.tolist()]
+    def texts(
+        self, prompt: Prompt, tokens: Int[Tensor, "batch longer"], stop_tokens: Sequence[int]
+    ) -> list[str]:
+        """Each row as a string up to where it ended, without padding and special tokens."""
+        rows = [prompt.continued(row, tokens, stop_tokens) for row in range(len(tokens))]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [self.tokenizer.decode(row, **options) for row in rows]
 
     @torch.no_grad()
     def continuations(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        prompt: Prompt,
         max_new_tokens: int,
         stop_tokens: list[int],
         use_past_kv_cache: bool,
-        prepend_bos: bool | None,
         do_sample: bool,
+        *,
+        temperature: float,
+        freq_penalty: float,
         **sampling: Any,
-    ) -> Iterator[Int[Tensor, "batch pos"]]:
+    ) -> Iterator[Int[Tensor, "batch longer"]]:
         """Yield the tokens so far, prompt included, after each new token."""
+        tokens, mask = prompt.tokens, prompt.real.long()
         if tokens.shape[1] + max_new_tokens > self.config.n_ctx:
             raise ValueError(
                 f"{tokens.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} do not fit "
                 f"n_ctx={self.config.n_ctx}"
             )
-        mask = None if self.tokenizer is None else self.padding_mask(tokens, prepend_bos)
-        mask = torch.ones_like(tokens) if mask is None else mask.long()
         cache = None
         if use_past_kv_cache:
             cache = KeyValueCache.init_cache(self.cfg, self.cfg.device, len(tokens))
@@ -166,7 +224,15 @@ class GenerationMixin(ModelParts):
         for _ in range(max_new_tokens):
             logits = self.forward(step, attention_mask=step_mask, past_kv_cache=cache)[:, -1]
             if do_sample:
-                new = tl_utils.sample_logits(logits, tokens=tokens, **sampling)
+                if freq_penalty > 0 and temperature > 0:
+                    # the penalty is for every token of a row, padding too: that is given back here
+                    padding = (~prompt.real).to(logits)
+                    counts = torch.zeros_like(logits).scatter_add_(1, prompt.tokens, padding)
+                    logits = logits + temperature * freq_penalty * counts
+                new = tl_utils.sample_logits(
+                    logits, tokens=tokens, temperature=temperature, freq_penalty=freq_penalty,
+                    **sampling,
+                )  # fmt: skip
             else:
                 new = logits.argmax(-1)
             if stop_tokens:

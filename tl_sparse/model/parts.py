@@ -33,9 +33,9 @@ class ModelParts(nn.Module):
     embed_tokens: Callable[..., Tensor]
     add_positions: Callable[..., Tensor]
     # of InputMixin and TokenMixin
-    input_tokens: Callable[..., Tensor]
-    padding_mask: Callable[..., Tensor | None]
+    input_tokens: Callable[..., tuple[Tensor, Tensor | None]]
     require_tokenizer: Callable[..., Any]
     side: Callable[..., str]
     to_string: Callable[..., Any]
     to_tokens: Callable[..., Tensor]
+    to_padded_tokens: Callable[..., tuple[Tensor, Tensor | None]]

@@ -213,7 +213,7 @@ class SparseTransformer(
         start_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
         shortformer_pos_embed: Any = None,
-        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
     ) -> Any:
@@ -221,6 +221,8 @@ class SparseTransformer(
 
         Arguments and return types are those of ``HookedTransformer.forward``. ``tokens`` must come
         with a residual stream where the model needs them: for the loss and for the bigram table.
+        ``attention_mask`` [batch, pos] is 1 at real tokens and 0 at padding; texts have their own,
+        tokens have what is given.
 
         Raises:
             ValueError: what does not fit; see ``InputMixin.prepare``.

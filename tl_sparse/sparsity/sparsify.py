@@ -37,7 +37,7 @@ def sparsify(
     config = model.config
     if activation_density is not None:
         config = dataclasses.replace(config, activation_density=activation_density)
-    copy = SparseTransformer(config, model.tokenizer, default_padding_side=model.padding_side)
+    copy = SparseTransformer(config, model.tokenizer)
     load_tensors(copy, model.state_dict(), "the model")
     copy.to(model.cfg.device)
     with torch.no_grad():

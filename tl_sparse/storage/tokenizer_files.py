@@ -7,6 +7,7 @@ files' names among them; here the tokenizer is built from tokenizer.json and a f
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
             f"a {type(tokenizer).__name__} cannot be saved with a model: it writes no {TOKENIZER}; "
             "use its fast variant"
         )
+    path = folder / TOKENIZER_CONFIG
+    # the library writes a side as the tokenizer was made with, if with any, not as it was set since
+    settings = read_json(path, MAX_BYTES) | {name: getattr(tokenizer, name) for name in SIDES}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_tokenizer(folder: Path, d_vocab: int) -> PreTrainedTokenizerFast | None:
