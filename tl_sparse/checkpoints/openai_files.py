@@ -12,7 +12,8 @@ from urllib.request import urlopen
 from tqdm import tqdm
 
 from tl_sparse.data.corpus import default_cache_dir
-from tl_sparse.storage.atomic_write import atomic_folder
+from tl_sparse.storage.atomic_write import atomic_folder, remove_drafts
+from tl_sparse.storage.locks import wait_for_lock
 
 CHUNK = 1 << 20
 TIMEOUT = 60
@@ -25,11 +26,12 @@ def local_folder(
     """The folder at a path, or the cached copy of the files below an http(s) address.
 
     A copy is made once, all or nothing, in the folder ``openai`` of this package's cache
-    (``$TL_SPARSE_CACHE``); delete it there to fetch the files again.
+    (``$TL_SPARSE_CACHE``), by one process while others wait; delete it there to fetch the files
+    again.
 
     Raises:
         FileNotFoundError: one of the required files is not there, or the server does not answer.
-        ValueError: an address that is neither http nor https.
+        ValueError: an address that is neither http nor https, or a cache that cannot be locked.
     """
     if isinstance(place, str) and "://" in place:
         folder = downloaded(place, required, optional, progress)
@@ -53,10 +55,14 @@ def downloaded(
     address = address.rstrip("/")
     digest = hashlib.sha256("\n".join((address, *required, *optional)).encode()).hexdigest()
     folder = default_cache_dir() / "openai" / digest[:32]
-    if not folder.is_dir():
-        with atomic_folder(folder) as work:
-            for name in (*required, *optional):
-                download(f"{address}/{name}", work / name, name in required, progress)
+    if folder.is_dir():
+        return folder
+    with wait_for_lock(folder.with_name(f".{folder.name}.lock"), progress):
+        remove_drafts(folder.parent, folder.name)
+        if not folder.is_dir():  # else whoever held the lock has fetched it
+            with atomic_folder(folder) as work:
+                for name in (*required, *optional):
+                    download(f"{address}/{name}", work / name, name in required, progress)
     return folder
 
 

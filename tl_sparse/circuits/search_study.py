@@ -9,17 +9,17 @@ failed, is asked again the same.
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_config import RANGES, SearchConfig, starts, with_settings
 from tl_sparse.storage.database_files import check_database
+from tl_sparse.storage.locks import try_lock, wait_for_lock
 
 NAME, IDENTITY, WORKER = "tl_sparse", "identity", "worker"
 LOCK_SECONDS = 120.0  # how long to wait while another process writes to the file
@@ -152,21 +153,22 @@ def open_study(
         ValueError: the file is no study of ours, or one of another search; the message says in
             what it differs.
     """
+    mine = json.loads(json.dumps(identity))
     if storage is not None:
         check_database(storage, LOCK_SECONDS)
-        storage.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(storage):  # of two processes that make the same tables at once, one has to wait
+    with locked(storage):  # of two processes that make the same tables at once, one has to wait
+        try:
+            if storage is not None:
+                storage.touch()  # with the umask's mode, where SQLite would never let a group write
             study = create(storage, sampler)
-        mine = json.loads(json.dumps(identity))
-        if IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
-            study.set_user_attr(IDENTITY, mine)
-        theirs = study.user_attrs.get(IDENTITY)
-        if len(study.directions) != objectives(sampler.config):
-            raise ValueError(f"it has {len(study.directions)} objectives")
-        study.get_trials(deepcopy=False)  # every row, while what is wrong with one is its file's
-    except Exception as error:  # Optuna does with a row whatever the row says
-        raise ValueError(f"{storage} holds no search of tl_sparse: {error!r:.300}") from error
+            if IDENTITY not in study.user_attrs and not study.get_trials(deepcopy=False):
+                study.set_user_attr(IDENTITY, mine)
+            theirs = study.user_attrs.get(IDENTITY)
+            if len(study.directions) != objectives(sampler.config):
+                raise ValueError(f"it has {len(study.directions)} objectives")
+            study.get_trials(deepcopy=False)  # every row, while what is wrong is its file's
+        except Exception as error:  # Optuna does with a row whatever the row says
+            raise ValueError(f"{storage} holds no search of tl_sparse: {error!r:.300}") from error
     if not isinstance(theirs, dict):
         raise ValueError(f"{storage} holds no search of tl_sparse: choose another file")
     if wrong := sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key)):
@@ -205,7 +207,9 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
 
 def locked(storage: Path | None) -> AbstractContextManager[object]:
     """One process at a time looks at what is left of the budget and takes of it."""
-    return nullcontext() if storage is None else FileLock(f"{storage}.lock")
+    if storage is None:
+        return nullcontext()
+    return wait_for_lock(Path(f"{storage}.lock"), progress=False)
 
 
 class Worker:
@@ -219,37 +223,29 @@ class Worker:
         self.study, self.storage = study, storage
         self.name = uuid.uuid4().hex
         self.asked: list[optuna.Trial] = []
-        self.alive = None if storage is None else self.lock_of(self.name)
+        self.alive = ExitStack()
 
-    def lock_of(self, worker: str) -> FileLock:
+    def lock_of(self, worker: str) -> Path:
         """The lock that a worker holds while it lives."""
-        folder = Path(f"{self.storage}.workers")
-        folder.mkdir(exist_ok=True)
-        return FileLock(folder / f"{worker}.lock")
+        return Path(f"{self.storage}.workers", f"{worker}.lock")
 
     def __enter__(self) -> Worker:
-        if self.alive is not None:
-            self.alive.acquire()
+        if self.storage is not None:
+            self.alive.enter_context(try_lock(self.lock_of(self.name)))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Trials that are not finished are given up, to be asked again."""
         for trial in self.asked:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        if self.alive is not None:
-            self.alive.release()
-            Path(self.alive.lock_file).unlink(missing_ok=True)
+        self.alive.close()
 
     def is_gone(self, worker: str) -> bool:
-        """Whether the process of another worker has ended."""
-        lock = self.lock_of(worker)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
-        return True
+        """Whether the process of another worker has ended; a name that none has counts as such."""
+        if not re.fullmatch(r"[0-9a-f]{32}", worker):
+            return True
+        with try_lock(self.lock_of(worker)) as free:
+            return free
 
     def reclaim(self) -> None:
         """Give up the trials of processes that have ended."""

@@ -20,6 +20,8 @@ from tl_sparse.data.idioms import idiom_documents
 from tl_sparse.data.sources import Document, is_validation, read_source
 from tl_sparse.data.tokenizer import build_tokenizer
 from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus, encode_documents, write_corpus
+from tl_sparse.storage.atomic_write import remove_drafts
+from tl_sparse.storage.locks import wait_for_lock
 
 CACHE_VARIABLE: Final = "TL_SPARSE_CACHE"
 
@@ -50,13 +52,15 @@ def build_corpus(
 
     The result lies below `cache_dir`, by default `default_cache_dir()`, in a folder named after
     the corpus' fingerprint: a hash of the configuration, every text, and the versions of this
-    library and of `tokenizers`. A folder that was cut short or altered is built again.
+    library and of `tokenizers`. A folder that was cut short or altered is built again. Of several
+    processes that need it at once, one builds it and the others wait for it.
 
     Copies are dropped before documents are split by content, so no text is in both parts. The
     training stream mixes whole documents in random order, so that a window anywhere in it is an
     idiom with probability `idiom_share`; the validation stream is real text only.
 
-    `progress` shows bars. Raises `ValueError` when too little text is left to fill both parts.
+    `progress` shows bars. Raises `ValueError` when too little text is left to fill both parts, and
+    when nothing can be written or locked in the cache.
     """
     documents, skipped = _read(config, progress)
     if not documents:
@@ -67,11 +71,36 @@ def build_corpus(
     fingerprint = _fingerprint(config, documents)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     directory = folder / f"corpus-{fingerprint[:20]}"
-    if directory.is_dir():
+    if (found := _opened(directory)) is not None:
+        return found
+    with wait_for_lock(folder / f".{directory.name}.lock", progress):
         try:
-            return TokenizedCorpus.load(directory)
-        except ValueError as error:  # everything needed to build it again is at hand
-            warnings.warn(f"{error}: the corpus is built anew", stacklevel=2)
+            return TokenizedCorpus.load(directory)  # if whoever held the lock has built it
+        except ValueError as error:
+            if directory.is_dir():  # everything needed to build it again is at hand
+                warnings.warn(f"{error}: the corpus is built anew", stacklevel=2)
+        remove_drafts(folder, directory.name)
+        _build(config, documents, skipped, fingerprint, directory, progress)
+        return TokenizedCorpus.load(directory)
+
+
+def _opened(directory: Path) -> TokenizedCorpus | None:
+    """The corpus in a folder; None where there is none, or a damaged one to be built again."""
+    try:
+        return TokenizedCorpus.load(directory)
+    except ValueError:
+        return None
+
+
+def _build(
+    config: CorpusConfig,
+    documents: Sequence[Document],
+    skipped: int,
+    fingerprint: str,
+    directory: Path,
+    progress: bool,
+) -> None:
+    """Split, tokenise and mix documents, and write the corpus."""
     parts = _split(config, documents)
     tokenizer = build_tokenizer(
         _tokenizer_texts(config, parts.train), config.vocab_size, config.required_words
@@ -115,7 +144,6 @@ def build_corpus(
         stats=stats,
         dropped=parts.dropped,
     )
-    return TokenizedCorpus.load(directory)
 
 
 def default_cache_dir() -> Path:

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.config import CorpusConfig
 from tl_sparse.data.tokenizer import load_tokenizer
+from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.read_file import check_file, open_file
@@ -173,10 +171,12 @@ def write_corpus(
     stats: CorpusStats,
     dropped: Sequence[str],
 ) -> None:
-    """Write a corpus folder beside its place and move it there in one step."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    """Write a corpus folder beside its place and move it there in one step.
+
+    Raises:
+        ValueError: a folder in its place holds other files, which would be lost.
+    """
+    with atomic_folder(directory) as draft:
         train.tofile(draft / "train.bin")
         validation.tofile(draft / "validation.bin")
         tokenizer.backend_tokenizer.save(str(draft / "tokenizer.json"))
@@ -190,11 +190,6 @@ def write_corpus(
             "files": {name: _describe(draft / name) for name in _PARTS},
         }
         (draft / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(draft, directory)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _read_index(directory: Path) -> CorpusIndex:

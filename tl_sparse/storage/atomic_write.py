@@ -1,14 +1,45 @@
-"""Files and folders that appear when they are complete; a failed write leaves what was there."""
+"""Files and folders that appear when they are complete; a failed write leaves what was there.
+
+Each is written beside its place, as a hidden draft, and put there in one step. Several processes
+may write the same one: the last is what stays. Modes are those that the umask asks for, or those of
+the file or folder that is replaced, whatever the libraries that write the contents choose.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux' linux/fcntl.h and linux/fs.h
+NAMED = 5  # how many foreign files an error names
+
+
+def draft_of(target: Path) -> Path:
+    """A new name beside a target, for what is not complete yet or no longer wanted."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
+
+
+def remove_drafts(folder: Path, name: str) -> None:
+    """Remove the drafts that killed processes left; who calls it holds the lock of their targets.
+
+    Args:
+        folder: Where the targets are.
+        name: A regular expression for the whole of a target's name.
+    """
+    for path in folder.iterdir():
+        if re.fullmatch(rf"\.({name})\.[0-9a-f]{{8}}\.draft", path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextmanager
@@ -18,16 +49,17 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     A link to a file stays a link: the file that it leads to is written.
     """
     target = Path(path).resolve()
-    handle, work = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    work = draft_of(target)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with work.open("x", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(work, 0o644)
+        if target.exists():
+            work.chmod(stat.S_IMODE(target.stat().st_mode))
         os.replace(work, target)
     except BaseException:
-        os.unlink(work)
+        work.unlink(missing_ok=True)
         raise
 
 
@@ -54,35 +86,90 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         raise ValueError(f"{target} is the working directory, which cannot be replaced: choose a "
                          "folder in it")  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    work = draft_of(target)
+    work.mkdir()
     try:
         yield work
-        for path in work.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        work.chmod(0o755)
         if target.exists():
-            replace_folder(target, work)
-        else:
-            os.replace(work, target)
+            work.chmod(stat.S_IMODE(target.stat().st_mode))
+        complete(work)
+        put(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def replace_folder(target: Path, work: Path) -> None:
-    """Put ``work`` in the place of ``target``, which comes back if that fails."""
-    foreign = sorted({p.name for p in target.iterdir()} - {p.name for p in work.iterdir()})
+def complete(work: Path) -> None:
+    """Give everything in a folder the folder's own mode, and have it on the disk."""
+    mode = stat.S_IMODE(work.stat().st_mode)
+    for path in work.rglob("*"):
+        if path.is_dir():
+            path.chmod(mode)
+        else:
+            path.chmod(mode & 0o666)
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def put(work: Path, target: Path) -> None:
+    """Put a complete folder in its place, where other processes may be doing the same.
+
+    What was there is deleted, or left in the place of ``work``. There is always one of the two at
+    the target, except for a moment where the system cannot exchange folders.
+
+    Raises:
+        ValueError: the folder that is there has entries that the new one lacks.
+    """
+    while True:
+        try:
+            os.replace(work, target)  # where nothing is, or an empty folder
+            return
+        except OSError:
+            if not target.is_dir():
+                raise
+        check_entries(target, work)
+        if exchange(work, target):
+            return
+        old = draft_of(target)
+        try:
+            os.replace(target, old)
+        except FileNotFoundError:  # another process has set it aside
+            continue
+        try:
+            os.replace(work, target)
+            return
+        except OSError:
+            if not target.is_dir():  # else another process was faster: its folder is the next
+                os.replace(old, target)
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, if the system and the file system can (Linux)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and not rename(
+        AT_FDCWD, names[0], AT_FDCWD, names[1], ctypes.c_uint(RENAME_EXCHANGE)
+    )
+
+
+def check_entries(target: Path, work: Path) -> None:
+    """ValueError if a folder has entries, at any depth, that the one to replace it lacks."""
+    foreign = [path.relative_to(target).as_posix() for path in only_in(target, work)]
     if foreign:
+        more = f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else ""
         raise ValueError(
-            f"{target} also holds {', '.join(foreign)}, which saving there would delete; choose "
-            "another folder, or delete it first"
+            f"{target} also holds {', '.join(foreign[:NAMED])}{more}, which saving there would "
+            "delete; choose another folder, or delete it first"
         )
-    old = work.with_name(f"{work.name}.old")
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old)
+
+
+def only_in(target: Path, work: Path) -> Iterator[Path]:
+    """Entries of a folder that another one lacks, or has as a file where this one has a folder."""
+    for path in sorted(target.iterdir()):
+        other = work / path.name
+        if path.is_dir() and not path.is_symlink() and other.is_dir():
+            yield from only_in(path, other)
+        elif not other.exists() or path.is_dir():
+            yield path

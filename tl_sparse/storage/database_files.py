@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from tl_sparse.storage.read_file import check_file
@@ -29,7 +28,7 @@ def check_database(path: Path, timeout: float) -> None:
         ValueError: it is something else.
     """
     for name in (path, path.with_name(f"{path.name}-journal"), path.with_name(f"{path.name}-wal")):
-        if os.path.lexists(name):
+        with suppress(FileNotFoundError):  # a journal goes when another process has written
             check_file(name, MAX_BYTES)
     if not path.exists():
         return

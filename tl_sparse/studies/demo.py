@@ -21,12 +21,12 @@ from tl_sparse.circuits import (
     random_edges,
 )
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
-from tl_sparse.data import CorpusConfig, TokenizedCorpus
+from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.sparsity.weight_masks import WeightMasks
 from tl_sparse.studies.runner import Say
-from tl_sparse.studies.trained import Kind, ModelUnit, load_trained, shared_corpus, train_now
+from tl_sparse.studies.trained import Kind, ModelUnit, cache_folder, load_trained, train_now
 from tl_sparse.tasks import Task, TaskResult, check_names, evaluate_task, get, names, table
 from tl_sparse.training.config import TrainingConfig
 
@@ -112,7 +112,7 @@ def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
     """Train (or take from the cache) both models, prune both on their common tasks, and measure."""
     torch.manual_seed(config.seed)
     say("Corpus: Python on this machine and generated idioms")
-    corpus = shared_corpus(corpus_config(config), config.cache, progress)
+    corpus = build_corpus(corpus_config(config), cache_folder(config.cache), progress)
     say(
         f"  {corpus.stats.files_train + corpus.stats.files_validation:,} files, "
         f"{corpus.stats.tokens_train / 1e6:.1f}M training tokens"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
-from tl_sparse.data import TokenizedCorpus
+from tl_sparse.data import TokenizedCorpus, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.model_card import model_card
@@ -15,8 +15,8 @@ from tl_sparse.studies.runner import Say, run_units
 from tl_sparse.studies.trained import (
     Kind,
     ModelUnit,
+    cache_folder,
     load_trained,
-    shared_corpus,
     train_unit,
     training_time,
 )
@@ -33,7 +33,7 @@ def train_pair(config: PairConfig, say: Say, progress: bool = True) -> tuple[Pai
         ValueError: a dense model used up its steps before it reached the sparse one's loss.
     """
     say("Corpus: " + ", ".join(config.corpus.sources))
-    corpus = shared_corpus(config.corpus, config.cache, progress)
+    corpus = build_corpus(config.corpus, cache_folder(config.cache), progress)
 
     def left() -> list[ModelUnit]:
         units = model_units(config, corpus)

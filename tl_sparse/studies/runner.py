@@ -1,21 +1,18 @@
 """Units of work: each is done once, by whichever process claims it first.
 
 A unit is a folder with a ``unit.json``, which is written last: a unit without it is not finished. A
-claim is a locked file beside the folder. The operating system gives the lock back when its process
-ends, however that ends, so another process can go on at once. What a unit's folder is called
-follows from everything that was chosen for it, so the same work is found again, and other work is
-never taken for it.
+claim is a lock beside the folder, which is free at once when its process ends. What a unit's folder
+is called follows from everything that was chosen for it, so the same work is found again, and other
+work is never taken for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +23,7 @@ import torch
 from tl_sparse.compat import transformer_lens_version
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.json_files import read_json
+from tl_sparse.storage.locks import holder_of, try_lock
 
 RECORD = "unit.json"
 FORMAT = 1
@@ -169,33 +167,18 @@ def claimed(unit: Unit) -> Iterator[bool]:
 
     False if another process works on it, and also if the unit is finished.
     """
-    from filelock import FileLock, Timeout  # kept out of `import tl_sparse`
-
-    path = _claim(unit)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
-    with suppress(Timeout):
-        lock.acquire()
-    if not lock.is_locked:
-        yield False
-        return
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    with try_lock(lock_of(unit)) as mine:
         # whoever held it before may have finished it since the caller looked
-        yield not (unit.folder / RECORD).is_file()
-    finally:
-        path.unlink(missing_ok=True)  # while it is locked: nobody else can have it
-        lock.release()
+        yield mine and not (unit.folder / RECORD).is_file()
 
 
 def holder(unit: Unit) -> str:
-    """Which process claimed a unit last, in words; empty if none did."""
-    with suppress(FileNotFoundError):
-        return _claim(unit).read_text(encoding="utf-8")
-    return ""
+    """Which process holds the claim to a unit, in words; empty if none does."""
+    return holder_of(lock_of(unit))
 
 
-def _claim(unit: Unit) -> Path:
+def lock_of(unit: Unit) -> Path:
+    """The lock that is a claim to a unit."""
     return unit.parent / f".{unit.folder.name}.lock"
 
 

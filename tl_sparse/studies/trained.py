@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,11 +17,21 @@ import torch
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.checkpoints.packed import SCHEMA_VERSION, training_record
 from tl_sparse.config import SparseTransformerConfig
-from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_cache_dir
+from tl_sparse.data import TokenizedCorpus, default_cache_dir
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.studies.runner import Say, Unit, UnitRecord, read_unit, run_units, write_record
+from tl_sparse.storage.locks import try_lock
+from tl_sparse.studies.runner import (
+    RECORD,
+    Say,
+    Unit,
+    UnitRecord,
+    lock_of,
+    read_unit,
+    run_units,
+    write_record,
+)
 from tl_sparse.training.config import TrainingConfig
-from tl_sparse.training.resume import MODEL, PREFIX, checkpoints
+from tl_sparse.training.resume import MODEL, checkpoints, remove_run
 from tl_sparse.training.trainer import Trainer
 
 Kind = Literal["sparse", "dense"]
@@ -87,17 +96,7 @@ class ModelUnit:
 
 def cache_folder(cache: str | None) -> Path:
     """The folder named, or the user's cache."""
-    return Path(cache) if cache else default_cache_dir()
-
-
-def shared_corpus(config: CorpusConfig, cache: str | None, progress: bool) -> TokenizedCorpus:
-    """The text, in a folder or the user's cache; only one of several processes builds it."""
-    from filelock import FileLock  # kept out of `import tl_sparse`
-
-    folder = cache_folder(cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".corpus.lock"):
-        return build_corpus(config, folder, progress)
+    return Path(cache).expanduser() if cache else default_cache_dir()
 
 
 def train_now(
@@ -110,10 +109,11 @@ def train_now(
 ) -> float:
     """Train a model unless it is trained; returns the seconds it took now, 0 if none.
 
-    Where another process trains it, this one waits. ``retrain`` removes what is there.
+    Where another process trains it, this one waits, and takes its model. With ``retrain`` a model
+    that is there is trained again; it stays until the new one takes its place.
     """
     if retrain:
-        shutil.rmtree(one.unit.folder, ignore_errors=True)
+        forget(one.unit)
     took: list[float] = []
 
     def left() -> list[ModelUnit]:
@@ -121,6 +121,15 @@ def train_now(
 
     run_units(left, lambda jobs: took.append(train_unit(one, corpus, progress).seconds), say)
     return float(sum(took))
+
+
+def forget(unit: Unit) -> None:
+    """Have a model trained anew, unless a process is training it now."""
+    with try_lock(lock_of(unit)) as mine:
+        if mine:
+            remove_run(unit.folder)
+            for name in (RECORD, SESSIONS):
+                (unit.folder / name).unlink(missing_ok=True)
 
 
 def train_unit(
@@ -165,12 +174,10 @@ def train_in(
     progress: bool = True,
 ) -> None:
     """Train a model in a folder, into its subfolder ``model``; an interrupted run is resumed."""
-    if (folder / MODEL).is_dir():
-        return
     model = SparseTransformer(architecture, corpus.tokenizer)
     trainer = Trainer(model, corpus, training, folder, progress=progress)
     found = checkpoints(folder)
-    first = int(found[-1].name.removeprefix(PREFIX)) if found else 0
+    first = found[-1][0] if found else 0
     started = time.perf_counter()
     try:
         trainer.train()

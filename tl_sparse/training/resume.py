@@ -1,9 +1,14 @@
-"""What a run keeps on disk so that it can go on exactly: checkpoints and metrics."""
+"""What a run keeps on disk so that it can go on exactly: checkpoints and metrics.
+
+Only what a trainer wrote is read or deleted, and a folder that holds anything else in its place is
+refused before the first step.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -17,9 +22,11 @@ from typing import Any
 import torch
 
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
+from tl_sparse.checkpoints.packed import read_config, training_record
 from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.atomic_write import atomic_folder, write_atomic
+from tl_sparse.storage.atomic_write import atomic_folder, draft_of, remove_drafts, write_atomic
+from tl_sparse.storage.hub import FILES
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import parse_json, read_json
 from tl_sparse.storage.read_file import read_lines
@@ -27,13 +34,36 @@ from tl_sparse.storage.tensor_files import read_weights
 from tl_sparse.storage.torch_files import check_plain, read_pt
 
 METRICS, STATE, OPTIMIZER, MODEL = "metrics.jsonl", "trainer.json", "optimizer.pt", "model"
-PREFIX = "checkpoint-"
+PREFIX, LOCK = "checkpoint-", ".trainer.lock"
+START = b'{"step": '  # of a row of metrics
+OTHERWISE = "use another folder, or restart=True to begin anew"
 MAX_METRICS, MAX_LINE = 1 << 30, 10_000  # bytes
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None of a name that no trainer gives."""
+    digits = path.name.removeprefix(PREFIX)
+    named = re.fullmatch(r"[0-9]{8,18}", digits) and path.name == name_of(int(digits))
+    return int(digits) if named else None
+
+
+def name_of(step: int) -> str:
+    """What the checkpoint of a step is called."""
+    return f"{PREFIX}{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints that a trainer wrote in a folder, oldest first.
+
+    Others' folders, links and files are not among them, whatever they are called.
+    """
+    return sorted(
+        (step, path)
+        for path in folder.glob(f"{PREFIX}*")
+        if (step := step_of(path)) is not None
+        and not path.is_symlink()
+        and (path / STATE).is_file()
+    )
 
 
 def save_checkpoint(
@@ -45,16 +75,117 @@ def save_checkpoint(
     record: TrainingRecord,
 ) -> None:
     """Write a checkpoint from which a run resumes exactly; older ones go once it is complete."""
-    target = folder / f"{PREFIX}{step:08d}"
+    target = folder / name_of(step)
     if not target.is_dir():  # else the same run has written this very state
         with atomic_folder(target) as work:
             model.save_pretrained(work / MODEL, record)
             torch.save(optimizer.state_dict(), work / OPTIMIZER)
-            state = {"step": step, "tl_sparse_version": version("tl-sparse"), "run": run}
+            state = {
+                "step": step,
+                "tl_sparse_version": version("tl-sparse"),
+                "run": run,
+                "files": [*entries(work), STATE],
+            }
             (work / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for old in checkpoints(folder):
-        if old != target:
-            shutil.rmtree(old)
+    remove_older(folder, step, run)
+
+
+def entries(folder: Path) -> list[str]:
+    """All files and folders below a folder, by their relative paths."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def remove_older(folder: Path, step: int, run: Mapping[str, Any]) -> None:
+    """Remove a run's own checkpoints from before a step; those with anyone's files in them stay."""
+    for older, path in checkpoints(folder):
+        state = state_of(path)
+        mine = state is not None and state.run == json.loads(json.dumps(run))
+        if older < step and mine and not added_files(path):
+            remove(path)
+
+
+def state_of(path: Path) -> CheckpointState | None:
+    """What a checkpoint says of itself; None where it cannot be read."""
+    try:
+        return read_checkpoint_state(path / STATE)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def added_files(path: Path) -> list[str]:
+    """What is in a checkpoint that no trainer wrote, as far as can be told."""
+    state = state_of(path)
+    written = {STATE, OPTIMIZER, MODEL, *(f"{MODEL}/{name}" for name in FILES)}
+    if state is not None:
+        written |= set(state.files)
+    return [name for name in entries(path) if name not in written]
+
+
+def remove(path: Path) -> None:
+    """Remove a folder in one step: a process that is killed leaves a draft, not half a folder."""
+    draft = draft_of(path)
+    os.replace(path, draft)
+    shutil.rmtree(draft)
+
+
+# --------------------------------------------------------------------------------------------------
+# whose is what is there?
+
+
+def check_folder(folder: Path, run: Mapping[str, Any], steps: int, restart: bool) -> None:
+    """Refuse a folder in which a run would overwrite or delete what is not its own.
+
+    Args:
+        folder: Where the run is to write.
+        run: What it is, as in its checkpoints.
+        steps: Its last step.
+        restart: Whether it may replace an earlier run's checkpoints, metrics and model.
+
+    Raises:
+        ValueError: something is in the way; the message says what.
+    """
+    found = [path for _, path in checkpoints(folder)]
+    for path in sorted(folder.glob(f"{PREFIX}*")):
+        step = step_of(path)
+        if step is not None and step <= steps and path not in found:
+            raise ValueError(
+                f"{path} was not written by a trainer (it is no folder with a {STATE}), but a "
+                "checkpoint would go there: move it, or use another folder"
+            )
+    check_model(folder / MODEL, run, restart)
+    try:
+        if not found:
+            read_metrics(folder, 0)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{error}: no trainer wrote it, but the metrics would go there; move it, or use "
+            "another folder"
+        ) from error
+
+
+def check_model(place: Path, run: Mapping[str, Any], restart: bool) -> None:
+    """ValueError if the final model's place holds anything but a model that such a run wrote."""
+    if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
+        return
+    try:
+        config, record = read_config(place)["config"], training_record(place)
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{place} was not written by a trainer ({error}), but the trained model would go "
+            "there: move it, or use another folder"
+        ) from error
+    if record is None:
+        raise ValueError(
+            f"{place} holds a model without a training record, which the trained model would "
+            "replace: move it, or use another folder"
+        )
+    theirs = {"training": record.config, "model": config, "corpus": record.corpus}
+    if not restart and (differing := differences(json.loads(json.dumps(run)), theirs)):
+        raise ValueError(f"{place} belongs to another run ({'; '.join(differing)}): {OTHERWISE}")
+
+
+# --------------------------------------------------------------------------------------------------
+# going on
 
 
 @dataclass(frozen=True)
@@ -67,6 +198,8 @@ class CheckpointState:
     """Version of this package."""
     run: Mapping[str, Any]
     """The run that it belongs to (see ``Trainer.description``)."""
+    files: tuple[str, ...] = ()
+    """Everything in the checkpoint: what else is there is not the trainer's to delete."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +230,12 @@ def load_checkpoint(
     found = checkpoints(folder)
     if not found:
         return None
-    newest = found[-1]
+    _, newest = found[-1]
     state = read_checkpoint_state(newest / STATE)
     if differing := differences(json.loads(json.dumps(run)), state.run):
-        raise ValueError(
-            f"{newest} belongs to another run ({'; '.join(differing)}): use another folder, or "
-            "restart=True to begin anew"
-        )
+        raise ValueError(f"{newest} belongs to another run ({'; '.join(differing)}): {OTHERWISE}")
     steps = run["training"]["steps"]
-    if newest.name != f"{PREFIX}{state.step:08d}" or not 0 < state.step <= steps:
+    if newest.name != name_of(state.step) or not 0 < state.step <= steps:
         raise ValueError(
             f"{newest / STATE} is broken: it says that {state.step} of {steps} steps were taken, "
             f"and its folder is {newest.name}"
@@ -182,17 +312,26 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
     return found
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for name in (f".{PREFIX}*", f".{MODEL}.*"):
-        for path in folder.glob(name):
-            shutil.rmtree(path)
+def clean(folder: Path) -> None:
+    """Remove what killed processes left half-written; who calls it holds the folder's lock."""
+    remove_drafts(folder, rf"{PREFIX}[0-9]{{8,}}|{MODEL}|{re.escape(METRICS)}")
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run's checkpoints and metrics, to begin anew."""
-    for path in checkpoints(folder):
-        shutil.rmtree(path)
+    """Remove a run's checkpoints and metrics, to begin anew; its model stays until the next one.
+
+    Raises:
+        ValueError: someone has put files into a checkpoint; nothing is removed.
+    """
+    found = [path for _, path in checkpoints(folder)]
+    for path in found:
+        if added := added_files(path):
+            raise ValueError(
+                f"{path} also holds {', '.join(added[:5])}, which beginning anew would delete: "
+                "move it, or use another folder"
+            )
+    for path in found:
+        remove(path)
     (folder / METRICS).unlink(missing_ok=True)
 
 
@@ -209,6 +348,8 @@ def read_metrics(folder: Path, last_step: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in read_lines(path, MAX_METRICS, MAX_METRICS // 64, MAX_LINE):
         if not line.endswith(b"\n"):
+            if line[: len(START)] != START[: len(line)]:
+                raise ValueError(f"{path}, line {number}: no row of metrics")
             break
         try:
             row = vars(dataclass_from_json(MetricsRow, parse_json(line, "the line")))

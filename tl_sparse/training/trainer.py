@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import check_l0, final_budget, l0, project_all
+from tl_sparse.storage.locks import wait_for_lock
 from tl_sparse.training import resume, train_step
 from tl_sparse.training.config import TrainingConfig
 from tl_sparse.views.display import frame_html
@@ -58,7 +60,9 @@ class Trainer:
 
     With ``folder`` it writes metrics.jsonl, resumable checkpoints, and at the end the model; run
     again with the same arguments, it resumes from the last checkpoint exactly, unless ``restart``
-    asks to begin anew. Interrupted by Ctrl-C, it ends the step and saves a checkpoint first.
+    asks to begin anew. Interrupted by Ctrl-C, it ends the step and saves a checkpoint first. One
+    run at a time works in a folder: another waits for it, and then goes on from what it left. What
+    others put into the folder is left alone, or refused where a file of the run would go.
     """
 
     def __init__(
@@ -94,11 +98,18 @@ class Trainer:
         """Train (or go on training) to the last step; returns what was measured.
 
         Raises:
-            ValueError: the folder holds a checkpoint of another run.
+            ValueError: the folder holds a checkpoint of another run, has something else where the
+                run would write, or cannot be locked.
             RuntimeError: the loss or a weight is no longer finite.
         """
-        if self.folder is not None:
+        if self.folder is None:
+            return self.run()
+        with self.lock(self.folder):
             self.resume(self.folder)
+            return self.run()
+
+    def run(self) -> TrainingResult:
+        """Train from the present step to the last, and save the model."""
         if self.step == 0:
             train_step.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
         model = self.distributed_model()
@@ -322,16 +333,38 @@ class Trainer:
         resume.save_checkpoint(self.folder, self.step, run, self.model, self.optimizer, record)
 
     def resume(self, folder: Path) -> None:
-        """Go on from the newest checkpoint of a folder, or begin there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Go on from the newest checkpoint of a folder, or begin there; its lock is held."""
+        run, anew = self.description(), self.restart and self.step == 0
+        resume.check_folder(folder, run, self.config.steps, anew)
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            resume.remove_drafts(folder)
-            if self.restart and self.step == 0:
+            resume.clean(folder)
+            if anew:
                 resume.remove_run(folder)
         self.accelerator.wait_for_everyone()
-        found = resume.load_checkpoint(folder, self.description(), self.model, self.optimizer)
+        found = resume.load_checkpoint(folder, run, self.model, self.optimizer)
         if found is not None:
             self.step, self.rows = found, resume.read_metrics(folder, found)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            resume.remove_older(folder, self.step, run)
             resume.write_metrics(folder, self.rows)
+
+    @contextmanager
+    def lock(self, folder: Path) -> Iterator[None]:
+        """Keep other runs out of a folder; the main process does it for all of this run."""
+        if not self.accelerator.is_main_process:
+            while not self.is_agreed(True):
+                pass  # the main process waits between two attempts
+            yield
+            return
+        path, progress = folder / resume.LOCK, self.progress
+        with wait_for_lock(path, progress, self.is_agreed):
+            yield
+
+    def is_agreed(self, ready: bool) -> bool:
+        """Whether every process of this run is ready."""
+        if self.accelerator.num_processes == 1:
+            return ready
+        each = torch.tensor(float(ready), device=self.accelerator.device)
+        return int(self.accelerator.reduce(each, "sum")) == self.accelerator.num_processes

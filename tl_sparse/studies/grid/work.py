@@ -13,7 +13,7 @@ import torch
 from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits import Circuit, PruningFailed, random_edges
 from tl_sparse.circuits.baselines import circuit_from_ranking, rank_nodes
-from tl_sparse.data import TokenizedCorpus
+from tl_sparse.data import TokenizedCorpus, build_corpus
 from tl_sparse.faithfulness import necessity
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import atomic_folder
@@ -22,7 +22,7 @@ from tl_sparse.studies.grid.config import StudyConfig
 from tl_sparse.studies.grid.plan import AnyUnit, CircuitUnit, GridModel, NecessityUnit, plan
 from tl_sparse.studies.grid.results import StudyResult
 from tl_sparse.studies.runner import Say, UnitRecord, run_units, write_record
-from tl_sparse.studies.trained import load_trained, shared_corpus, train_unit
+from tl_sparse.studies.trained import cache_folder, load_trained, train_unit
 from tl_sparse.tasks import Task, get, table
 
 CIRCUIT = "circuit"  # subfolder of a circuit's unit
@@ -53,7 +53,7 @@ def run_study(config: StudyConfig, say: Say, progress: bool = True) -> StudyResu
     """
     torch.manual_seed(0)
     say("Corpus: " + ", ".join(config.corpus.sources))
-    corpus = shared_corpus(config.corpus, config.cache, progress)
+    corpus = build_corpus(config.corpus, cache_folder(config.cache), progress)
     if not config.draw_only:
         opened: OpenModel | None = None
 
