@@ -1,6 +1,9 @@
 import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_cache_dir
+from tl_sparse.data import corpus as build_module
 from tl_sparse.data.tokens import encode_documents
 
 
@@ -126,6 +130,62 @@ def test_a_damaged_cache_is_built_again(config, corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [copy.name]
     for name in ("train.bin", "validation.bin", "tokenizer.json"):
         assert (copy / name).read_bytes() == (corpus.directory / name).read_bytes()
+
+
+def test_processes_that_need_one_corpus_build_it_once(config, corpus, tmp_path, monkeypatch):
+    original = build_module.write_corpus
+
+    def write(directory, **parts):
+        with (tmp_path / "built.txt").open("a") as handle:
+            handle.write("once\n")
+        time.sleep(0.2)  # the others look, and wait
+        original(directory, **parts)
+
+    def build():
+        built = build_corpus(config, tmp_path / "cache", progress=False)
+        assert np.array_equal(built.train, corpus.train)
+
+    monkeypatch.setattr(build_module, "write_corpus", write)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=build) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "built.txt").read_text() == "once\n"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [corpus.directory.name]
+
+
+def test_drafts_of_killed_processes_go_and_a_finished_cache_needs_no_lock(
+    config, corpus, tmp_path, monkeypatch
+):
+    shutil.copytree(corpus.directory, tmp_path / f".{corpus.directory.name}.0123abcd.draft")
+    build_corpus(config, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.directory.name]
+
+    def refuse(*_):
+        raise ValueError("read-only")
+
+    monkeypatch.setattr(build_module, "wait_for_lock", refuse)
+    build_corpus(config, tmp_path, progress=False)
+
+
+def test_someones_file_in_a_damaged_corpus_is_not_deleted(config, corpus, tmp_path):
+    copy = shutil.copytree(corpus.directory, tmp_path / corpus.directory.name)
+    (copy / "train.bin").write_bytes(b"")
+    (copy / "notes.md").write_text("mine")
+    with pytest.warns(match="built anew"), pytest.raises(ValueError, match=r"also holds notes\.md"):
+        build_corpus(config, tmp_path, progress=False)
+    assert (copy / "notes.md").read_text() == "mine"
+
+
+def test_a_corpus_has_the_modes_that_the_umask_asks_for(config, corpus):
+    before = os.umask(0)
+    os.umask(before)
+    assert corpus.directory.stat().st_mode & 0o777 == 0o777 & ~before
+    for path in corpus.directory.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~before
 
 
 def test_loading_a_folder_that_is_no_corpus_says_so(tmp_path):

@@ -2,12 +2,16 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -617,7 +621,187 @@ def test_a_damaged_checkpoint_is_one_clear_error(corpus, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# whose files
+
+
+def contents(folder):
+    """Every file below a folder, and what is in it."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_only_what_a_trainer_wrote_is_resumed_from_and_deleted(corpus, straight, tmp_path):
+    whole = straight[0] / "checkpoint-00000012"
+    theirs = tmp_path / "theirs"
+    shutil.copytree(whole, theirs / "elsewhere")
+    run = tmp_path / "run"
+    for name in ("checkpoint-best", "checkpoint-500", "checkpoint-0000000012", "checkpoint-1e8"):
+        shutil.copytree(whole, run / name)  # complete checkpoints, by names that are not ours
+    (run / "checkpoint-00000099").mkdir()  # beyond the last step: not in the way
+    (run / "checkpoint-00000099" / "notes.md").write_text("mine")
+    (run / "checkpoint-latest").symlink_to(theirs / "elsewhere")
+    (run / "checkpoint-notes.txt").write_text("mine")
+    for name in (
+        ".checkpoint-best",
+        ".model.original",
+        ".model.backup",
+        ".checkpoint-00000003.old",
+    ):
+        (run / name).mkdir()
+        (run / name / "notes.md").write_text("mine")
+    before = contents(run) | contents(theirs)
+    again = Trainer(new_model(corpus), corpus, TINY, run, progress=False)
+    assert again.train().metrics.equals(straight[1].metrics)
+    again = Trainer(new_model(corpus), corpus, TINY, run, progress=False, restart=True)
+    assert again.train().metrics.equals(straight[1].metrics)
+    after = contents(run) | contents(theirs)
+    assert {name: after.get(name) for name in before} == before
+    assert (run / "checkpoint-latest").is_symlink()
+    assert json.loads((run / "checkpoint-00000012" / "trainer.json").read_text())["step"] == 12
+
+
+def folder_in_the_way(run, whole):
+    (run / "checkpoint-00000003").mkdir()
+    (run / "checkpoint-00000003" / "notes.md").write_text("mine")
+    return "checkpoint-00000003 was not written by a trainer"
+
+
+def file_in_the_way(run, whole):
+    (run / "checkpoint-00000005").write_text("mine")  # Ctrl-C may want any step
+    return "checkpoint-00000005 was not written by a trainer"
+
+
+def link_in_the_way(run, whole):
+    shutil.copytree(whole, run / "elsewhere")
+    (run / "checkpoint-00000012").symlink_to(run / "elsewhere")
+    return "checkpoint-00000012 was not written by a trainer"
+
+
+def model_without_a_run(run, whole):
+    shutil.copytree(whole / "model", run / "model")
+    path = run / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": None}))
+    return "model holds a model without a training record"
+
+
+def something_called_model(run, whole):
+    (run / "model").mkdir()
+    (run / "model" / "weights.bin").write_text("mine")
+    return "model was not written by a trainer"
+
+
+def model_of_another_run(run, whole):
+    shutil.copytree(whole / "model", run / "model")
+    path = run / "model" / "config.json"
+    values = json.loads(path.read_text())
+    values["training"]["config"]["lr"] = 0.5
+    path.write_text(json.dumps(values))
+    return r"model belongs to another run \(training.lr: 0.5 there, 0.01 here\)"
+
+
+def other_metrics(run, whole):
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    return "metrics.jsonl, line 1: .*no trainer wrote it"
+
+
+def notes_called_metrics(run, whole):
+    (run / "metrics.jsonl").write_text("to measure: loss")
+    return "metrics.jsonl, line 1: .*no trainer wrote it"
+
+
+@pytest.mark.parametrize(
+    "put",
+    [folder_in_the_way, file_in_the_way, link_in_the_way, model_without_a_run,
+     something_called_model, model_of_another_run, other_metrics, notes_called_metrics],
+)  # fmt: skip
+def test_what_is_in_the_way_is_refused_before_the_first_step(corpus, straight, tmp_path, put):
+    message = put(tmp_path, straight[0] / "checkpoint-00000012")
+    before = contents(tmp_path)
+    trainer = new_trainer(corpus, folder=tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert trainer.step == 0
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_into_which_someone_put_a_file_is_kept(corpus, straight, tmp_path, ctrl_c):
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(corpus, folder=tmp_path, kind=Interrupted).train()
+    notes = tmp_path / "checkpoint-00000006" / "model" / "notes.md"
+    notes.write_text("mine")
+    new_trainer(corpus, folder=tmp_path).train()
+    assert notes.read_text() == "mine"
+    assert (tmp_path / "checkpoint-00000012").is_dir()
+    before = contents(tmp_path)
+    anew = Trainer(new_model(corpus), corpus, TINY, tmp_path, progress=False, restart=True)
+    with pytest.raises(ValueError, match=r"00000006 also holds model/notes\.md"):
+        anew.train()
+    assert contents(tmp_path) == before
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_is_harmless(
+    corpus, straight, tmp_path, monkeypatch
+):
+    usual = shutil.rmtree
+
+    def cut_off(folder, **options):  # as rmtree leaves it when it is killed: some files are gone
+        if (Path(folder) / "trainer.json").exists():
+            (Path(folder) / "trainer.json").unlink()
+            raise KeyboardInterrupt
+        usual(folder, **options)
+
+    monkeypatch.setattr("tl_sparse.training.resume.shutil.rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(corpus, folder=tmp_path).train()
+    monkeypatch.undo()
+    new_trainer(corpus, folder=tmp_path).train()
+    assert_same_run(tmp_path, straight[0])
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoint-00000012", "metrics.jsonl", "model"
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
 # several processes
+
+
+def test_runs_that_share_a_folder_take_turns_and_the_second_takes_the_result(
+    corpus, straight, tmp_path, capfd
+):
+    first = new_trainer(corpus, folder=tmp_path)
+    inside, results = threading.Event(), []
+    usual = first.train_step
+
+    def slow(model):
+        inside.set()
+        time.sleep(0.05)
+        return usual(model)
+
+    first.train_step = slow
+    thread = threading.Thread(target=lambda: results.append(first.train()))
+    thread.start()
+    assert inside.wait(60)
+    second = Trainer(new_model(corpus), corpus, TINY, tmp_path)
+    second.train_step = None  # may not be called
+    results.append(second.train())
+    thread.join()
+    assert f"waiting for process {os.getpid()} on " in capfd.readouterr().err
+    assert results[0].metrics.equals(results[1].metrics)
+    assert_same_run(tmp_path, straight[0])
+    assert not (tmp_path / ".trainer.lock").exists()
+
+
+def test_processes_that_train_in_one_folder_end_with_one_run(corpus, straight, tmp_path):
+    def train():
+        new_trainer(corpus, folder=tmp_path).train()
+
+    processes = [multiprocessing.get_context("fork").Process(target=train) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert_same_run(tmp_path, straight[0])
 
 
 def test_two_processes_give_the_losses_of_one(corpus, tmp_path):

@@ -76,7 +76,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint from which a run resumes exactly; older ones go once it is complete."""
     target = folder / name_of(step)
-    if not target.is_dir():  # else the same run has written this very state
+    if (step, target) not in checkpoints(folder):  # else the same run has written this very state
         with atomic_folder(target) as work:
             model.save_pretrained(work / MODEL, record)
             torch.save(optimizer.state_dict(), work / OPTIMIZER)
