@@ -6,8 +6,9 @@ import torch
 from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import circuit_edges
-from tl_sparse.circuits.edge_weights import ablated_reads, gated_logit_diffs, locate, tensors_of
+from tl_sparse.circuits.edge_weights import ablated_reads, gated_logit_diffs, locate
 from tl_sparse.sites import MATRICES, NodeIndex
+from tl_sparse.sparsity.temporary import tensors_of
 
 SOURCES = ("attn_in", "attn_v", "mlp_in", "mlp_neuron")
 
@@ -127,7 +128,7 @@ def test_one_edge_by_hand(small_model, marks, random_tokens):
     which = int(it.edges.index[it.edges["matrix"].eq("W_in")][7])
     edge = it.edges.loc[which]
     gates = torch.tensor(without(len(it.edges), [which])).float()
-    changed = it.weights.gated(model, gates)
+    changed = it.weights.gated(tensors_of(model), gates)
     assert set(changed) == it.weights.tensors
     mlp = f"blocks.{edge['layer']}.mlp"
     i, j = edge["source"], edge["target"]

@@ -7,7 +7,7 @@ to the bias of j. AbsTopK, norms and attention patterns stay as the model has th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tl_sparse.ablation import FwdHook, Intervention
+from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.logit_diff import PackedBatch, packed_logit_diffs, task_logit_diffs, trimmed
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_MATRICES, NodeIndex, site_at
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
+from tl_sparse.sparsity.temporary import changed, tensors_of
 from tl_sparse.tasks import TaskBatch
 
 Prompts = TaskBatch | PackedBatch
@@ -60,21 +61,23 @@ class EdgeWeights:
         """Names of all tensors that a removal changes."""
         return {entries.tensor for entries in (*self.weights, *self.biases)}
 
-    def gated(self, model: nn.Module, gates: Float[Tensor, " edge"]) -> dict[str, Tensor]:
-        """The model's tensors with gate × weight for every edge, and (1 - gate) × constant in the
-        biases; differentiable in the gates. With all gates 1 they equal the model's own.
+    def gated(self, own: Mapping[str, Tensor], gates: Float[Tensor, " edge"]) -> dict[str, Tensor]:
+        """A model's tensors with gate × weight for every edge, and (1 - gate) × constant in the
+        biases; differentiable in the gates. With all gates 1 they equal the model's ``own``.
         """
-        own = tensors_of(model)
         gates = gates.to(self.weight.device, self.weight.dtype)
-        changed = {name: own[name].detach().flatten() for name in self.tensors}
+        found = {name: own[name].detach().flatten() for name in self.tensors}
         for entries in self.weights:
             values = self.weight[entries.edge] * gates[entries.edge]
-            flat = changed[entries.tensor]
-            changed[entries.tensor] = flat.index_put((entries.place,), values)
+            flat = found[entries.tensor]
+            place = entries.place.to(flat.device)
+            found[entries.tensor] = flat.index_put((place,), values.to(flat))
         for entries in self.biases:
             values = self.constant[entries.edge] * (1 - gates[entries.edge])
-            changed[entries.tensor] = changed[entries.tensor].index_add(0, entries.place, values)
-        return {name: flat.view(own[name].shape) for name, flat in changed.items()}
+            flat = found[entries.tensor]
+            place = entries.place.to(flat.device)
+            found[entries.tensor] = flat.index_add(0, place, values.to(flat))
+        return {name: flat.view(own[name].shape) for name, flat in found.items()}
 
 
 class _LogitDiffs(nn.Module):
@@ -100,7 +103,7 @@ def gated_logit_diffs(
 ) -> Float[Tensor, " prompt"]:
     """logit(correct) - logit(incorrect) of every prompt with edges gated, on the model's own
     forward pass; differentiable in the gates."""
-    changed = {f"model.{name}": x for name, x in edges.gated(model, gates).items()}
+    changed = {f"model.{name}": x for name, x in edges.gated(tensors_of(model), gates).items()}
     return functional_call(_LogitDiffs(model), changed, (prompts, hooks))
 
 
@@ -116,31 +119,26 @@ def edges_removed(model: nn.Module, index: NodeIndex, edges: pd.DataFrame) -> It
 
     Raises:
         ValueError: the weights are others than the table's.
+        WeightsLost: they were changed inside by something else; see
+            :func:`~tl_sparse.sparsity.temporary.changed`.
     """
     if not len(edges):
         yield
         return
-    weights, own = locate(model, index, edges), tensors_of(model)
+    weights = locate(model, index, edges)
     stored = torch.tensor(edges["weight"].to_numpy())
     if not torch.equal(weights.weight.float().cpu(), stored):
         raise ValueError(
             "the edges' weights are not the model's: they are removed already, or it changed"
         )
-    with torch.no_grad():
-        changed = weights.gated(model, torch.zeros(len(edges)))
-    saved = {name: own[name].detach().clone() for name in changed}
-    try:
-        write(own, changed)
+    gates = torch.zeros(len(edges))
+
+    def remove(tensors: Mapping[str, Tensor]) -> None:
+        for name, value in weights.gated(tensors, gates).items():
+            tensors[name].copy_(value)
+
+    with changed(model, weights.tensors, remove):
         yield
-    finally:
-        write(own, saved)
-
-
-@torch.no_grad()
-def write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy values into a model's tensors of the same names."""
-    for name, value in values.items():
-        own[name].copy_(value)
 
 
 def packed_if_possible(model: nn.Module, batch: TaskBatch) -> Prompts:
@@ -258,11 +256,6 @@ def storage_places(
     return place
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name: absent biases are buffers in some models."""
-    return dict(model.named_buffers()) | dict(model.named_parameters())
-
-
 @torch.no_grad()
 def ablated_reads(
     model: nn.Module,
@@ -273,10 +266,9 @@ def ablated_reads(
 ) -> Float[Tensor, " node"]:
     """What a matrix reads from each node that is set to its value.
 
-    That is the value itself, but for two sites. Other models' norms apply their weight after the
-    hook of ``attn_in`` and ``mlp_in``; and W_O reads values averaged by a pattern, whose rows sum
-    to less than one where there is an attention sink: the sum's mean over the prompts' tokens and
-    over the circuit's patterns is taken. Both are measured on the model's own forward pass.
+    That is the value itself, but for W_O: it reads values averaged by a pattern, whose rows sum to
+    less than one where there is an attention sink. The sum's mean over the prompts' tokens and over
+    the circuit's patterns is taken, measured on the model's own forward pass.
 
     Args:
         model: The model.
@@ -286,42 +278,16 @@ def ablated_reads(
         hooks: The circuit's hooks.
     """
     reads = values.detach().clone()
-    blocks: Any = model.blocks
     batch = batch.to(values.device)
     sources = {source for _, source, _ in index.matrices}
     real = torch.arange(batch.tokens.shape[1], device=values.device) <= batch.last[:, None]
     for layer in range(index.n_layers):
-        here: dict[str, Tensor] = {}
         for name in index.at(layer):
             hook = index.hook(layer, name)
             row, piece = site_at(hook), index.slices[hook]
-            if row is None or name not in sources:
-                continue
-            if row.plain_hook and hook == row.hook_in(layer, plain=True):
-                norm = getattr(blocks[layer], "ln1" if row.part == "attn" else "ln2")
-                here[name] = norm_of(model, norm, batch, hook, values[piece])
-            elif row.moved:
-                here[name] = values[piece] * row_sums(model, layer, batch, hook, hooks, real)
-        for name, found in here.items():
-            reads[index.slices[index.hook(layer, name)]] = found
+            if row is not None and row.moved and name in sources:
+                reads[piece] = values[piece] * row_sums(model, layer, batch, hook, hooks, real)
     return reads
-
-
-def norm_of(
-    model: nn.Module,
-    norm: nn.Module,
-    batch: TaskBatch,
-    hook: str,
-    values: Float[Tensor, " channel"],
-) -> Float[Tensor, " channel"]:
-    """What a norm puts out where the value at its hook is this."""
-    seen: list[Tensor] = []
-    handle = norm.register_forward_hook(lambda _module, _inputs, out: seen.append(out.detach()))
-    try:
-        run(model, batch, [(hook, Intervention(value=values[None]))])
-    finally:
-        handle.remove()
-    return seen[0].flatten(0, -2)[0]
 
 
 def row_sums(

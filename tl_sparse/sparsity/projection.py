@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.sparsity.matrices import WeightMatrix
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 
 Anneal = Literal["linear", "exponent", "power_law"]
 EmbeddingSchedule = Literal["linear", "window"]
@@ -69,7 +69,7 @@ class SparsityConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not self.anneal_exponent > 0:
             raise ValueError(f"anneal_exponent={self.anneal_exponent} must be positive")
-        check_choices(self)
+        check_fields(self)
         if self.embedding_schedule == "window" and self.final_embedding_density < self.density:
             raise ValueError(
                 f"embedding_schedule='window' needs embedding_density >= density, got "

@@ -11,6 +11,7 @@ from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import constant_sparsity, project_all
+from tl_sparse.storage.finite import check_weights
 
 
 def sparsify(
@@ -31,8 +32,10 @@ def sparsify(
     AbsTopK on as well; None leaves it as it is. The copy is in eval mode and has no hooks.
 
     Raises:
-        ValueError: density outside (0, 1], or a budget below its floors; the matrix is named.
+        ValueError: density outside (0, 1], a budget below its floors (the matrix is named), or NaN
+            or infinite weights.
     """
+    check_weights(model)
     rule = constant_sparsity(density, floor, embedding_density, embedding_floor, sparse_biases)
     config = model.config
     if activation_density is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import constant_sparsity, top_k_weights
+from tl_sparse.sparsity.temporary import changed
 from tl_sparse.sparsity.weight_projector import project_after_steps
 
 Entry = tuple[str, tuple[int, ...]]
@@ -104,24 +105,37 @@ class WeightMasks:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Zero the weights that are not kept inside the block, restore them bit for bit after it.
 
-        Hooks, patching and attribution run inside as they are.
+        Hooks, patching and attribution run inside as they are, and the model may be moved or cast.
+        Several blocks may be open, which end in any order.
 
         Raises:
             ValueError: ``model`` is not the model that the masks were made for, or it was moved to
                 another device or dtype since.
+            WeightsLost: the weights were changed inside by something else, such as training. They
+                are what they were before the block all the same.
+            RuntimeError: blocks of another thread are open on this model.
         """
-        mine = {id(owner) for matrix in self.matrices for owner in matrix.owners}
-        if not mine <= {id(p) for p in model.parameters()}:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        pairs = [
+            (part, owner)
+            for matrix in self.matrices
+            for part, owner in zip(matrix.parts, matrix.owners, strict=True)
+        ]
+        if not {id(owner) for _, owner in pairs} <= set(names):
             raise ValueError("these masks belong to another model: make masks for this one")
-        parts = live_parts(self.matrices)
-        saved = {name: part.clone() for name, part in parts.items()}
-        try:
-            self.project()
+        places = [
+            (names[id(owner)], part.shape, part.stride(),
+             int(part.storage_offset()) - int(owner.storage_offset()), self.keep[name])
+            for name, (part, owner) in zip(live_parts(self.matrices), pairs, strict=True)
+        ]  # fmt: skip
+
+        def zero(tensors: Mapping[str, Tensor]) -> None:
+            for name, shape, stride, offset, keep in places:
+                view = tensors[name].as_strided(shape, stride, offset)
+                view.masked_fill_(~keep.to(view.device), 0.0)
+
+        with changed(model, {name for name, *_ in places}, zero):
             yield model
-        finally:
-            with torch.no_grad():
-                for name, part in parts.items():
-                    part.copy_(saved[name])
 
     @torch.no_grad()
     def project(self) -> None:
