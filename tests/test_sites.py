@@ -53,7 +53,8 @@ def test_an_attention_only_model_has_five_sites(small_model):
     assert index.sites == ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out")
     assert index.sites == tuple(name for name in BLOCK_SITES if model.config.has_site(name))
     assert index.n_nodes == 2 * 5 * 16
-    plain = PlainModel(model.cfg, [n for n in model.hook_dict if not n.endswith("act_in")])
+    names = [name for name in model.hook_dict if not name.endswith("act_in")]
+    plain = PlainModel(model.cfg, [*names, *(f"blocks.{i}.ln1.hook_out" for i in (0, 1))])
     assert NodeIndex.of(plain).sites == index.sites
     with pytest.raises(ValueError, match=r"attention only, so it has no mlp_in, mlp_neuron, mlp"):
         NodeIndex.of(model, BLOCK_SITES)
@@ -175,12 +176,13 @@ class PlainModel(nn.Module):
         self.hook_dict = dict.fromkeys(names)
 
 
-def test_other_models_use_the_normalised_stream_for_the_reads(small_model):
+def test_other_models_use_what_their_norms_put_out_for_the_reads(small_model):
     model = small_model()
     names = [name for name in model.hook_dict if not name.endswith("act_in")]
+    names += [f"blocks.{i}.{norm}.hook_out" for i in (0, 1) for norm in ("ln1", "ln2")]
     index = NodeIndex.of(PlainModel(model.cfg, names))
-    assert index.hook(1, "attn_in") == "blocks.1.ln1.hook_normalized"
-    assert index.hook(0, "mlp_in") == "blocks.0.ln2.hook_normalized"
+    assert index.hook(1, "attn_in") == "blocks.1.ln1.hook_out"
+    assert index.hook(0, "mlp_in") == "blocks.0.ln2.hook_out"
     assert index.n_nodes == NodeIndex.of(model).n_nodes
 
 

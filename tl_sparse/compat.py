@@ -90,6 +90,7 @@ __all__ = [
     "KeyValueCache",
     "ModelBase",
     "ReadingHook",
+    "affine_after",
     "bridge_class",
     "has_hooks",
     "hooked",
@@ -155,6 +156,24 @@ def hooked(point: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def runtime_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a module's floating point parameters."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def affine_after(
+    model: nn.Module, hook: str
+) -> tuple[torch.Tensor] | tuple[torch.Tensor, torch.Tensor] | None:
+    """The weight (and bias) that a norm of a HookedTransformer applies after its hook_normalized.
+
+    None for every other hook, and where the hook has the norm's output: the norms without weights,
+    and 2.x's LayerNorm.
+    """
+    path, _, name = hook.rpartition(".")
+    if name != "hook_normalized":
+        return None
+    norm = model.get_submodule(path)
+    weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+    if weight is None or (bias is not None and BridgeConfig == ()):
+        return None
+    return (weight,) if bias is None else (weight, bias)
 
 
 def bridge_class() -> Any:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+
+from tl_sparse.compat import affine_after
 
 Kind = Literal["residual", "head", "neuron"]
 Where = Literal["every", "first", "last"]
@@ -47,10 +49,11 @@ class Site:
     """Weight matrices (TransformerLens names, within the block) that write the site."""
     read_by: tuple[str, ...] = ()
     """Weight matrices that read it."""
-    plain_hook: str = ""
-    """Hook name in any other TransformerLens model, where it is another. For the two reads it is
-    the normalised residual stream before the norm's weight: ablating a channel to its mean commutes
-    with that affine map."""
+    plain_hooks: tuple[str, ...] = ()
+    """Hook names in any other TransformerLens model, where they are others; the first that it has
+    counts. In every model a node's value is what the matrices of ``read_by`` read: of the two
+    reads what comes after the norm's weight and bias. A HookedTransformer has no hook there, so
+    values are converted at the hook before them (see :class:`Affine`)."""
     short: str = ""
     """What stands before the channel in a small label."""
     where: Where = "every"
@@ -77,9 +80,10 @@ class Site:
         """Whether its channels are written to the residual stream."""
         return self.kind == "residual" and bool(self.written_by)
 
-    def hook_in(self, layer: int, *, plain: bool) -> str:
-        """Hook name in a layer of a SparseTransformer, or (plain) of any other model."""
-        return (self.plain_hook if plain and self.plain_hook else self.hook).format(layer=layer)
+    def hook_in(self, layer: int, hook_dict: Collection[str]) -> str:
+        """Hook name in a layer of a model with these hooks; ``hook`` if it has none of them."""
+        names = [name.format(layer=layer) for name in (self.hook, *self.plain_hooks)]
+        return next((name for name in names if name in hook_dict), names[0])
 
     def width(self, sizes: Any) -> int:
         """Channels in a model with these sizes: any config with d_model, n_heads, d_head, d_mlp."""
@@ -96,8 +100,9 @@ SITES: tuple[Site, ...] = (
     ),
     Site(
         "attn_in", "blocks.{layer}.attn.hook_act_in", "residual", "attn",
-        plain_hook="blocks.{layer}.ln1.hook_normalized", read_by=("W_Q", "W_K", "W_V"),
-        with_positions=True, openai="{layer}.attn.act_in", row="attn in", label="attention reads",
+        plain_hooks=("blocks.{layer}.ln1.hook_out", "blocks.{layer}.ln1.hook_normalized"),
+        read_by=("W_Q", "W_K", "W_V"), with_positions=True, openai="{layer}.attn.act_in",
+        row="attn in", label="attention reads",
         colour="#a3acba",
     ),
     Site(
@@ -127,8 +132,9 @@ SITES: tuple[Site, ...] = (
     ),
     Site(
         "mlp_in", "blocks.{layer}.mlp.hook_act_in", "residual", "mlp",
-        plain_hook="blocks.{layer}.ln2.hook_normalized", read_by=("W_in",), with_positions=True,
-        last_only=True, openai="{layer}.mlp.act_in", row="mlp in", label="mlp reads",
+        plain_hooks=("blocks.{layer}.ln2.hook_out", "blocks.{layer}.ln2.hook_normalized"),
+        read_by=("W_in",), with_positions=True, last_only=True, openai="{layer}.mlp.act_in",
+        row="mlp in", label="mlp reads",
         colour="#a3acba",
     ),
     Site(
@@ -231,8 +237,7 @@ def site(name: str) -> Site:
 _TEMPLATES = {
     re.sub(r"\\{layer\\}", r"\\d+", re.escape(hook)): row
     for row in SITES
-    for hook in (row.hook, row.plain_hook)
-    if hook
+    for hook in (row.hook, *row.plain_hooks)
 }
 
 
@@ -249,6 +254,34 @@ def layer_of(hook: str, n_layers: int) -> int:
     return 0 if "embed" in hook and "unembed" not in hook else n_layers - 1
 
 
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A norm's weight and bias, applied after the hook at which nodes are read and set.
+
+    They are the norm's own parameters, so that they are never out of date.
+    """
+
+    weight: Float[Tensor, " channel"]
+    """The norm's weight."""
+    bias: Float[Tensor, " channel"] | None = None
+    """The norm's bias; None if it has none."""
+
+    def after(self, x: Float[Tensor, "... channel"]) -> Float[Tensor, "... channel"]:
+        """What comes out where ``x`` is at the hook."""
+        x = x.to(self.weight.dtype) * self.weight
+        return x if self.bias is None else x + self.bias
+
+    def before(self, value: Float[Tensor, "... channel"]) -> Float[Tensor, "... channel"]:
+        """What has to be at the hook for ``value`` to come out; any number where the weight is
+        zero."""
+        shifted = value if self.bias is None else value - self.bias
+        return shifted / torch.where(self.weight == 0, 1.0, self.weight)
+
+    def beyond(self, value: Float[Tensor, "... channel"]) -> Bool[Tensor, "... channel"]:
+        """Where ``value`` cannot come out: the weight is zero, and it is not the bias."""
+        return (self.weight == 0) & (value != (0.0 if self.bias is None else self.bias))
+
+
 @dataclass(frozen=True)
 class NodeIndex:
     """Numbers every node of a model: layer by layer, site by site, channel by channel."""
@@ -263,6 +296,9 @@ class NodeIndex:
     """Channels of each site."""
     d_head: int
     """Channels per head, for naming q, k and v channels."""
+    norms: Mapping[str, Affine] = field(default_factory=dict, compare=False, repr=False)
+    """Hook name → the weight and bias that a norm applies after it, at the hooks where a node's
+    value is what comes after these."""
 
     @classmethod
     def of(cls, model: nn.Module, sites: tuple[str, ...] | None = None) -> NodeIndex:
@@ -293,11 +329,10 @@ class NodeIndex:
                 f"{cfg.n_heads} heads share {shared} keys and values in this model, so "
                 f"{' and '.join(per_key)} cannot be indexed; leave them out of `sites`"
             )
-        plain = site("attn_in").hook_in(0, plain=False) not in hook_dict
         in_layer = {"every": range(cfg.n_layers), "first": (0,), "last": (cfg.n_layers - 1,)}
         hooks = tuple(
             tuple(
-                row.hook_in(layer, plain=plain) if layer in in_layer[row.where] else None
+                row.hook_in(layer, hook_dict) if layer in in_layer[row.where] else None
                 for row in chosen
             )
             for layer in range(cfg.n_layers)
@@ -314,6 +349,11 @@ class NodeIndex:
             hooks=hooks,
             widths=tuple(row.width(cfg) for row in chosen),
             d_head=cfg.d_head,
+            norms={
+                name: Affine(*parts)
+                for name in (name for layer in hooks for name in layer)
+                if name is not None and (parts := affine_after(model, name)) is not None
+            },
         )
 
     @classmethod
@@ -367,6 +407,10 @@ class NodeIndex:
                     slices[hook] = slice(start, start + width)
                     start += width
         return slices
+
+    def read(self, hook: str, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The nodes' values where ``x`` is the activation at their hook."""
+        return self.norms[hook].after(x) if hook in self.norms else x
 
     def hook(self, layer: int, site_name: str) -> str:
         """Hook name of a site in a layer.

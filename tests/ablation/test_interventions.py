@@ -3,11 +3,14 @@ import torch
 
 from tl_sparse.ablation import (
     ActivationMeans,
+    Intervention,
     ablation_hooks,
     activation_means,
     broadcast,
+    gated_ablation_hooks,
+    resample_sources,
 )
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import Affine, NodeIndex
 
 
 def kept(index, value):
@@ -28,7 +31,8 @@ def test_keeping_everything_changes_no_bit(any_model, many):
         out = hooks[0][1](cache[hook])
         flat, expected = out.reshape(90, -1), cache[hook].reshape(90, -1)
         assert torch.equal(flat[:, 1:], expected[:, 1:])
-        assert (flat[:, 0] == values[piece.start]).all()
+        set_to = index.read(hook, flat.detach())[:, 0]
+        torch.testing.assert_close(set_to, values[piece.start].expand(90), atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_with_no_node_left_sees_only_the_last_token(any_model, many):
@@ -64,35 +68,104 @@ def test_ablated_channels_have_the_value_and_the_rest_their_own(any_model, many)
     assert torch.equal(found[..., others], before[..., others])
 
 
-def test_ablating_before_the_norms_weight_is_ablating_after_it(random_dense_model, many):
-    """What sites.py says of other models' reads: the mean commutes with weight and bias."""
-    chosen = [2, 3, 11]
-    for layer, (site, norm) in enumerate([("attn_in", "ln1"), ("mlp_in", "ln2")]):
-        means = activation_means(random_dense_model, many, sites=(site,))
-        keep = kept(means.index, True)
-        piece = means.index.slices[means.index.hook(layer, site)]
-        assert means.index.hook(layer, site) == f"blocks.{layer}.{norm}.hook_normalized"
-        keep[[piece.start + i for i in chosen]] = False
-        hooks = ablation_hooks(means.index, keep, means.values)
-        before = random_dense_model.run_with_hooks(many, return_type="logits", fwd_hooks=hooks)
+def through_modules(model, tokens, values):
+    """Logits with channels of norms' outputs set by module hooks: {"ln1": {channel: value}}."""
+    handles = []
+    for norm, channels in values.items():
+        for block in model.blocks:
 
-        module = getattr(random_dense_model.blocks[layer], norm)
-        outputs = []
-        handle = module.register_forward_hook(lambda m, x, out, at=outputs: at.append(out))
-        clean = random_dense_model(many, return_type="logits")
-        handle.remove()
-        mean = outputs[0].reshape(90, -1).mean(0)
+            def put(module, inputs, out, channels=channels):
+                out = out.clone()
+                out[..., list(channels)] = torch.tensor(list(channels.values())).to(out)
+                return out
 
-        def ablate(module, inputs, out, mean=mean):
-            out = out.clone()
-            out[..., chosen] = mean[chosen]
-            return out
+            handles.append(getattr(block, norm).register_forward_hook(put))
+    try:
+        return model(tokens, return_type="logits")
+    finally:
+        for handle in handles:
+            handle.remove()
 
-        handle = module.register_forward_hook(ablate)
-        after = random_dense_model(many, return_type="logits")
-        handle.remove()
-        torch.testing.assert_close(before, after, atol=2e-5, rtol=1e-5)
-        assert (before - clean).abs().max() > 0.01
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_other_models_reads_are_set_after_the_norms_weight_and_bias(
+    random_dense_model, many, value
+):
+    for site, norm in (("attn_in", "ln1"), ("mlp_in", "ln2")):
+        index = NodeIndex.of(random_dense_model, (site,))
+        keep = kept(index, True)
+        for piece in index.slices.values():
+            keep[[piece.start + i for i in (2, 3, 11)]] = False
+        values = torch.full((index.n_nodes,), value)
+        found = random_dense_model.run_with_hooks(
+            many, return_type="logits", fwd_hooks=ablation_hooks(index, keep, values)
+        )
+        expected = through_modules(
+            random_dense_model, many, {norm: dict.fromkeys((2, 3, 11), value)}
+        )
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+        assert (found - random_dense_model(many, return_type="logits")).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("option", ["layer_norm", "plain", "layer_norm_no_bias"])
+def test_a_models_nodes_are_those_of_its_conversion(small_model, many, option):
+    """Means, sources and every ablation: the site table has one meaning for all models."""
+    ours = small_model(option)
+    theirs = ours.to_transformer_lens()
+    sites = ("attn_in", "mlp_in", "attn_out")
+    found = []
+    for model in (ours, theirs):
+        means = activation_means(model, many, sites)
+        index = means.index
+        keep = torch.rand(index.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.5
+        gates = torch.rand(1, index.n_nodes, generator=torch.Generator().manual_seed(2))
+        sources = resample_sources(model, many.flip(0), index=index)
+        hooks = {
+            "zero": ablation_hooks(index, keep, torch.zeros(index.n_nodes)),
+            "a value": ablation_hooks(index, keep, torch.linspace(-1, 1, index.n_nodes)),
+            "mean": ablation_hooks(index, keep, means.values),
+            "resample": ablation_hooks(index, keep, sources),
+            "gates": gated_ablation_hooks(index, gates, torch.zeros(1, index.n_nodes)),
+        }
+        logits = {
+            name: model.run_with_hooks(many, return_type="logits", fwd_hooks=change)
+            for name, change in hooks.items()
+        }
+        activations = list(sources.activations.values())
+        found.append({**logits, "means": means.values, "sources": torch.cat(activations)})
+    for name in found[0]:
+        torch.testing.assert_close(
+            found[0][name], found[1][name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_gradients_of_a_value_pass_the_norm_that_follows_the_hook(random_dense_model, many):
+    index = NodeIndex.of(random_dense_model, ("attn_in",))
+    keep = kept(index, True)
+    keep[3] = False
+
+    def loss(value):
+        values = torch.where(keep, 0.0, value)
+        hooks = ablation_hooks(index, keep, values)
+        logits = random_dense_model.run_with_hooks(many, return_type="logits", fwd_hooks=hooks)
+        return logits[:, -1, 5].mean()
+
+    value = torch.tensor(0.3, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(value), value)
+    step = 0.02
+    rise = (loss(torch.tensor(0.3 + step)) - loss(torch.tensor(0.3 - step))) / (2 * step)
+    assert float(slope) == pytest.approx(float(rise.detach()), rel=0.02, abs=1e-4)
+
+
+def test_behind_a_norms_weight_of_zero_nothing_but_its_bias_can_be_set():
+    norm = Affine(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 5.0]))
+    x = torch.randn(1, 3, 2)
+    right = Intervention(torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[7.0, 5.0]]), norm=norm)
+    assert torch.equal(norm.after(right(x)), torch.tensor([7.0, 5.0]).expand(1, 3, 2))
+    kept_there = Intervention(torch.tensor([[False, True]]), torch.tensor([[7.0, 0.0]]), norm=norm)
+    assert torch.equal(kept_there(x)[..., 1], x[..., 1])
+    with pytest.raises(ValueError, match="channel 1 cannot be set"):
+        Intervention(torch.zeros(1, 2, dtype=torch.bool), torch.zeros(1, 2), norm=norm)(x)
 
 
 def test_a_mask_of_another_length_is_refused(small_model):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ablation.by_hand import affine
 from tl_sparse.ablation import ablation_hooks, frozen_norm_hooks, resample_sources
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.ablation.masked_forward import (
@@ -163,15 +164,16 @@ def test_joined_batches_are_padded_to_one_length(marks, small_model):
 def mixed_by_hand(model, batch, index, gates, values):
     """Each activation mixed in a hook of its own, one mask after the other."""
 
-    def mix(x, hook=None, *, gate, value):
+    def mix(x, hook=None, *, gate, value, name):
+        weight, bias = affine(model, name)  # the mixture is of what is read
         shape = (-1,) if gate.numel() == x.shape[-1] else x.shape[2:]
         gate, value = gate.view(shape), value.view(shape)
-        return gate * x + (1 - gate) * value
+        return (gate * (x * weight + bias) + (1 - gate) * value - bias) / weight
 
     found = []
     for row in gates:
         hooks = [
-            (name, partial(mix, gate=row[piece], value=values[piece]))
+            (name, partial(mix, gate=row[piece], value=values[piece], name=name))
             for name, piece in index.slices.items()
         ]
         found.append(task_logit_diffs(model, batch, hooks))

@@ -3,6 +3,7 @@ import hashlib
 import pytest
 import torch
 
+from tests.ablation.by_hand import affine
 from tl_sparse.ablation import (
     activation_means,
     positional_means,
@@ -16,7 +17,8 @@ def test_means_are_those_of_the_cached_activations(any_model, many):
     means = activation_means(any_model, many)
     _, cache = any_model.run_with_cache(many)
     for hook, piece in means.index.slices.items():
-        by_hand = cache[hook].reshape(90, -1).double().mean(0)
+        weight, bias = affine(any_model, hook)
+        by_hand = (cache[hook] * weight + bias).reshape(90, -1).double().mean(0)
         torch.testing.assert_close(means.values[piece].double(), by_hand, atol=1e-6, rtol=0)
     assert means.n_tokens == 90
 
@@ -90,11 +92,34 @@ def test_padding_does_not_count(any_model, many, batch_size):
     for row, end in zip(many, last.tolist(), strict=True):
         _, cache = any_model.run_with_cache(row[None, : end + 1])
         for hook in totals:
-            totals[hook] = totals[hook] + cache[hook][0].reshape(end + 1, -1).double().sum(0)
+            weight, bias = affine(any_model, hook)
+            read = (cache[hook][0] * weight + bias).reshape(end + 1, -1)
+            totals[hook] = totals[hook] + read.double().sum(0)
     by_hand = means.index.flat({hook: x / means.n_tokens for hook, x in totals.items()})
     torch.testing.assert_close(means.values.double(), by_hand, atol=1e-5, rtol=0)
     everything = activation_means(any_model, padded, SITE_NAMES).values
     assert (means.values - everything).abs().max() > 0.01
+
+
+def test_means_and_sources_are_those_in_eval_mode(any_model, many):
+    """A model that drops out while it trains, such as GPT-2, is measured without."""
+    drop = [
+        block.mlp.register_forward_hook(
+            lambda module, inputs, out: torch.nn.functional.dropout(out, 0.5, module.training)
+        )
+        for block in any_model.blocks
+    ]
+    expected = activation_means(any_model.eval(), many).values
+    sources = resample_sources(any_model, many).activations
+    any_model.train()
+    assert torch.equal(activation_means(any_model, many).values, expected)
+    for name, x in resample_sources(any_model, many).activations.items():
+        assert torch.equal(x, sources[name])
+        assert not x.requires_grad
+    assert all(module.training for module in any_model.modules())
+    assert all(p.requires_grad for p in any_model.parameters())
+    for handle in drop:
+        handle.remove()
 
 
 def test_a_batch_of_nothing_is_refused(small_model, many):

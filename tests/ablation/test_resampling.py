@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.ablation.by_hand import affine
 from tl_sparse.ablation import (
     ablation_hooks,
     positional_means,
@@ -55,7 +56,8 @@ def test_positional_means_are_the_cached_activations_means_at_each_position(
     assert set(sources.activations) == set(NodeIndex.of(any_model).slices)
     assert len(sources) == 1
     for name, found in sources.activations.items():
-        expected = cache[name].mean(0, keepdim=True)
+        weight, bias = affine(any_model, name)
+        expected = (cache[name] * weight + bias).mean(0, keepdim=True)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert sources.model_fingerprint == fingerprint(any_model)
 

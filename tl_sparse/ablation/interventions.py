@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparse.ablation.resampling import ResampleSources
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import Affine, NodeIndex
 
 FwdHook = tuple[str, Callable[..., Tensor]]
 Replacement = Float[Tensor, " node"] | ResampleSources
@@ -37,6 +37,9 @@ class Intervention:
     """A value for each channel, at all prompts and positions."""
     source: Float[Tensor, "prompt pos ..."] | None = None
     """Another activation of the same hook: prompt i takes its row i, position by position."""
+    norm: Affine | None = None
+    """Where a norm's weight and bias follow the hook: these; ``value`` and ``source`` are then
+    what comes after them."""
     fired: bool = False
     """Whether it ever ran; see :func:`check_fired`."""
 
@@ -44,11 +47,14 @@ class Intervention:
         """The activation [mask * prompt, pos, ...] with the rest of each channel at its value.
 
         Raises:
-            ValueError: ``source`` has fewer prompts or positions than the activation.
+            ValueError: ``source`` has fewer prompts or positions than the activation, or no value
+                at the hook comes to ``value`` after the norm, whose weight is zero.
         """
         self.fired = True
         side = x.unflatten(0, (self._copies(x), -1))
         value = self._replacement(side).to(x.device, x.dtype)
+        if self.norm is not None:
+            value = self._before_norm(self.norm, value)
         if self.mask is None:
             return value.expand_as(side).clone().flatten(0, 1)
         mask = broadcast(self.mask.to(x.device), x)
@@ -67,6 +73,19 @@ class Intervention:
         if self.mask is not None:
             return len(self.mask)
         return 1 if self.source is None else len(x) // len(self.source)
+
+    def _before_norm(self, norm: Affine, value: Float[Tensor, "..."]) -> Tensor:
+        """What has to be at the hook for ``value`` to come out of the norm."""
+        beyond = norm.beyond(value)
+        if self.mask is not None:
+            beyond = beyond & (broadcast(self.mask.to(value.device), value[0]) != 1)
+        if bool(beyond.any()):
+            channel = int(beyond.flatten(0, -2).any(0).nonzero()[0])
+            raise ValueError(
+                f"channel {channel} cannot be set: the norm's weight is zero there, so that its "
+                "bias alone comes out"
+            )
+        return norm.before(value)
 
     def _replacement(self, side: Float[Tensor, "mask prompt pos ..."]) -> Tensor:
         if self.source is None:
@@ -103,11 +122,16 @@ def gated_ablation_hooks(
     """An :class:`Intervention` at every hook: gated (soft) ablation under several masks at once."""
     if isinstance(values, ResampleSources):
         return [
-            (hook, Intervention(gates[:, piece], source=values.activations[hook]))
+            (
+                hook,
+                Intervention(
+                    gates[:, piece], source=values.activations[hook], norm=index.norms.get(hook)
+                ),
+            )
             for hook, piece in index.slices.items()
         ]
     return [
-        (hook, Intervention(gates[:, piece], values[:, piece]))
+        (hook, Intervention(gates[:, piece], values[:, piece], norm=index.norms.get(hook)))
         for hook, piece in index.slices.items()
     ]
 

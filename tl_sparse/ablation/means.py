@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation.recording import digest, each_activation, index_of
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.storage.finite import check_finite, check_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,14 @@ class ActivationMeans:
     """Fingerprint of the model that computed them."""
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError unless this model computed them, and it is unchanged."""
+        """Raise ValueError unless this model computed them, it is unchanged, and all is finite."""
+        check_weights(model)
         if self.model_fingerprint != fingerprint(model):
-            raise ValueError("means belong to another model: compute them with activation_means")
+            raise ValueError(
+                "means belong to another model, or it has changed since (its weights, config or "
+                "dtype): compute them with activation_means"
+            )
+        check_finite({"means": self.values}, "what removed nodes are set to")
 
 
 @torch.no_grad()
@@ -55,7 +61,8 @@ def activation_means(
     is not counted.
 
     Raises:
-        ValueError: unknown site, no tokens, or a hook that never fired.
+        ValueError: unknown site, no tokens, a hook that never fired, or weights or means that are
+            NaN or infinite.
     """
     index = index_of(model, sites, index)
     device = next(model.parameters()).device
@@ -75,7 +82,9 @@ def activation_means(
         rows[name] = rows.get(name, 0) + len(channels)
 
     each_activation(model, tokens, index, add, batch_size)
-    values = index.flat({name: total / rows[name] for name, total in totals.items()})
+    means = {name: total / rows[name] for name, total in totals.items()}
+    check_finite(means, "mean activations on these tokens")
+    values = index.flat(means)
     return ActivationMeans(
         index, values.float(), int(counted.sum()), digest(tokens), fingerprint(model)
     )

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.finite import check_weights
 
 
 def each_activation(
@@ -21,30 +23,34 @@ def each_activation(
     look: Callable[[str, Tensor, int], None],
     batch_size: int,
 ) -> None:
-    """Call ``look(hook, activation, first)`` for every hook of the nodes, batch by batch.
+    """Call ``look(hook, values, first)`` for every hook of the nodes, batch by batch.
 
-    ``first`` is the number of the batch's first sequence.
+    ``first`` is the number of the batch's first sequence. The model runs in eval mode, without
+    gradients.
 
     Raises:
-        ValueError: no tokens, a batch size below 1, or a hook that never fired.
+        ValueError: no tokens, a batch size below 1, NaN or infinite weights, or a hook that never
+            fired.
     """
     if tokens.numel() == 0:
         raise ValueError("no tokens to run the model on")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_weights(model)
     device = next(model.parameters()).device
     fired: set[str] = set()
 
     def seen(x: Tensor, hook: Any = None, *, name: str, first: int) -> None:
         fired.add(name)
-        look(name, x.detach(), first)
+        look(name, index.read(name, x.detach()), first)
 
     run: Any = model
-    for first in range(0, len(tokens), batch_size):
-        # by the name that was asked for: a hook reached by an alias goes by another
-        hooks = [(name, partial(seen, name=name, first=first)) for name in index.slices]
-        batch = tokens[first : first + batch_size].to(device)
-        run.run_with_hooks(batch, return_type=None, fwd_hooks=hooks)
+    with eval_mode(model), torch.no_grad():
+        for first in range(0, len(tokens), batch_size):
+            # by the name that was asked for: a hook reached by an alias goes by another
+            hooks = [(name, partial(seen, name=name, first=first)) for name in index.slices]
+            batch = tokens[first : first + batch_size].to(device)
+            run.run_with_hooks(batch, return_type=None, fwd_hooks=hooks)
     if missing := set(index.slices) - fired:
         raise ValueError(f"hooks {', '.join(sorted(missing))} never fired on this model")
 

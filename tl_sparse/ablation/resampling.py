@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation.recording import digest, each_activation, index_of
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.storage.finite import check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,8 @@ def resample_sources(
     floats. The sequences should be as long as the longest prompt.
 
     Raises:
-        ValueError: unknown site, no tokens, or a hook that never fired.
+        ValueError: unknown site, no tokens, a hook that never fired, or weights or activations that
+            are NaN or infinite.
     """
     index = index_of(model, sites, index)
     found: dict[str, Tensor] = {}
@@ -64,6 +66,7 @@ def resample_sources(
         found[name] = x.clone()
 
     each_activation(model, tokens, index, record, max(1, len(tokens)))
+    check_finite(found, "activations on these tokens")
     return ResampleSources(index, found, digest(tokens), fingerprint(model))
 
 
@@ -80,7 +83,8 @@ def positional_means(
     prompt: ``means.take(torch.zeros(len(batch), dtype=torch.int64))``.
 
     Raises:
-        ValueError: no tokens, or a hook that never fired.
+        ValueError: no tokens, a hook that never fired, or weights or means that are NaN or
+            infinite.
     """
     index = index_of(model, None, index)
     totals: dict[str, Tensor] = {}
@@ -92,4 +96,5 @@ def positional_means(
 
     each_activation(model, tokens, index, add, batch_size)
     means = {name: (total / rows[name]).float() for name, total in totals.items()}
+    check_finite(means, "mean activations on these tokens")
     return ResampleSources(index, means, digest(tokens), fingerprint(model))

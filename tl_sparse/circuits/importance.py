@@ -33,6 +33,7 @@ from tl_sparse.ablation.partial_forward import PartialForward
 from tl_sparse.ablation.prompt_packing import pack
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex, site_at
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import TaskBatch
 
 SLOTS = 4096  # nodes x pairs x slots of one forward pass: more no longer fit a core's cache
@@ -94,6 +95,7 @@ def ablation_importance(
     base, logit_diffs = ablated_logit_diffs(
         model, batch, index, values, nodes=nodes, keep=keep, freeze_norm=freeze_norm
     )
+    check_finite({"one node removed": logit_diffs, "none": base}, f"logit differences of {task}")
     loss = F.softplus(-base).mean()
     scores = torch.full((index.n_nodes,), -torch.inf, device=loss.device)
     scores[nodes.to(loss.device)] = F.softplus(-logit_diffs).mean(1) - loss
@@ -233,7 +235,10 @@ def restoration_importance(
         full = resample_sources(model, batch.tokens, index=index).activations
         hooks: list[FwdHook] = [*frozen_norms_of(model, batch)] if freeze_norm else []
         # every node is put at what it is in the full model first, then all but one are removed
-        hooks += [(name, Intervention(source=activation)) for name, activation in full.items()]
+        hooks += [
+            (name, Intervention(source=activation, norm=index.norms.get(name)))
+            for name, activation in full.items()
+        ]
         loss = masked_losses(model, batch, index, none, values, hooks=hooks)[0]
         for piece in heard:
             for nodes in torch.arange(piece.start, piece.stop).to(values.device).split(256):
@@ -241,5 +246,6 @@ def restoration_importance(
                 scores[nodes] = loss - masked_losses(
                     model, batch, index, alone, values, hooks=hooks
                 )
+    check_finite({"scores": scores}, f"losses of {task} with one node restored")
     seconds = time.perf_counter() - started
     return NodeScores(index, scores, "restore", task, float(loss), seconds)

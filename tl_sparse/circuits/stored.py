@@ -169,7 +169,9 @@ def checked_curve(rows: Any) -> list[tuple[int, float]]:
 
 def plain_index(index: NodeIndex) -> dict[str, Any]:
     """A node index in JSON's types."""
-    return json.loads(json.dumps({f.name: getattr(index, f.name) for f in fields(index)}))
+    return json.loads(
+        json.dumps({f.name: getattr(index, f.name) for f in fields(index) if f.compare})
+    )
 
 
 def stored_index(plain: Mapping[str, Any], model: nn.Module) -> NodeIndex:

@@ -16,7 +16,7 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits.edges import input_major
 from tl_sparse.faithfulness.measure import NotMeasured
 from tl_sparse.faithfulness.under_test import CircuitUnderTest
-from tl_sparse.sites import SITES, NodeIndex
+from tl_sparse.sites import NodeIndex, layer_of, site_at
 from tl_sparse.sparsity.matrices import BLOCK_MATRICES
 from tl_sparse.tasks import TaskBatch
 
@@ -174,17 +174,13 @@ def degrees(model: nn.Module, index: NodeIndex) -> Float[Tensor, " node"]:
         NotMeasured: nodes at a hook that is no site's, so that no matrix is known to meet them.
     """
     blocks: Any = model.blocks
-    rows = {
-        name.format(layer=layer): (layer, row)
-        for row in SITES
-        for name in (row.hook, row.plain_hook)
-        for layer in range(len(blocks))
-    }
-    if unknown := [name for name in index.slices if name not in rows]:
+    rows = {name: site_at(name) for name in index.slices}
+    if unknown := [name for name, row in rows.items() if row is None]:
         raise NotMeasured(f"no weights are known to meet the channels of {', '.join(unknown)}")
     found = {}
-    for name in index.slices:
-        layer, row = rows[name]
+    for name, row in rows.items():
+        assert row is not None
+        layer = layer_of(name, len(blocks))
         into = [_nonzero(model, layer, matrix).sum(0) for matrix in row.written_by]
         out = [_nonzero(model, layer, matrix).sum(1) for matrix in row.read_by]
         found[name] = torch.stack([*into, *out]).sum(0).float().cpu()
@@ -210,6 +206,7 @@ def displacement(
     found: dict[str, Tensor] = {}
 
     def measure(x: Tensor, hook: Any = None, *, name: str, last: Tensor) -> None:
+        x = index.read(name, x)
         apart = (x - broadcast(values[index.slices[name]].to(x)[None], x)[0]).abs()
         real = torch.arange(x.shape[1], device=x.device) <= last.to(x.device)[:, None]
         found[name] = apart.flatten(2)[real].double().mean(0).float().cpu()
