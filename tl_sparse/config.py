@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from tl_sparse.sites import SITE
-from tl_sparse.storage.json_dataclass import check_choices, dataclass_from_json
+from tl_sparse.storage.json_dataclass import check_fields, dataclass_from_json
 
 Normalization = Literal["RMS", "LN", "none"]
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]
@@ -152,7 +152,7 @@ class SparseTransformerConfig:
                 f"activation_density={self.activation_density!r} must be an ActivationDensity, "
                 "such as ActivationDensity.paper(0.25)"
             )
-        check_choices(self)
+        check_fields(self)
         if self.concat_positions != (self.d_pos > 0):
             raise ValueError(
                 f"d_pos={self.d_pos} does not fit positional_embedding_type="

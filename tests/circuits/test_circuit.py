@@ -22,6 +22,7 @@ from tl_sparse.circuits import (
 )
 from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.sites import BLOCK_SITES, SITE_NAMES, NodeIndex
+from tl_sparse.sparsity.weight_masks import WeightMasks
 
 EDGE_COLUMNS = [
     "layer", "source_site", "source", "target_site", "target", "matrix", "weight",
@@ -418,6 +419,13 @@ def test_hooks_that_depend_on_the_prompts_are_not_given_without_them(
     assert bound.hooks_for(model, random_tokens, donors if wrong is None else None)
 
 
+def test_sources_of_another_model_are_refused(circuit, model, random_tokens):
+    sources = resample_sources(model, random_tokens)
+    other = replace(sources, model_fingerprint="ab" * 32)
+    with pytest.raises(ValueError, match="sources belong to another model than the circuit"):
+        replace(circuit, config={"ablation": "resample"}).hooks_for(model, random_tokens, other)
+
+
 def test_hooks_work_with_transformer_lens_own_tools(circuit, model, random_tokens):
     """The hooks() context, run_with_cache inside it, and activation patching of the circuit."""
     from transformer_lens import patching
@@ -562,6 +570,28 @@ def test_edges_are_not_removed_twice(circuit, model):
         again = edges_removed(model, pruned.index, pruned.removed_edges)
         with pytest.raises(ValueError, match="removed already"), again:
             pass
+
+
+def test_removed_edges_come_back_after_a_cast_and_in_any_order(circuit, model):
+    pruned = with_removed_edges(circuit)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def holds(expected):
+        return all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+    masks = WeightMasks.top_k(model, 1 / 4)
+    first, second = edges_removed(model, pruned.index, pruned.removed_edges), masks.applied(model)
+    first.__enter__()
+    assert not holds(before)
+    second.__enter__()
+    model.to(torch.float64)
+    first.__exit__(None, None, None)
+    for name, keep in masks.keep.items():
+        live = dict(model.named_parameters())[name]
+        assert torch.equal(live, torch.where(keep, before[name], 0.0).double())
+    assert torch.equal(model.blocks[0].mlp.b_in, before["blocks.0.mlp.b_in"].double())
+    second.__exit__(None, None, None)
+    assert holds({name: x.double() for name, x in before.items()})
 
 
 def test_applied_is_the_hooks_where_no_edge_is_removed(circuit, model, random_tokens):

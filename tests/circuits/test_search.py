@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_sparse.ablation import activation_means
+from tl_sparse.ablation import activation_means, resample_sources
 from tl_sparse.circuits import PruningConfig, PruningFailed, prune
 from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.circuits.search import search, values_of
@@ -264,6 +264,29 @@ def test_a_storage_of_another_search_is_refused(setting, pruned, tmp_path, chang
         config = replace(config, seed=3)
     with pytest.raises(ValueError, match=f"another search, with another .*{changed}"):
         search(model, task, base, config, means=means, storage=file, progress=False)
+
+
+@pytest.mark.parametrize("changed", ["nodes", "sources"])
+def test_nodes_and_sources_make_another_search(setting, tmp_path, random_tokens, changed):
+    """Means of zero are the same numbers whatever the nodes; sources have no means."""
+    model, task, _, _ = setting
+    kind = "zero" if changed == "nodes" else "resample"
+    settings = []
+    for other in (False, True):
+        sites = ("attn_in",) if changed == "nodes" and other else ("mlp_in",)
+        means = activation_means(model, random_tokens, sites)
+        sources = None
+        if changed == "sources":
+            sources = resample_sources(model, random_tokens.flip(0) if other else random_tokens,
+                                       index=means.index)  # fmt: skip
+        base = replace(BASE, ablation=kind)
+        settings.append(SEARCH.identity(set_up(model, task, base, means=means, sources=sources),
+                                        SMALL))  # fmt: skip
+    first, second = settings
+    assert [key for key in first if first[key] != second[key]] == [changed]
+    open_study(tmp_path / "s.db", SlotSampler(SMALL, BASE, space(None)), first)
+    with pytest.raises(ValueError, match=f"another search, with another {changed}"):
+        open_study(tmp_path / "s.db", SlotSampler(SMALL, BASE, space(None)), second)
 
 
 def test_a_search_is_kept_in_the_file_that_was_named(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from tl_sparse.circuits.gates import HardGates
 from tl_sparse.circuits.train_gates import CHECKPOINTS, L0Penalty, RowAdamW, clipped, train_gates
+from tl_sparse.storage.finite import NotFinite
 
 
 def test_each_penalty_follows_its_own_loss():
@@ -43,6 +44,26 @@ def test_checkpoints_are_evenly_spaced_and_end_with_the_last_step(steps):
     assert len(counts) == min(steps, CHECKPOINTS)
     gaps = {after - before for before, after in pairwise(counts)}
     assert max(gaps, default=1) - min(gaps, default=1) <= 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_soon():
+    gates = HardGates(
+        torch.arange(3), init_bias=[0.0], init_scale=[0.0], temperature=[1.0], seeds=[0]
+    )
+    ones, steps = torch.ones(1), []
+
+    def objective(step, drawn):
+        steps.append(step)
+        loss = drawn.sum(1) * (torch.nan if step >= 30 else 1.0)
+        return loss, loss
+
+    with pytest.raises(NotFinite, match=r"diverging, step 40 of its gates: .* in loss, gradient"):
+        train_gates(
+            gates, objective, lambda step, grad: None,
+            L0Penalty(0.1 * ones, ones, ones, 0 * ones, ones.bool()),
+            steps=240, name="diverging", progress=False,
+        )  # fmt: skip
+    assert len(steps) <= 30 + 240 // CHECKPOINTS + 1
 
 
 def test_every_row_is_updated_as_by_its_own_adamw():

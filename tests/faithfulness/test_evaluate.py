@@ -1,13 +1,13 @@
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
 import torch
 
 from tests.faithfulness.test_under_test import less_one_edge
-from tl_sparse.circuits import circuit_of_heads
+from tl_sparse.circuits import PruningConfig, circuit_of_heads
 from tl_sparse.compat import HAS_HOOKED_TRANSFORMER
 from tl_sparse.faithfulness import (
     EvaluationConfig,
@@ -26,6 +26,51 @@ SMALL = EvaluationConfig(
 )  # fmt: skip
 
 
+# examples of components, draws, seeds and searches, by check; all others are of prompts
+OF_NO_PROMPT = {
+    "sufficiency": ("cpr", "cmd"), "minimality": ("minimality",),
+    "cumulative_restoration": ("monotone", "worst_loss", "bump"),
+    "partial_ablation": ("stochastic_worst",),
+    "component_effects": ("effect_correlation", "sign_flips"),
+    "attention_patterns": ("patternless_heads",),
+    "nulls": ("size", "size_ratio", "null_success"),
+}  # fmt: skip
+
+
+def check_labels(report):
+    for result in report.results:
+        for m in result.measures:
+            labelled = (result.check, m.name, m.variant)
+            random_knockouts = labelled[1:] == ("completeness_gap", "random")
+            none = m.name in OF_NO_PROMPT.get(result.check, ()) or random_knockouts
+            if m.examples is None or none:
+                assert m.prompts == (), labelled
+            elif result.check == "generalisation":
+                of_split = m.name in ("loss", "model_loss")
+                assert bool(m.prompts) == of_split, labelled
+                assert (m.prompts == report.prompts) == (m.variant == "held_out"), labelled
+            elif m.name in ("swap_f", "swap_share"):
+                assert set(m.prompts) <= set(report.prompts), labelled
+            else:
+                assert m.prompts == report.prompts, labelled
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [({}, True), ({"seed": -1}, False), ({"config": {}}, False), ({"config": {"seed": 0}}, False)],
+)
+def test_a_report_says_whether_the_circuits_prompts_are_known(chain, changes, known):
+    model, task, circuit = chain
+    config = PruningConfig(steps=4, batch_pairs=4, selection_pairs=8)
+    circuit = replace(circuit, **({"seed": 0, "config": asdict(config)} | changes))
+    config = replace(SMALL, checks=("edge_ablation",))
+    report = evaluate(model, circuit, task, config, progress=False)
+    words = "not known on which prompts the circuit was found"
+    assert report.origin_known == known
+    assert ("prompts it was found on" in dict(report.facts)) == (not known)
+    assert any(words in note for note in report.results[0].notes) == (not known)
+
+
 def test_every_check_runs_and_the_report_comes_back_exactly(chain, random_tokens, tmp_path):
     model, task, circuit = chain
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -35,6 +80,7 @@ def test_every_check_runs_and_the_report_comes_back_exactly(chain, random_tokens
     assert report.check("predictions").notes  # the task has no variants
     assert all(r.seconds > 0 for r in report.results)
     assert (report.n_components, report.n_edges) == (6, circuit.n_edges)
+    check_labels(report)
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
@@ -202,7 +248,7 @@ def test_transformer_lens_own_statistics_take_the_prompts_values(chain, random_t
     model_loss = report.check("sufficiency").measure("model_loss").value
     assert float(result.effect()[row].mean()) == pytest.approx(own.value - model_loss, abs=1e-6)
     assert len(result.permutation_pvalue(n_permutations=20)) == len(variants)
-    with pytest.raises(KeyError, match="no 'nothing' by prompt"):
+    with pytest.raises(KeyError, match="no 'nothing' for each test prompt"):
         report.patching_result("sufficiency", "nothing")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,15 @@ def test_it_is_of_the_config_too(small_model, tokens, changes):
     other = with_config(model, **changes)
     assert not torch.equal(other(tokens), model(tokens))
     assert fingerprint(other) != fingerprint(model)
+
+
+def test_biases_of_a_model_without_biases_count_once_they_are_not_zero(small_model, tokens):
+    model = small_model("no_bias")
+    before, logits = fingerprint(model), model(tokens)
+    assert fingerprint(small_model("no_bias")) == before
+    model.blocks[0].mlp.b_out += 1.0
+    assert not torch.equal(model(tokens), logits)
+    assert fingerprint(model) != before
 
 
 def test_two_densities_of_abstopk_differ(small_model):
@@ -94,6 +104,24 @@ def test_models_of_transformerlens_have_one_too(theirs, small_model, make_tokeni
 def test_what_their_config_says_of_the_function_counts(theirs, name, value):
     before = fingerprint(theirs)
     setattr(theirs.cfg, name, value)
+    assert fingerprint(theirs) != before
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.array([0.5])])
+def test_numbers_of_numpy_and_torch_count(theirs, value):
+    before = fingerprint(theirs)
+    theirs.cfg.of_a_later_version = value
+    changed = fingerprint(theirs)
+    assert changed != before
+    theirs.cfg.of_a_later_version = value + 1
+    assert fingerprint(theirs) not in (before, changed)
+
+
+def test_an_architecture_that_norms_elsewhere_is_another_function(theirs):
+    """TransformerLens 3 asks for it whether its norms come after attention and MLP."""
+    theirs.cfg.original_architecture = "GPT2LMHeadModel"
+    before = fingerprint(theirs)
+    theirs.cfg.original_architecture = "OlmoForCausalLM"
     assert fingerprint(theirs) != before
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tl_sparse.ablation import activation_means
-from tl_sparse.circuits import PruningConfig, prune
+from tl_sparse.circuits import PruningConfig, circuit_of_nodes, prune
 from tl_sparse.studies.frontier import frontier, grouped, token_loss
 from tl_sparse.tasks import get
 from tl_sparse.views.frontier import frontier_figure
@@ -50,6 +50,13 @@ def test_models_and_folders_are_pruned_on_what_they_do(solver, tokens, tmp_path)
     figure = found.to_plotly()
     assert set(figure.data[0].x) == set(rows["validation_loss"])
     assert "for_while" in found._repr_html_()
+
+
+def test_circuits_of_another_model_do_not_stand_in_for_pruning(solver, tokens):
+    means = activation_means(solver(), tokens)
+    circuit = circuit_of_nodes(solver(), "for_while", torch.ones(means.index.n_nodes) > 0, means)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        frontier({"m": solver(extra=9)}, tokens, circuits={"m": [circuit]})
 
 
 def test_circuits_that_are_not_found_are_told(solver, tokens, monkeypatch):

@@ -35,6 +35,7 @@ from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, bigram_log_probs, build_corpus
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import l0
+from tl_sparse.storage.finite import NotFinite
 from tl_sparse.training.train_step import apply_gradient_rule, training_starts
 
 STEPS, HALF = 12, 6
@@ -881,12 +882,29 @@ def test_wandb_that_is_not_installed_is_one_clear_error(corpus, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
-    trainer = new_trainer(corpus, replace(TINY, log_every=1, save_every=1), tmp_path)
-    with torch.no_grad():
-        trainer.model.blocks[0].mlp.b_out[0] = math.nan
+    class Diverging(Trainer):
+        def train_step(self, model):
+            with torch.no_grad():
+                self.model.blocks[0].mlp.b_out[0] = math.nan
+            return super().train_step(model)
+
+    config = replace(TINY, log_every=1, save_every=1)
+    trainer = new_trainer(corpus, config, tmp_path, kind=Diverging)
     with pytest.raises(RuntimeError, match="training loss is nan at step 1"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_trained_at_all(corpus, tmp_path, monkeypatch, value):
+    trainer = new_trainer(corpus, TINY, tmp_path)
+    with torch.no_grad():
+        trainer.model.blocks[0].mlp.b_out[0] = value
+    monkeypatch.setattr(trainer, "train_step", lambda model: pytest.fail("a step was taken"))
+    with pytest.raises(
+        NotFinite, match=r"weights of this SparseTransformer.*blocks\.0\.mlp\.b_out"
+    ):
+        trainer.train()
 
 
 def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(corpus, tmp_path):

@@ -25,6 +25,7 @@ from tl_sparse.analyses.figures import binarise_figure
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, prompt_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.tasks import Task, TaskBatch
 from tl_sparse.views.display import frame_html
 
@@ -59,6 +60,7 @@ class BinariseConfig:
             raise ValueError("steps must be at least 0, batch_pairs and report_pairs at least 1")
         if not self.lr > 0 or not self.power > 0:
             raise ValueError(f"lr={self.lr} and power={self.power} must be positive")
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)

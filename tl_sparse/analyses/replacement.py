@@ -29,7 +29,6 @@ from tl_sparse.analyses.runs import (
     token_losses,
 )
 from tl_sparse.sites import NodeIndex
-from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.views.display import frame_html
 
 
@@ -78,7 +77,7 @@ def constant_node_check(
     Raises:
         ValueError: no or unknown nodes, or means of another model.
     """
-    _check_means(model, means)
+    means.check_model(model)
     index, where = means.index, places(means.index, nodes)
     zeros = torch.zeros_like(means.values)
     at_mean: list[Tensor] = []
@@ -295,8 +294,3 @@ def _rows(index: NodeIndex, where: Int[Tensor, " node"]) -> pd.DataFrame:
     mask = torch.zeros(index.n_nodes, dtype=torch.bool)
     mask[where] = True
     return index.nodes(mask).loc[where.tolist()].reset_index(drop=True)
-
-
-def _check_means(model: nn.Module, means: ActivationMeans) -> None:
-    if fingerprint(model) != means.model_fingerprint:
-        raise ValueError("means belong to another model: compute them with activation_means")

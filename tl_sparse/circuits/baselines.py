@@ -31,6 +31,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.importance import NodeScores, ablation_importance, restoration_importance
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, bisect_size, build_circuit, set_up
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
 
 METHODS = ("attribution", "integrated_gradients", "exact", "restore", "random")
@@ -132,6 +133,7 @@ def gate_gradient(run: PruningRun, batch: TaskBatch, level: float) -> Float[Tens
             loss = F.softplus(-task_logit_diffs(model, part, hooks)).sum() / len(batch)
             check_fired(mixes)
             total += torch.autograd.grad(loss, gates)[0][0]
+    check_finite({run.task.name: total}, f"gradients of the gates at {level:g}")
     return total
 
 

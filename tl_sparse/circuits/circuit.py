@@ -29,6 +29,7 @@ from tl_sparse.circuits.edges import no_removed_edges
 from tl_sparse.circuits.stored import read_circuit, write_circuit
 from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.storage.finite import check_finite, check_weights
 from tl_sparse.views import CircuitTable, circuit_figure, circuit_html
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ class Circuit:
         removed nodes of sequence i from ``sources``' sequence i, if the circuit was pruned so.
 
         Raises:
-            ValueError: sources for a circuit that resamples nothing, or none for one that does; or
-                edges are removed.
+            ValueError: sources for a circuit that resamples nothing, none for one that does, or
+                those of another model; or edges are removed.
         """
         self._check_edges()
         if (sources is None) == takes_sources(self.config.get("ablation")):
@@ -194,6 +195,11 @@ class Circuit:
                 "sources= belong to circuits pruned with ablation='resample' or another kind that "
                 "takes removed nodes from other sequences, and to no others "
                 f"(this one: {self.config.get('ablation')!r})"
+            )
+        if sources is not None and sources.model_fingerprint != self.model_fingerprint:
+            raise ValueError(
+                "sources belong to another model than the circuit: compute them with "
+                "resample_sources on the circuit's"
             )
         values = self.means.values if sources is None else sources
         norms = frozen_norm_hooks(model, tokens) if self.config.get("freeze_norm") else []
@@ -217,7 +223,10 @@ class Circuit:
             yield model
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError unless the circuit was found in this model, and it is unchanged."""
+        """Raise ValueError unless the circuit was found in this model, it is unchanged, and its
+        weights and the circuit's means are finite."""
+        check_weights(model)
+        check_finite({"means": self.means.values}, f"the circuit of {self.task}")
         if (mine := fingerprint(model)) != self.model_fingerprint:
             raise ValueError(
                 f"the circuit of {self.task} belongs to another model ({self.model_name} "

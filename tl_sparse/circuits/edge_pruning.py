@@ -41,6 +41,7 @@ from tl_sparse.circuits.edges import edge_ends
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.sites import site
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
 
 SCORED_PAIRS = 64  # training pairs over which importances are averaged
@@ -142,7 +143,9 @@ class EdgePruningRun:
     ) -> float:
         """Mean loss on the selection pairs."""
         nodes = self.circuit.kept if nodes is None else nodes
-        return float(F.softplus(-self.logit_diffs(self.selection, keep.float(), nodes)).mean())
+        logit_diffs = self.logit_diffs(self.selection, keep.float(), nodes)
+        check_finite({self.circuit.task: logit_diffs}, "logit differences with edges removed")
+        return float(F.softplus(-logit_diffs).mean())
 
     def loss_at(self, step: int, gates: Float[Tensor, " edge"]) -> Float[Tensor, ""]:
         """Mean loss on the prompts of a training step."""

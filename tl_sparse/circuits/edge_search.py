@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tl_sparse.circuits.bisection import bisect, middle
 from tl_sparse.circuits.gates import HardGates, straight_through
 from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, train_gates
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 
 LossOf = Callable[[Bool[Tensor, " edge"]], float]
 """Loss on the fixed prompts with these edges kept."""
@@ -68,7 +68,7 @@ class EdgePruningConfig:
     """Seed of τ and of the prompts; None: the circuit's, whose selection prompts these are then."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.target_loss is not None and not self.target_loss > 0:
             raise ValueError(f"target_loss={self.target_loss} must be positive")
         for name in ("steps", "batch_pairs", "max_passes", "patience", "selection_pairs",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tl_sparse.ablation.kinds import Ablation
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 
 Penalty = Literal["adaptive", "fixed"]
 OnCollapse = Literal["eliminate", "fail"]
@@ -91,4 +91,4 @@ class PruningConfig:
         for name in ("beta1", "beta2", "warmup_frac"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        check_choices(self)
+        check_fields(self)

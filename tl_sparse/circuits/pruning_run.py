@@ -35,6 +35,7 @@ from tl_sparse.circuits.components import component_ranks, components, ranked_co
 from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
 
 MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
@@ -121,6 +122,9 @@ class PruningRun:
 
         With ``ablation_masks`` the worst of the losses so far, those under ablation masks in
         proportion to their limit; what misses the target is not run further.
+
+        Raises:
+            NotFinite: a loss is NaN or infinite.
         """
         worst = masked_losses(
             self.model, self.selection, self.index, keep, self.values, hooks=self.selection_hooks
@@ -133,6 +137,10 @@ class PruningRun:
             )  # fmt: skip
             share = self.config.target_loss / self.ablation_limit
             worst[left] = worst[left].maximum(share * losses)
+        check_finite(
+            {self.task.name: worst},
+            f"losses with nodes removed, in {next(self.model.parameters()).dtype}",
+        )
         return worst
 
 
@@ -161,7 +169,8 @@ def set_up(
     Raises:
         ValueError: means, sources, excluded nodes or groups of another model or other nodes, groups
             beside ``tie_qk``, the model itself does not reach the target, the task has a single
-            pair, or edges are not defined for the model.
+            pair, edges are not defined for the model, or weights, means, sources or the model's
+            losses are NaN or infinite.
     """
     config = config or PruningConfig()
     started = time.perf_counter()
@@ -180,6 +189,8 @@ def set_up(
             "sources belong to another model or other sites than the means: compute them with "
             "resample_sources"
         )
+    if sources is not None:
+        check_finite(sources.activations, "resample sources")
     if exclude is not None and exclude.shape != (index.n_nodes,):
         raise ValueError(f"exclude must be one entry for each of {index.n_nodes} nodes")
     if groups is not None and (config.tie_qk or groups.shape != (index.n_nodes,)):
@@ -205,7 +216,9 @@ def set_up(
             generator = torch.Generator().manual_seed(config.seed)
             values = sources.take(torch.randint(len(sources), (longest,), generator=generator))
         with torch.no_grad():
-            full_loss = float(F.softplus(-task_logit_diffs(model, selection)).mean())
+            full = task_logit_diffs(model, selection)
+        check_finite({task.name: full}, f"logit differences of this {type(model).__name__}")
+        full_loss = float(F.softplus(-full).mean())
         frozen_norms = [
             frozen_norms_of(model, batch) if config.freeze_norm else ()
             for batch in (selection, report)

@@ -142,7 +142,10 @@ def identity(run: PruningRun, config: SearchConfig) -> dict[str, Any]:
         "model": means.model_fingerprint,
         "task": run.task.name,
         "prompts": prompts.hexdigest(),
+        # means of zero are the same numbers at all nodes
+        "nodes": [[hook, x.start, x.stop] for hook, x in means.index.slices.items()],
         "means": hashlib.sha256(means.values.cpu().numpy().tobytes()).hexdigest(),
+        "sources": source_hash(run.values) if isinstance(run.values, ResampleSources) else None,
         "base": asdict(run.config),
         "objective": config.objective,
         "sampler": config.sampler,
@@ -150,6 +153,15 @@ def identity(run: PruningRun, config: SearchConfig) -> dict[str, Any]:
         "seed": config.seed,
         "ranges": {name: list(values) for name, values in RANGES.items()},
     }
+
+
+def source_hash(sources: ResampleSources) -> str:
+    """SHA-256 of the activations that removed nodes are resampled from."""
+    digest = hashlib.sha256()
+    for name, x in sources.activations.items():
+        digest.update(name.encode())
+        digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def record_of(config: PruningConfig, found: Circuit | PruningFailed) -> dict[str, Any]:

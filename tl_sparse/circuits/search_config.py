@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tl_sparse.circuits.pruning_config import PruningConfig
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 
 Objective = Literal["nodes", "nodes_and_loss"]
 Sampler = Literal["tpe", "nsga2", "random"]
@@ -50,7 +50,7 @@ class SearchConfig:
         for name in ("rounds", "suggestions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        check_choices(self)
+        check_fields(self)
         if not 0 < self.targets[0] < self.targets[1] < math.log(2):
             raise ValueError(f"targets={self.targets} must rise and lie between 0 and ln 2")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_sparse.circuits.gates import Gates
+from tl_sparse.storage.finite import check_finite
 
 CHECKPOINTS = 24  # of a mask, among which the smallest one that reaches the target is chosen
 MARGIN = 0.8  # an adaptive penalty aims below the target, so that bisection has nodes to remove
@@ -73,6 +74,9 @@ def train_gates(
         Mask checkpoints: the gates' scores at evenly spaced steps, the last one included. A circuit
         that does its task only as a whole breaks as the penalty rises, and once broken gives its
         nodes no gradient by which to come back.
+
+    Raises:
+        NotFinite: a loss or a gradient is NaN or infinite.
     """
     penalty, average = l0_penalty.start.clone(), l0_penalty.target.clone()
     marks = {steps - 1 - i * steps // CHECKPOINTS for i in range(CHECKPOINTS)}
@@ -83,6 +87,8 @@ def train_gates(
         loss, watched = objective(step, drawn)
         n_open = gates.l0(drawn)
         (grad,) = torch.autograd.grad((loss + penalty.to(loss) * n_open).sum(), gates.parameter)
+        if step == 0 or step in marks:  # not at every step: on a GPU it waits for the result
+            check_finite({"loss": loss, "gradient": grad}, f"{name}, step {step + 1} of its gates")
         update(step, clipped(grad))
         gates.clamp()
         average.lerp_(watched.detach().to(average), 0.1)

@@ -38,8 +38,10 @@ def evaluate(
     """Is a circuit faithful? Every check of the suite, each with its nulls and intervals.
 
     Works for circuits of nodes of a SparseTransformer or any TransformerLens model, and for those
-    of heads or features (``circuit_of_heads``, ``circuit_of_channels``). Prompts are held out, and
-    none of them was used to find the circuit. About two minutes on two cores with the default
+    of heads or features (``circuit_of_heads``, ``circuit_of_channels``). Prompts are held out. None
+    of them was used to find the circuit, as far as its config tells how its prompts were drawn; of
+    a circuit named by hand or made elsewhere that is not known, and the report says so. About two
+    minutes on two cores with the default
     config; ``EvaluationConfig(searches=False)`` leaves out what searches for circuits anew, which
     takes most of it.
 
@@ -81,6 +83,7 @@ def evaluate(
         n_edges=circuit.n_edges if joined(circuit.index) else None,
         target_loss=None if math.isnan(circuit.target_loss) else circuit.target_loss,
         prompts=test.batch.prompts,
+        origin_known=test.origin_known,
         results=tuple(found),
         config=test.config,
         thresholds=asked,
@@ -110,6 +113,10 @@ def measured(check: Check, test: CircuitUnderTest) -> CheckResult:
 def caveats(test: CircuitUnderTest) -> tuple[str, ...]:
     """What every number of the report has to be read with."""
     found = []
+    if not test.origin_known:
+        found.append(
+            "it is not known on which prompts the circuit was found: test prompts may be among them"
+        )
     if takes_sources(test.circuit.config.get("ablation")):
         found.append(
             "the circuit was found by resampling removed nodes; here they are held at their means"

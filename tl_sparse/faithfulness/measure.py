@@ -49,7 +49,18 @@ class Measure:
     null_name: str = ""
     """What the null is."""
     examples: Float[Tensor, " example"] | None = None
-    """The value of every prompt (rows 2i and 2i+1 are a pair), seed or draw it is made from."""
+    """The value of every prompt, component, seed or draw it is made from."""
+    prompts: tuple[str, ...] = ()
+    """The prompt that each of the ``examples`` belongs to (rows 2i and 2i+1 are a pair); empty
+    where they are not those of prompts."""
+
+    def __post_init__(self) -> None:
+        n_examples = 0 if self.examples is None else len(self.examples)
+        if self.prompts and len(self.prompts) != n_examples:
+            raise ValueError(
+                f"{self.name}: {n_examples} examples of {len(self.prompts)} prompts; give each its "
+                "prompt, or none"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +135,7 @@ def measured_mean(
     columns: Sequence[Float[Tensor, " prompt"]],
     statistic: Statistic | None = None,
     *,
+    prompts: Sequence[str] = (),
     examples: Float[Tensor, " example"] | None = None,
     null: Float[Tensor, " draw"] | None = None,
     null_name: str = "",
@@ -136,6 +148,7 @@ def measured_mean(
         variant: Under what.
         columns: Per-prompt values whose means go into the number.
         statistic: The number from these means; by default the first column's mean itself.
+        prompts: The prompt of each example; none where examples are not those of prompts.
         examples: Values of each prompt, component or draw to keep; by default the first column.
         null: The number in every draw of a null; its mean and middle 95% are kept.
         null_name: What the null is.
@@ -148,8 +161,9 @@ def measured_mean(
         low, high = -math.inf, math.inf
     kept = (table[:, 0] if examples is None else examples).float().cpu()
     return Measure(
-        name, variant, value, low, high, *null_range(null), "" if null is None else null_name, kept
-    )
+        name, variant, value, low, high, *null_range(null), "" if null is None else null_name,
+        kept, tuple(prompts),
+    )  # fmt: skip
 
 
 def measured_count(

@@ -30,7 +30,7 @@ from tl_sparse.views.page import page_html
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 COLUMN_TYPES: Mapping[str, tuple[type, ...]] = {
     "float64": (float, int, str), "float32": (float, int, str),  # words where they are not finite
     "int64": (int,), "Int64": (int, NoneType), "bool": (bool,), "boolean": (bool, NoneType),
@@ -60,6 +60,9 @@ class FaithfulnessReport:
     """The loss that it had to reach when it was found; None if unknown."""
     prompts: tuple[str, ...]
     """The test prompts; rows 2i and 2i+1 are a pair."""
+    origin_known: bool
+    """Whether it is known on which prompts the circuit was found: then none of the test prompts is
+    one of them."""
     results: tuple[CheckResult, ...]
     """What every check found."""
     config: EvaluationConfig
@@ -89,7 +92,7 @@ class FaithfulnessReport:
     @property
     def verdict(self) -> str:
         """What these numbers allow to be said about the circuit, and what they do not."""
-        return verdict(self.criteria, len(self.prompts))
+        return verdict(self.criteria, len(self.prompts), self.origin_known)
 
     @property
     def seconds(self) -> float:
@@ -98,7 +101,9 @@ class FaithfulnessReport:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per number: check, name, variant, value, interval, null."""
-        return pd.concat([result.to_dataframe() for result in self.results], ignore_index=True)
+        # one more without numbers, so that a report of no checks has the columns too
+        frames = [result.to_dataframe() for result in (*self.results, CheckResult())]
+        return pd.concat(frames, ignore_index=True)
 
     def criteria_frame(self) -> pd.DataFrame:
         """A row per criterion: check, criterion, outcome, reason."""
@@ -110,16 +115,14 @@ class FaithfulnessReport:
     def examples(self) -> pd.DataFrame:
         """A row per number and prompt: check, name, variant, prompt, value.
 
-        Numbers that are not made from prompts (of seeds, draws, components) have their place
-        instead.
+        Numbers of other prompts than ``prompts`` have their own; those that are not made from
+        prompts (of seeds, draws, components) have their place instead.
         """
         frames = []
         for check, m in ((r.check, m) for r in self.results for m in r.measures):
             if m.examples is None:
                 continue
-            # what is made from prompts has an interval
-            of_prompts = len(m.examples) == len(self.prompts) and math.isfinite(m.low)
-            which = self.prompts if of_prompts else [str(i) for i in range(len(m.examples))]
+            which = m.prompts or [str(i) for i in range(len(m.examples))]
             frame = pd.DataFrame({"prompt": which, "value": m.examples.numpy()})
             frames.append(frame.assign(check=check, name=m.name, variant=m.variant))
         columns = ["check", "name", "variant", "prompt", "value"]
@@ -128,7 +131,8 @@ class FaithfulnessReport:
         return pd.concat(frames, ignore_index=True)[columns]
 
     def patching_result(self, check: str, name: str) -> Any:
-        """A metric's per-prompt values, a row per variant, as TransformerLens' ``PatchingResult``.
+        """A metric's values on the test prompts, a row per variant, as TransformerLens'
+        ``PatchingResult``.
 
         Its bootstrap and permutation tests then apply. The baseline of the ``loss`` of
         ``sufficiency`` is the full model's loss. TransformerLens takes prompts to be independent;
@@ -136,23 +140,22 @@ class FaithfulnessReport:
 
         Raises:
             NotImplementedError: the installed TransformerLens is older than 4.
-            KeyError: the check has no such metric with a value per prompt.
+            KeyError: the check has no such metric with a value for each test prompt.
         """
         found = self.check(check)
-        n_prompts = len(self.prompts)
-        rows = {
-            m.variant: m.examples
-            for m in found.measures
-            if m.name == name and m.examples is not None and len(m.examples) == n_prompts
-        }
+        of_tested = [m for m in found.measures if m.prompts and m.prompts == self.prompts]
+        rows = {m.variant: m.examples for m in of_tested if m.name == name}
         if not rows:
-            names = sorted({m.name for m in found.measures if m.examples is not None})
-            raise KeyError(f"{check} has no {name!r} by prompt; it has {', '.join(names)}")
+            names = ", ".join(sorted({m.name for m in of_tested})) or "none"
+            raise KeyError(f"{check} has no {name!r} for each test prompt; it has: {names}")
         baseline = None
         if (check, name) == ("sufficiency", "loss"):
             baseline = found.measure("model_loss").examples
         return compat.patching_result(
-            torch.stack(list(rows.values())), pd.DataFrame({"variant": list(rows)}), name, baseline
+            torch.stack([x for x in rows.values() if x is not None]),
+            pd.DataFrame({"variant": list(rows)}),
+            name,
+            baseline,
         )
 
     @property
@@ -163,6 +166,7 @@ class FaithfulnessReport:
             ("edges", "" if self.n_edges is None else f"{self.n_edges:,}"),
             ("target loss", "" if self.target_loss is None else f"{self.target_loss:g} nats"),
             ("held-out prompts", f"{len(self.prompts):,}"),
+            ("prompts it was found on", "" if self.origin_known else "not known"),
             ("model", f"{self.model_name} {self.model_fingerprint[:12]}"),
             ("seed", str(self.config.seed)),
             ("seconds", f"{self.seconds:.0f}"),
@@ -198,11 +202,11 @@ class FaithfulnessReport:
         """Write everything to one JSON file atomically; :meth:`load` restores it exactly."""
         record = {
             "schema_version": SCHEMA_VERSION,
-            **{name: getattr(self, name) for name in SCALARS},
+            **{name: plain(getattr(self, name)) for name in SCALARS},
             "versions": dict(self.versions),
             "config": asdict(self.config),
-            "thresholds": dict(self.thresholds),
-            "results": [result_record(result) for result in self.results],
+            "thresholds": {name: plain(value) for name, value in self.thresholds.items()},
+            "results": [result_record(result, self.prompts) for result in self.results],
         }
         write_atomic(Path(path), json.dumps(record, indent=1, allow_nan=False))
 
@@ -223,11 +227,12 @@ class FaithfulnessReport:
         try:
             stored: ReportRecord = dataclass_from_json(ReportRecord, record)
             return cls(
-                **{name: getattr(stored, name) for name in SCALARS},
+                **{name: getattr(stored, name) for name in SCALARS if name != "target_loss"},
+                target_loss=None if stored.target_loss is None else real(stored.target_loss),
                 versions=stored.versions,
                 config=stored.config,
                 thresholds=thresholds_of({k: real(v) for k, v in stored.thresholds.items()}),
-                results=tuple(map(result_of, stored.results)),
+                results=tuple(result_of(result, stored.prompts) for result in stored.results),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} holds no faithfulness report: {error}") from error
@@ -244,8 +249,9 @@ class ReportRecord:
     n_components: int
     n_universe: int
     n_edges: int | None
-    target_loss: float | None
+    target_loss: Any
     prompts: tuple[str, ...]
+    origin_known: bool
     versions: Mapping[str, str]
     config: EvaluationConfig
     thresholds: Mapping[str, Any]
@@ -279,15 +285,18 @@ class MeasureRecord:
     null_low: Any
     null_high: Any
     examples: Any
+    prompts: Any
+    """A list, or the word for the report's own prompts."""
 
 
 SCALARS = (
     "task", "model_name", "model_fingerprint", "n_components", "n_universe", "n_edges",
-    "target_loss", "prompts",
+    "target_loss", "prompts", "origin_known",
 )  # fmt: skip
+TESTED = "tested"  # stands in a file for the report's own prompts
 
 
-def result_record(result: CheckResult) -> dict[str, Any]:
+def result_record(result: CheckResult, tested: tuple[str, ...]) -> dict[str, Any]:
     """A check's result as plain values; what is not a number is None or a word."""
     return {
         "check": result.check,
@@ -307,19 +316,20 @@ def result_record(result: CheckResult) -> dict[str, Any]:
                 "null_name": m.null_name,
                 **{name: plain(getattr(m, name)) for name in NUMBERS},
                 "examples": None if m.examples is None else [plain(v) for v in m.examples.tolist()],
+                "prompts": TESTED if m.prompts and m.prompts == tested else list(m.prompts),
             }
             for m in result.measures
         ],
     }
 
 
-def result_of(record: Any) -> CheckResult:
+def result_of(record: Any, tested: tuple[str, ...]) -> CheckResult:
     """A check's result from plain values; ValueError if they are none."""
     stored: ResultRecord = dataclass_from_json(ResultRecord, record)
     if stored.check not in check_names():
         raise ValueError(f"unknown check {stored.check!r:.80}")
     return CheckResult(
-        tuple(map(measure_of, stored.measures)),
+        tuple(measure_of(measure, tested) for measure in stored.measures),
         {name: table_of(name, columns) for name, columns in stored.tables.items()},
         stored.notes,
         stored.check,
@@ -327,18 +337,22 @@ def result_of(record: Any) -> CheckResult:
     )
 
 
-def measure_of(record: Any) -> Measure:
+def measure_of(record: Any, tested: tuple[str, ...]) -> Measure:
     """A measure from plain values; ValueError if they are none."""
     stored: MeasureRecord = dataclass_from_json(MeasureRecord, record)
     values = stored.examples
     if values is not None and not isinstance(values, tuple | list):
         raise ValueError(f"examples={values!r:.80} must be a list")
+    prompts = tested if stored.prompts == TESTED else stored.prompts
+    if not isinstance(prompts, tuple | list) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompts={prompts!r:.80} must be a list of texts, or {TESTED!r}")
     return Measure(
         stored.name,
         stored.variant,
         **{name: real(getattr(stored, name)) for name in NUMBERS},
         null_name=stored.null_name,
         examples=None if values is None else torch.tensor([real(v) for v in values]),
+        prompts=tuple(prompts),
     )
 
 

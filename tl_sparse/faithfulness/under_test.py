@@ -27,8 +27,11 @@ from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
 
+DRAWN_BY = ("steps", "batch_pairs", "selection_pairs", "seed")
+"""Fields of a pruning config that decide which prompts a circuit is found on."""
 SPARE = 4  # times as many held-out pairs are drawn as are wanted: some may be train prompts
 
 
@@ -43,13 +46,19 @@ class CircuitUnderTest:
     circuit: Circuit
     """What is tested."""
     batch: TaskBatch
-    """Held-out prompts, none of which the circuit was found on."""
+    """Held-out prompts, none of which the circuit was found on, if ``origin_known``."""
     train_batch: TaskBatch
-    """Prompts it was found on (of the train split): means and constants may be fitted to them."""
+    """Prompts of the train split, those that it was found on if that is known: means and constants
+    may be fitted to them."""
     tokens: Int[Tensor, "sequence pos"] | None
     """Text of the pretraining distribution; None if it was not given."""
     config: EvaluationConfig
     """How thoroughly it is tested."""
+
+    @property
+    def origin_known(self) -> bool:
+        """Whether the circuit's config tells on which prompts it was found."""
+        return self.circuit.seed >= 0 and set(DRAWN_BY) <= set(self.circuit.config)
 
     @property
     def index(self) -> NodeIndex:
@@ -177,8 +186,8 @@ def under_test(
     """Check that a circuit can be tested, and draw prompts that it was not found on.
 
     Raises:
-        ValueError: a circuit of another model or task, or too few held-out prompts that are not
-            train prompts.
+        ValueError: a circuit of another model or task, too few held-out prompts that are not
+            train prompts, or NaN or infinite weights, means or logit differences.
     """
     config = config or EvaluationConfig()
     circuit.check_model(model)
@@ -190,8 +199,7 @@ def under_test(
     selection, training = selection_and_training(task, found_with)
     seen = set(training.prompts) | set(selection.prompts)
     if edges := circuit.config.get("edge_pruning"):
-        names = ("steps", "batch_pairs", "selection_pairs", "seed")
-        judged_on = PruningConfig(**{name: edges[name] for name in names})
+        judged_on = PruningConfig(**{name: edges[name] for name in DRAWN_BY})
         seen |= {p for part in selection_and_training(task, judged_on) for p in part.prompts}
     # another seed than the one whose held-out prompts were reported
     seed = found_with.seed + 1 + config.seed
@@ -206,7 +214,11 @@ def under_test(
         raise ValueError(
             f"all held-out prompts of {task.name} are train prompts: none is left to test on"
         )
-    return CircuitUnderTest(model, task, circuit, drawn.select(chosen), training, tokens, config)
+    batch = drawn.select(chosen)
+    test = CircuitUnderTest(model, task, circuit, batch, training, tokens, config)
+    found = {"the model": test.model_logit_diffs, "the circuit": test.circuit_logit_diffs}
+    check_finite(found, f"logit differences on the test prompts of {task.name}")
+    return test
 
 
 def pruning_config_of(circuit: Circuit) -> PruningConfig:

@@ -38,11 +38,13 @@ def thresholds_of(changed: Mapping[str, float]) -> dict[str, float]:
     """Criterion → threshold: those of the checks, but for what is changed.
 
     Raises:
-        ValueError: a criterion that no check has.
+        ValueError: a criterion that no check has, or a threshold that is NaN.
     """
     known = {c.key: c.threshold for check in all_checks() for c in check.criteria}
     if unknown := sorted(set(changed) - set(known)):
         raise ValueError(f"unknown criteria {', '.join(unknown)}; choose from {', '.join(known)}")
+    if undefined := sorted(name for name, value in changed.items() if math.isnan(value)):
+        raise ValueError(f"thresholds of {', '.join(undefined)} are NaN: give numbers")
     return known | dict(changed)
 
 
@@ -136,13 +138,18 @@ def reason(criterion: Criterion, m: Measure, bound: float, of: int) -> str:
     return text + (f"; the worst of {of}" if of > 1 else "")
 
 
-def verdict(found: Sequence[CriterionResult], prompts: int) -> str:
+def verdict(found: Sequence[CriterionResult], prompts: int, origin_known: bool) -> str:
     """What may be said of the circuit: what passed, what failed, what is open."""
     if not found:
         return "Nothing was asked."
     lines = [
         f"{count(found, 'passed')} of {len(found)} criteria passed on {prompts} held-out prompts."
     ]
+    if not origin_known:
+        lines.append(
+            "It is not known on which prompts the circuit was found: some of these may be among "
+            "them."
+        )
     words: dict[Outcome, str] = {
         "passed": "The circuit", "failed": "It does not hold that it", "uncertain":
         "These numbers do not tell whether it", "not measured": "Not measured: whether it",

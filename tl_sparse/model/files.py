@@ -24,6 +24,7 @@ from tl_sparse.checkpoints.transformer_lens import (
     to_transformer_lens,
 )
 from tl_sparse.model.parts import ModelParts
+from tl_sparse.storage.finite import check_finite, check_weights
 from tl_sparse.storage.hub import upload
 
 HALF = {torch.float16, torch.bfloat16}
@@ -133,6 +134,7 @@ class FileMixin(ModelParts):
         See :func:`tl_sparse.checkpoints.openai.read_openai` for the arguments and errors.
         """
         checkpoint = read_openai(directory_or_url, strict, tokenizer, progress)
+        check_finite(checkpoint.tensors, checkpoint.origin)
         return cls.from_checkpoint(checkpoint).to(device or "cpu")
 
     def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
@@ -140,6 +142,7 @@ class FileMixin(ModelParts):
 
         See :func:`tl_sparse.checkpoints.openai.write_openai` for the arguments and errors.
         """
+        check_weights(self)
         write_openai(self.to_checkpoint(), directory, with_tokenizer)
 
     @classmethod
@@ -154,13 +157,15 @@ class FileMixin(ModelParts):
         Raises:
             TypeError: ``model`` is neither of the two.
             ValueError: its architecture is none that a SparseTransformer can have (the fields and
-                their values are named), there are hooks on it, or its logits are not reproduced.
+                their values are named), there are hooks on it, weights are NaN or infinite, or its
+                logits are not reproduced.
         """
         if isinstance(model, FileMixin):  # below TransformerLens 4 it is a HookedTransformer too
             raise TypeError(
                 "from_transformer_lens takes a HookedTransformer or a TransformerBridge, not a "
                 f"{type(model).__name__}"
             )
+        check_weights(model)
         ours = cls.from_checkpoint(read_transformer_lens(model)).to(model.cfg.device)
         check_same_logits(model, ours)
         return ours
@@ -176,13 +181,16 @@ class FileMixin(ModelParts):
 
         See :func:`tl_sparse.checkpoints.transformer_lens.read_state_dict` for arguments and errors.
         """
-        return cls.from_checkpoint(read_state_dict(state_dict, config, tokenizer))
+        checkpoint = read_state_dict(state_dict, config, tokenizer)
+        check_finite(checkpoint.tensors, checkpoint.origin)
+        return cls.from_checkpoint(checkpoint)
 
     def to_transformer_lens(self) -> Any:
         """TransformerLens' own model that computes what this one does, with copies of its weights.
 
         See :func:`tl_sparse.checkpoints.transformer_lens.to_transformer_lens`.
         """
+        check_weights(self)
         return to_transformer_lens(self.to_checkpoint())
 
 

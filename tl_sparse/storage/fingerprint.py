@@ -12,10 +12,9 @@ import torch
 
 RUNTIME_FIELDS = frozenset({
     # where and in what the model runs, how it was made
-    "device", "dtype", "n_devices", "n_params", "model_name", "architecture", "init_mode",
-    "original_architecture", "init_weights", "initializer_range", "seed", "from_checkpoint",
-    "checkpoint_index", "checkpoint_label_type", "checkpoint_value", "trust_remote_code",
-    "attn_implementation",
+    "device", "dtype", "n_devices", "n_params", "model_name", "init_mode", "init_weights",
+    "initializer_range", "seed", "from_checkpoint", "checkpoint_index", "checkpoint_label_type",
+    "checkpoint_value", "trust_remote_code", "attn_implementation",
     # what may be hooked
     "use_attn_result", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens", "use_split_qkv_input",
     "ungroup_grouped_query_attention",
@@ -31,10 +30,15 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     Hashed are the frozen ``config`` of a SparseTransformer, and of other models the fields of
     ``cfg`` that say what is computed, besides every tensor of the state dict with its name and
-    dtype. Device, tokenizer, seeds and TransformerLens' hook switches do not count.
+    dtype, and what else of a SparseTransformer is not zero (biases of a model without biases).
+    Device, tokenizer, seeds and TransformerLens' hook switches do not count. Nor do hooks: what is
+    measured while some are on a model is not the model's own.
     """
     digest = hashlib.sha256(json.dumps(function_fields(model), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = dict(model.state_dict())
+    if frozen_config(model) is not None:
+        tensors |= {name: x for name, x in model.named_buffers() if bool(x.any())}
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(str(tensor.dtype).encode())
         plain = tensor.detach().cpu().contiguous().flatten()  # a scalar has no bytes to view
@@ -48,16 +52,20 @@ def function_fields(model: torch.nn.Module) -> dict[str, Any]:
     What is off (None or False) is left out, so that a field that a later version adds, and that is
     off, changes no fingerprint.
     """
-    # not getattr: a TransformerBridge would answer with its wrapped model's config
-    config = vars(model).get("config")
-    if not dataclasses.is_dataclass(config):
-        config = getattr(model, "cfg", None)
+    config = frozen_config(model) or getattr(model, "cfg", None)
     values = dict(config) if isinstance(config, Mapping) else vars(config) if config else {}
     ignored = RUNTIME_FIELDS | {"default_prepend_bos"}  # of strings, not of tokens
     fields = {name: json_value(value) for name, value in values.items() if name not in ignored}
     return {
         name: value for name, value in fields.items() if value is not None and value is not False
     }
+
+
+def frozen_config(model: torch.nn.Module) -> Any:
+    """The config of a SparseTransformer; None of other models."""
+    # not getattr: a TransformerBridge would answer with its wrapped model's config
+    config = vars(model).get("config")
+    return config if dataclasses.is_dataclass(config) else None
 
 
 def json_value(value: Any) -> Any:
@@ -70,4 +78,6 @@ def json_value(value: Any) -> Any:
         return [json_value(part) for part in value]
     if isinstance(value, torch.dtype):
         return str(value)
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+        return json_value(value.tolist())
     return value if isinstance(value, bool | int | float | str) else None

@@ -6,6 +6,7 @@ A file may hold anything: every value is checked here, before any code computes 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -37,14 +38,17 @@ def dataclass_from_json(cls: type[Any], values: Any) -> Any:
     return cls(**{name: convert(hints[name], value, name) for name, value in values.items()})
 
 
-def check_choices(config: Any) -> None:
-    """Check a dataclass' fields that are annotated as a ``Literal``.
+def check_fields(config: Any) -> None:
+    """Check a config's fields: those annotated as a ``Literal`` have one of its values, and numbers
+    are finite.
 
     Raises:
-        ValueError: one of them has another value; the message names the choices.
+        ValueError: one of them is not; the message names the choices.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number")
         if get_origin(hint) is Literal and value not in get_args(hint):
             known = ", ".join(map(str, get_args(hint)))
             raise ValueError(f"{name}={value!r} is unknown; choose from {known}")

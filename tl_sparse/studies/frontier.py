@@ -23,6 +23,7 @@ from tl_sparse.circuits.pruning import prune_many
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningFailed, set_up
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.finite import check_weights
 from tl_sparse.studies.interpretability import (
     InterpretabilityResult,
     Size,
@@ -97,7 +98,8 @@ def frontier(
     Raises:
         ValueError: fewer than one model or sequence, models without a tokenizer or with different
             ones (losses per token could not be compared), an unknown task, circuits or groups of
-            unknown models, no task that the models do, or no circuit at all.
+            unknown models, circuits of another model than the one they are given for, NaN or
+            infinite weights, no task that the models do, or no circuit at all.
     """
     config, given, labels = config or PruningConfig(), circuits or {}, groups or {}
     if not models or not len(tokens):
@@ -114,6 +116,9 @@ def frontier(
     facts, solved = {}, {}
     for name, source in models.items():
         model = opened(source)
+        check_weights(model)
+        for circuit in given.get(name, ()):
+            circuit.check_model(model)
         vocabulary = _same_vocabulary(name, model, vocabulary)
         facts[name] = {
             "model": name,

@@ -13,7 +13,7 @@ from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.studies.trained import Kind
 from tl_sparse.tasks import TaskResult
 from tl_sparse.training.config import TrainingConfig
@@ -117,7 +117,7 @@ class PairConfig:
             raise ValueError(f"name={self.name!r} must be usable as the name of a folder")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds={self.seeds} must be different integers of at least 0")
-        check_choices(self)
+        check_fields(self)
         if self.pairs < 1:
             raise ValueError(f"pairs={self.pairs} must be at least 1")
         if not self.target_loss > 0:

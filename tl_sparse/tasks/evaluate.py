@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks.contexts import Split
 from tl_sparse.tasks.task import Task, TaskBatch
 
@@ -105,7 +106,11 @@ def evaluate_task(
 def evaluate_batch(
     model: Callable[..., Tensor], task: Task, batch: TaskBatch, split: Split, seed: int
 ) -> TaskResult:
-    """As `evaluate_task`, on the batch that `split` and `seed` gave."""
+    """As `evaluate_task`, on the batch that `split` and `seed` gave.
+
+    Raises:
+        NotFinite: a loss is NaN or infinite; an accuracy from it would look like a model's.
+    """
     if isinstance(model, torch.nn.Module) and (first := next(model.parameters(), None)) is not None:
         batch = batch.to(first.device)
     losses, correct = [], []
@@ -115,6 +120,7 @@ def evaluate_batch(
             logits = select_last(model(chunk.tokens, return_type="logits"), chunk)
             losses.append(task_losses(logits.float(), chunk).cpu())
             correct.append(task_accuracy(logits.float(), chunk).cpu())
+    check_finite({task.name: torch.cat(losses)}, "the model's task losses")
     return TaskResult(
         task=task.name,
         split=split,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tl_sparse.sparsity.projection import SparsityConfig
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 
 GradientRule = Literal["normalise", "clip", "none"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -88,7 +88,7 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} is a share of the steps: 0 <= warmup < 1")
-        check_choices(self)
+        check_fields(self)
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> TrainingConfig:

@@ -15,6 +15,7 @@ from torch import nn
 
 from tl_sparse.data import TokenizedCorpus, bigram_log_probs
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.finite import not_finite
 from tl_sparse.training.config import GradientRule, Precision, TrainingConfig
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def decay_matrices(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> 
 
 def check_finite(model: nn.Module, step: int) -> None:
     """Raise RuntimeError if a weight is NaN or infinite."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+    if not_finite(dict(model.named_parameters())):
         raise RuntimeError(
             f"weights are no longer finite at step {step}: lower lr, or use gradient='normalise'"
         )

@@ -23,6 +23,7 @@ from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import check_l0, final_budget, l0, project_all
+from tl_sparse.storage.finite import check_weights
 from tl_sparse.storage.locks import wait_for_lock
 from tl_sparse.training import resume, train_step
 from tl_sparse.training.config import TrainingConfig
@@ -99,7 +100,7 @@ class Trainer:
 
         Raises:
             ValueError: the folder holds a checkpoint of another run, has something else where the
-                run would write, or cannot be locked.
+                run would write, or cannot be locked; or weights are NaN or infinite to begin with.
             RuntimeError: the loss or a weight is no longer finite.
         """
         if self.folder is None:
@@ -112,6 +113,7 @@ class Trainer:
         """Train from the present step to the last, and save the model."""
         if self.step == 0:
             train_step.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
+        check_weights(self.model)
         model = self.distributed_model()
         self.model.train()
         bar = tqdm(
@@ -256,6 +258,10 @@ class Trainer:
         if not math.isfinite(mean):
             raise RuntimeError(f"the training loss is {mean} at step {self.step}: lower lr, or use "
                                "gradient='normalise'")  # fmt: skip
+        validation = self.validation_loss() if evaluates else None
+        if validation is not None and not math.isfinite(validation):
+            raise RuntimeError(f"the validation loss is {validation} at step {self.step}: lower "
+                               "lr, or use gradient='normalise'")  # fmt: skip
         sparsity, step = self.config.sparsity, self.step
         return {
             "step": step,
@@ -264,7 +270,7 @@ class Trainer:
             "lr": self.config.lr_at(step - 1),
             "density": 1.0 if sparsity is None else sparsity.density_at(step, self.config.steps),
             "l0": sum(l0(self.matrices or weight_matrices(self.model)).values()),
-            "validation_loss": self.validation_loss() if evaluates else None,
+            "validation_loss": validation,
         }
 
     def postfix(self, row: dict[str, Any], rate: float) -> str:

@@ -57,7 +57,13 @@ def attention_patterns(test: CircuitUnderTest) -> CheckResult:
             null = bootstrap_means(uniform[:, None], config.draws, config.seed)[:, 0]
             found.append(
                 measured_mean(
-                    config, "pattern_js", name + suffix, [distance], null=null, null_name=UNIFORM
+                    config,
+                    "pattern_js",
+                    name + suffix,
+                    [distance],
+                    prompts=test.batch.prompts,
+                    null=null,
+                    null_name=UNIFORM,
                 )
             )
     cfg: Any = test.model.cfg
@@ -72,7 +78,7 @@ def attention_patterns(test: CircuitUnderTest) -> CheckResult:
         found.append(
             measured_mean(
                 config, "pattern_ratio", name, [distance, uniform],
-                lambda means: means[:, 0] / means[:, 1],
+                lambda means: means[:, 0] / means[:, 1], prompts=test.batch.prompts,
             )
         )  # fmt: skip
     table = frame.assign(

@@ -52,7 +52,7 @@ def binarisation(test: CircuitUnderTest) -> CheckResult:
             losses = F.softplus(-task_logit_diffs(test.model, test.batch, hooks)).cpu()
     none = F.softplus(-test.empty_logit_diffs).mean()
     measure = measured_mean(
-        test.config, "binarised_loss", "", [losses], null=none[None],
+        test.config, "binarised_loss", "", [losses], prompts=test.batch.prompts, null=none[None],
         null_name="one value a node: all of them removed",
     )  # fmt: skip
     return CheckResult((measure,))

@@ -44,11 +44,12 @@ def completeness(test: CircuitUnderTest) -> CheckResult:
     chosen = component_logit_diffs(test, knockout_gaps(kept, worst[None]))
 
     def measure(
-        variant: str, columns: list[Tensor], null: Tensor, null_name: str, examples: Tensor
-    ) -> Measure:
+        variant: str, columns: list[Tensor], null: Tensor, null_name: str, examples: Tensor,
+        prompts: tuple[str, ...] = (),
+    ) -> Measure:  # fmt: skip
         return measured_mean(
             config, "completeness_gap", variant, columns, lambda means: gap(means).mean(1),
-            examples=examples, null=null, null_name=null_name,
+            prompts=prompts, examples=examples, null=null, null_name=null_name,
         )  # fmt: skip
 
     base = [test.empty_logit_diffs, test.model_logit_diffs]
@@ -58,7 +59,10 @@ def completeness(test: CircuitUnderTest) -> CheckResult:
             "random", columns, gap(random.mean(1)[None])[0],
             "random node sets of the same sizes, and random knockouts in them", each,
         ),
-        measure("greedy", [*base, *chosen], each, "random knockouts in the circuit", apart),
+        measure(
+            "greedy", [*base, *chosen], each, "random knockouts in the circuit", apart,
+            test.batch.prompts,
+        ),
     )  # fmt: skip
     return CheckResult(measures)
 

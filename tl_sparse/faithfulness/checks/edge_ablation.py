@@ -53,9 +53,12 @@ def edge_ablation(test: CircuitUnderTest) -> CheckResult:
     nulls = F.softplus(-random.double()).mean(1).view(2, -1)
     loss = F.softplus(-logit_diffs.cpu())
     measures = [
-        measured_mean(config, "edge_ablated_loss", variant, [loss], null=null, null_name=name)
+        measured_mean(
+            config, "edge_ablated_loss", variant, [loss], prompts=test.batch.prompts, null=null,
+            null_name=name,
+        )
         for (variant, name), null in zip(NULLS.items(), nulls, strict=True)
-    ]
+    ]  # fmt: skip
     return CheckResult(tuple(measures))
 
 

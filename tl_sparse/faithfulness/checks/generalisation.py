@@ -118,10 +118,12 @@ def losses_on(test: CircuitUnderTest, name: str, batch: TaskBatch) -> list[Measu
     losses = there.losses(torch.cat([test.kept[None], controls]))
     return [
         measured_mean(
-            config, "loss", name, [losses[0]], null=losses[1:].mean(1),
+            config, "loss", name, [losses[0]], prompts=batch.prompts, null=losses[1:].mean(1),
             null_name="random sets of components",
         ),
-        measured_mean(config, "model_loss", name, [there.losses(full, hooks=())[0]]),
+        measured_mean(
+            config, "model_loss", name, [there.losses(full, hooks=())[0]], prompts=batch.prompts
+        ),
     ]  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def model_values(test: CircuitUnderTest) -> tuple[Measure, pd.DataFrame]:
     null = normalised(torch.stack(controls).double().mean(1), *(m.double().mean() for m in ends))
     measure = measured_mean(
         config, "interchange_f", "", [swapped, *ends], lambda means: normalised(*means.T),
-        null=null, null_name=RANDOM,
+        prompts=test.batch.prompts, null=null, null_name=RANDOM,
     )  # fmt: skip
     return measure, table
 
@@ -177,6 +177,7 @@ def swaps(test: CircuitUnderTest) -> tuple[list[Measure], list[str]]:
             measured_mean(
                 config, name, variant, [logit_diffs[True].mean(0), empty, full],
                 lambda means: normalised(means[:, 0], means[:, 1], means[:, 2]),
+                prompts=[prompt for prompt, use in zip(batch.prompts, usable, strict=True) if use],
                 null=normalised(logit_diffs[False].mean(1), empty.mean(), full.mean()),
                 null_name="values of prompts with the other answer",
             )

@@ -72,7 +72,7 @@ def necessity(test: CircuitUnderTest) -> CheckResult:
         found += [
             measured_mean(
                 config, name, "" if name == "completeness" else kind, cols, statistic,
-                examples=examples, null=of_null, null_name=NULLS[kind],
+                prompts=test.batch.prompts, examples=examples, null=of_null, null_name=NULLS[kind],
             )
             for name, cols, statistic, examples, of_null in rows
         ]  # fmt: skip

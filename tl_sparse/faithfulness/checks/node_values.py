@@ -90,7 +90,8 @@ def node_values(test: CircuitUnderTest) -> CheckResult:
         null = [error[mine].sum() / spread[mine].sum() for error, spread in others]
         found.append(
             measured_mean(
-                config, "fvu", hook, columns, ratio, examples=squares[:, mine].sum(1),
+                config, "fvu", hook, columns, ratio, prompts=test.batch.prompts,
+                examples=squares[:, mine].sum(1),
                 null=torch.stack(null) if null else None, null_name=OTHER_PAIRS,
             )
         )  # fmt: skip

@@ -49,7 +49,9 @@ def norms(test: CircuitUnderTest) -> CheckResult:
     found = []
 
     def measure(name: str, variant: str, columns: list[Tensor], **kw: Any) -> None:
-        found.append(measured_mean(config, name, variant, columns, null_name=NULL, **kw))
+        found.append(measured_mean(
+            config, name, variant, columns, prompts=test.batch.prompts, null_name=NULL, **kw
+        ))  # fmt: skip
 
     try:
         with eval_mode(model), torch.no_grad():

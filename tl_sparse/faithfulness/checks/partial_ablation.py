@@ -98,8 +98,8 @@ def partial_ablation(test: CircuitUnderTest) -> CheckResult:
     stochastic = losses[2 : 2 + len(drawn)]
     measures = [
         measured_mean(
-            config, "stochastic_loss", "", [stochastic.mean(0)], null=null_drawn.mean(1),
-            null_name=NULL,
+            config, "stochastic_loss", "", [stochastic.mean(0)], prompts=test.batch.prompts,
+            null=null_drawn.mean(1), null_name=NULL,
         ),
         measured_mean(
             config, "stochastic_worst", "", list(stochastic), lambda means: means.max(1).values,
@@ -112,12 +112,12 @@ def partial_ablation(test: CircuitUnderTest) -> CheckResult:
         columns = [logit_diffs[i - 2], *ends_of_f]
         measures += [
             measured_mean(
-                config, "adversarial_loss", variant, [losses[i - 2]], null=null_attacked[i],
-                null_name=NULL,
+                config, "adversarial_loss", variant, [losses[i - 2]], prompts=test.batch.prompts,
+                null=null_attacked[i], null_name=NULL,
             ),
             measured_mean(
                 config, "adversarial_f", variant, columns, lambda means: normalised(*means.T),
-                null=null_fs[i], null_name=NULL,
+                prompts=test.batch.prompts, null=null_fs[i], null_name=NULL,
             ),
         ]  # fmt: skip
     return CheckResult(tuple(measures), {"ablation_masks": table})

@@ -89,7 +89,8 @@ def distracted(
     )  # fmt: skip
     model, circuit, controls = change[0].double(), change[1].double(), change[2:].double()
     shared: dict[str, Any] = {
-        "examples": circuit, "null_name": "random sets of components",
+        "prompts": attacked.prompts, "examples": circuit,
+        "null_name": "random sets of components",
     }  # fmt: skip
     columns = [circuit, model, circuit * circuit, model * model, circuit * model]
     nulls = torch.stack(
@@ -136,6 +137,7 @@ def diluted(
         }
     )  # fmt: skip
     shared: dict[str, Any] = {
+        "prompts": list(batches.values())[-1].prompts,
         "examples": logit_diffs[-1, 1] - logit_diffs[0, 1],
         "null_name": "random sets of components",
     }  # fmt: skip

@@ -60,7 +60,8 @@ def redundancy(test: CircuitUnderTest) -> CheckResult:
     measures = (
         measured_count("rounds_survived", float(survived)),
         measured_mean(
-            config, "excluded_loss", "", [rest], null=torch.stack(others).mean(1),
+            config, "excluded_loss", "", [rest], prompts=test.batch.prompts,
+            null=torch.stack(others).mean(1),
             null_name="without random components outside the circuit",
         ),
     )  # fmt: skip

@@ -70,9 +70,11 @@ def sufficiency(test: CircuitUnderTest) -> CheckResult:
         found += _measures(name, test, small, _fixed(test, small, test.nodes(sets), values, stored))
     sets = sets[: test.config.optimal_controls]
     found += _measures("optimal", test, small, _learned(test, small, test.nodes(sets)))
-    model = test.model_logit_diffs
-    found.append(measured_mean(test.config, "model_loss", "", [F.softplus(-model)]))
-    found.append(measured_mean(test.config, "model_logit_diff", "", [model]))
+    model, prompts = test.model_logit_diffs, test.batch.prompts
+    found.append(
+        measured_mean(test.config, "model_loss", "", [F.softplus(-model)], prompts=prompts)
+    )
+    found.append(measured_mean(test.config, "model_logit_diff", "", [model], prompts=prompts))
     tables = {}
     tau = test.circuit.tau
     if tau is not None and bool(tau.isfinite().all()):
@@ -233,6 +235,7 @@ def _measures(
     variant: str, test: CircuitUnderTest, small: CircuitUnderTest, m: LogitDiffs
 ) -> list[Measure]:
     """Every number of one way to ablate."""
+    prompts = test.batch.prompts
     loss, empty, model = (F.softplus(-x) for x in (m.circuit, m.empty, m.model))
     kls = [two_way_kl(m.model, x) for x in (m.circuit, m.empty)]
     # means of the null's draws, and of ∅ and M on the same prompts
@@ -264,15 +267,15 @@ def _measures(
     ]
     found = [
         measured_mean(
-            test.config, name, variant, columns, statistic, examples=examples, null=null,
-            null_name=NULL,
+            test.config, name, variant, columns, statistic, prompts=prompts, examples=examples,
+            null=null, null_name=NULL,
         )
         for (name, columns, statistic, examples), null in zip(rows, nulls, strict=True)
     ]  # fmt: skip
     return [
         *found,
-        measured_mean(test.config, "empty_loss", variant, [empty]),
-        measured_mean(test.config, "empty_logit_diff", variant, [m.empty]),
+        measured_mean(test.config, "empty_loss", variant, [empty], prompts=prompts),
+        measured_mean(test.config, "empty_logit_diff", variant, [m.empty], prompts=prompts),
     ]
 
 

@@ -14,7 +14,7 @@ from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import SparsityConfig
-from tl_sparse.storage.json_dataclass import check_choices
+from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.tasks import check_names
 from tl_sparse.training.config import TrainingConfig
 
@@ -128,7 +128,7 @@ class StudyConfig:
         for name in ("embedding_nonzeros", "mean_sequences", "controls", "together"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        check_choices(self)
+        check_fields(self)
         check_names(self.tasks)
         check_names(self.compare_tasks, self.tasks)
         settings = [cell.name for cell in self.cells()]
