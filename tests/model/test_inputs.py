@@ -270,7 +270,8 @@ def test_input_to_embed_continues_after_a_cache(small_model, tokens, padding):
 
 def test_input_to_embed_needs_no_tokenizer(small_model, tokens):
     model = small_model("standard")
-    model.padding_side = "left"
+    with pytest.warns(UserWarning, match="'left' is not kept without a tokenizer"):
+        model.padding_side = "left"
     assert torch.equal(model.input_to_embed(tokens)[0], model(tokens, stop_at_layer=0))
 
 

@@ -154,6 +154,10 @@ def test_the_offset_of_a_cache_is_what_it_has_seen(small_model, tokens):
     assert model.get_pos_offset(cache, 2) == 5
     with pytest.raises(ValueError, match=r"\[2, 4, 4\], not \[3, 4, 4\]"):
         model.get_pos_offset(cache, 3)
+    deeper = KeyValueCache.init_cache(small_model(n_layers=3).cfg, "cpu", 2)
+    for other in (deeper, KeyValueCache.init_cache(small_model(n_layers=1).cfg, "cpu", 2)):
+        with pytest.raises(ValueError, match=r"the cache is of [13] blocks, the model has 2"):
+            model(tokens, past_kv_cache=other)
     for run in (model, model.input_to_embed):
         with pytest.raises(ValueError, match="the cache holds keys of batch, heads, d_head"):
             run(torch.zeros(3, 1, dtype=torch.long), past_kv_cache=cache)

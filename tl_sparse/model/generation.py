@@ -226,8 +226,8 @@ class GenerationMixin(ModelParts):
             if do_sample:
                 if freq_penalty > 0 and temperature > 0:
                     # the penalty is for every token of a row, padding too: that is given back here
-                    padding = (~prompt.real).to(logits)
-                    counts = torch.zeros_like(logits).scatter_add_(1, prompt.tokens, padding)
+                    ids, padding = prompt.tokens.long(), (~prompt.real).to(logits)
+                    counts = torch.zeros_like(logits).scatter_add_(1, ids, padding)
                     logits = logits + temperature * freq_penalty * counts
                 new = tl_utils.sample_logits(
                     logits, tokens=tokens, temperature=temperature, freq_penalty=freq_penalty,

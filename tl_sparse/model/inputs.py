@@ -246,6 +246,11 @@ class InputMixin(ModelParts):
         """
         if past_kv_cache is None:
             return 0
+        if len(past_kv_cache.entries) != self.config.n_layers:
+            raise ValueError(
+                f"the cache is of {len(past_kv_cache.entries)} blocks, the model has "
+                f"{self.config.n_layers}"
+            )
         shapes = [past_kv_cache[block].past_keys.shape for block in blocks]
         expected = [batch_size, self.cfg.n_heads, self.config.d_head]
         for batch, _, *rest in shapes:

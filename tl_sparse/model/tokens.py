@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ class TokenMixin(ModelParts):
                 the side is unknown.
         """
         side = None if default_padding_side is None else self.side(default_padding_side)
+        if tokenizer is None and side is not None:
+            warnings.warn(
+                f"padding side {side!r} is not kept without a tokenizer, which it is a part of",
+                stacklevel=2,
+            )
         if tokenizer is not None:
             if len(tokenizer) > self.config.d_vocab:
                 raise ValueError(
