@@ -22,6 +22,8 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_M
 comma := ,
 # loadfile: fixtures that train a model are made once a file, not once a process.
 PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile
+# The shapes of tensors are the same with every TransformerLens: `make test` checks them, which takes time.
+NO_SHAPES := --no-shapes
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tl3 test-tl2 test-sae conformance lint format types notebooks clean
@@ -61,7 +63,7 @@ test: $(VENV)/.set-up ## Run the tests with the current TransformerLens
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
 
 test-tl3: $(VENV_TL3)/.set-up ## Run the same tests with TransformerLens 3
-	$(ONE_THREAD) $(VENV_TL3)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+	$(ONE_THREAD) $(VENV_TL3)/bin/python -m pytest $(NO_SHAPES) $(PYTEST_OPTIONS) $(ARGS)
 
 # The environments of other targets join in where they are set up. The table is written even if a test
 # fails: it then says WRONG, and the target fails.
@@ -70,7 +72,7 @@ conformance: $(VENV)/.set-up $(VENV_TL3)/.set-up ## Write docs/conformance.md fr
 	@failed=0; for env in $(VENV_TL3) $(VENV) $(VENV_SAE) $(VENV_TL2); do \
 		[ -e $$env/.set-up ] || continue; \
 		[ $$env != $(VENV_TL2) ] || without="-p tests.transformer_lens_2"; \
-		$(ONE_THREAD) $$env/bin/python -m pytest $$without $(PYTEST_OPTIONS) $(ARGS) tests/conformance \
+		$(ONE_THREAD) $$env/bin/python -m pytest $$without $(NO_SHAPES) $(PYTEST_OPTIONS) $(ARGS) tests/conformance \
 			--ignore tests/conformance/test_table.py \
 			--conformance-json build/conformance/$$env.json || failed=1; \
 	done; \
@@ -79,10 +81,10 @@ conformance: $(VENV)/.set-up $(VENV_TL3)/.set-up ## Write docs/conformance.md fr
 	exit $$failed
 
 test-tl2: $(VENV_TL2)/.set-up ## Run them with TransformerLens 2, auto-circuit and circuit-tracer
-	$(ONE_THREAD) $(VENV_TL2)/bin/python -m pytest -p tests.transformer_lens_2 $(PYTEST_OPTIONS) $(ARGS)
+	$(ONE_THREAD) $(VENV_TL2)/bin/python -m pytest -p tests.transformer_lens_2 $(NO_SHAPES) $(PYTEST_OPTIONS) $(ARGS)
 
 test-sae: $(VENV_SAE)/.set-up ## Train and splice dictionaries with SAELens
-	$(ONE_THREAD) $(VENV_SAE)/bin/python -m pytest tests/conformance/test_external_sae.py $(ARGS)
+	$(ONE_THREAD) $(VENV_SAE)/bin/python -m pytest $(NO_SHAPES) tests/conformance/test_external_sae.py $(ARGS)
 
 lint: $(VENV)/.set-up ## Check style and formatting
 	$(VENV)/bin/ruff check .

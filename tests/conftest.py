@@ -4,11 +4,13 @@ Nothing here may import tl_sparse at the top level: pytest loads this file befor
 hook that checks the package's tensor shapes.
 """
 
+import importlib.util
 import ipaddress
 import os
 import random
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
 
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -71,8 +74,30 @@ def _guarded_getaddrinfo(getaddrinfo: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-shapes", action="store_true", help="annotated shapes are not checked")
+
+
+def _check_shapes() -> None:
+    """From here on every imported module of the package that annotates shapes has them checked.
+
+    Only these: checks of functions that take no tensor would double the time of the tests.
+    """
+    if "tl_sparse" in sys.modules:
+        raise pytest.UsageError("tl_sparse was imported before its shapes could be checked")
+    package = Path(importlib.util.find_spec("tl_sparse").origin).parent
+    modules = [
+        ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
+        for path in sorted(package.rglob("*.py"))
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ]
+    jaxtyping.install_import_hook(modules, "beartype.beartype")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set up before collection, so that code which runs on import is held to the same rules."""
+    if not config.getoption("no_shapes"):
+        _check_shapes()
     torch.set_num_threads(1)
     hypothesis.settings.load_profile("repeatable")
 

@@ -102,8 +102,9 @@ def test_abstopk_stays(planted, marks, random_tokens):
 
 
 @pytest.fixture
-def found(padded, marks):
-    model, _, circuit = padded
+def found(planted, marks, random_tokens):
+    model, chain = planted()
+    circuit = circuit_of(model, marks, random_tokens, chain, 0.25)
     return model, circuit, prune_edges(
         model, circuit, marks, replace(EDGES, method="greedy"), progress=False
     )  # fmt: skip
@@ -216,12 +217,11 @@ def test_what_is_left_is_minimal(found, marks):
             assert run.loss(fewer) > pruned.target_loss
 
 
-def test_the_same_again(padded, marks):
-    model, _, circuit = padded
-    first, second = (
-        prune_edges(model, circuit, marks, replace(EDGES, steps=20), progress=False)
-        for _ in range(2)
-    )
+def test_the_same_again(planted, marks, random_tokens):
+    model, chain = planted()
+    circuit = circuit_of(model, marks, random_tokens, chain, 0.25)
+    learned = replace(EDGES, steps=30, refine=False)
+    first, second = (prune_edges(model, circuit, marks, learned, progress=False) for _ in range(2))
     assert first.edges.equals(second.edges)
     assert torch.equal(first.losses, second.losses)
     assert first.seconds > 0

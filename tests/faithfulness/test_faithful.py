@@ -174,7 +174,7 @@ def test_attacks_go_on_until_they_are_withstood(noisy, problem):
     "setting", [{"ablation": "resample"}, {"freeze_norm": True}, {"tie_qk": True}]
 )
 def test_other_ablations_are_attacked_too(noisy, means, random_tokens, setting):
-    search, sources = replace(SEARCH, steps=8, on_collapse="fail", **setting), None
+    search, sources = replace(SEARCH, on_collapse="fail", **setting), None
     if "ablation" in setting:
         sources = resample_sources(noisy.model, random_tokens)
     circuit = faithful_prune(
