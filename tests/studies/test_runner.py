@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import pytest
@@ -70,10 +71,33 @@ def test_a_unit_of_another_format_is_refused(one):
     path.write_text(json.dumps(values | {"format": 99}))
     with pytest.raises(ValueError, match="not of format 1"):
         read_unit(one)
-    del values["result"]
-    path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="must hold failure, result, seconds, settings, versions"):
-        read_unit(one)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a field is missing", "a type", "a pipe"])
+def test_a_unit_with_a_damaged_record_is_done_again(one, damage):
+    finish(one)
+    path = one.folder / "unit.json"
+    values = json.loads(path.read_text())
+    if damage == "cut":
+        path.write_text(path.read_text()[:-9])
+    elif damage == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        del values["result"]
+        if damage == "a type":
+            values["result"] = [4]
+        path.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="is damaged, the work is done again"):
+        assert read_unit(one) is None
+    claims = ExitStack()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert claims.enter_context(claimed(one))  # its work can be had
+    if damage == "a pipe":
+        path.unlink()
+    write_record(one.folder, UnitRecord(one.settings, {"nodes": 5}, None, 1.5))
+    claims.close()
+    assert read_unit(one).result == {"nodes": 5}
 
 
 def test_an_option_that_a_later_version_adds_changes_nothing(one):

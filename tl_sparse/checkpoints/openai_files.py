@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -55,15 +56,22 @@ def downloaded(
     address = address.rstrip("/")
     digest = hashlib.sha256("\n".join((address, *required, *optional)).encode()).hexdigest()
     folder = default_cache_dir() / "openai" / digest[:32]
-    if folder.is_dir():
+    if whole(folder, required):
         return folder
     with wait_for_lock(folder.with_name(f".{folder.name}.lock"), progress):
         remove_drafts(folder.parent, folder.name)
-        if not folder.is_dir():  # else whoever held the lock has fetched it
+        if not whole(folder, required):  # else whoever held the lock has fetched it
+            if folder.is_dir():
+                warnings.warn(f"{folder} lacks files: they are fetched anew", stacklevel=2)
             with atomic_folder(folder) as work:
                 for name in (*required, *optional):
                     download(f"{address}/{name}", work / name, name in required, progress)
     return folder
+
+
+def whole(folder: Path, required: Sequence[str]) -> bool:
+    """Whether a copy has all files that must be there."""
+    return all((folder / name).is_file() for name in required)
 
 
 def download(address: str, path: Path, required: bool, progress: bool) -> None:

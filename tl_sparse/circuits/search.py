@@ -30,6 +30,7 @@ from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, set_up
 from tl_sparse.circuits.search_config import RANGES, SearchConfig
 from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
+from tl_sparse.storage.disk_full import disk_full_named
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.tasks import Task
 
@@ -73,6 +74,7 @@ def search(
         ValueError: as :func:`~tl_sparse.circuits.pruning.prune`; or the storage is no search of
             tl_sparse, or one of another model, task, means, base, space or version.
         FileNotFoundError: a stored circuit was deleted.
+        OSError: the disk is full (``errno.ENOSPC``); what was stored before stays.
     """
     from tl_sparse.circuits import search_study  # optuna takes long to import, and is seldom needed
 
@@ -90,7 +92,7 @@ def search(
     path = None if storage is None else Path(storage).resolve()
     folder = None if path is None else path.with_name(f"{path.name}.circuits")
     held: dict[int, Circuit] = {}
-    with search_study.quiet():
+    with search_study.quiet(), disk_full_named(path or "memory"):
         sampler = search_study.SlotSampler(config, base, wanted)
         study = search_study.open_study(path, sampler, identity(run, config))
         check_trials(search_study.finished(study), path, set(wanted))

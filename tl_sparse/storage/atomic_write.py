@@ -8,6 +8,7 @@ the file or folder that is replaced, whatever the libraries that write the conte
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import secrets
@@ -18,6 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from tl_sparse.storage.disk_full import disk_full_named
+from tl_sparse.storage.read_file import check_file
+
+MAX_BYTES = 1 << 38
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux' linux/fcntl.h and linux/fs.h
 NAMED = 5  # how many foreign files an error names
 
@@ -47,26 +52,50 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     """Write a text file beside its place and move it there when complete; on error leave nothing.
 
     A link to a file stays a link: the file that it leads to is written.
+
+    Raises:
+        OSError: there is no room for it on the disk (``errno.ENOSPC``).
+        ValueError: something else than a file is in its place, such as a pipe or a device.
     """
     target = Path(path).resolve()
+    if os.path.lexists(target):
+        check_file(target, MAX_BYTES)
     work = draft_of(target)
-    try:
-        with work.open("x", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            work.chmod(stat.S_IMODE(target.stat().st_mode))
-        os.replace(work, target)
-    except BaseException:
-        work.unlink(missing_ok=True)
-        raise
+    with disk_full_named(target):
+        try:
+            with work.open("x", encoding="utf-8", newline="\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                work.chmod(stat.S_IMODE(target.stat().st_mode))
+            os.replace(work, target)
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that no reader ever sees a part of it."""
     with atomic_file(path) as file:
         file.write(text)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, whole or not at all.
+
+    Raises:
+        OSError: there is no room for it on the disk (``errno.ENOSPC``).
+        ValueError: something else than a file is in its place, such as a pipe or a device.
+    """
+    if os.path.lexists(path):
+        check_file(path, MAX_BYTES)
+    data = f"{line}\n".encode()
+    with disk_full_named(path), path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.write(data) != len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
@@ -76,6 +105,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     A link to a folder stays a link: the folder that it leads to is written.
 
     Raises:
+        OSError: there is no room for it on the disk (``errno.ENOSPC``).
         ValueError: the place is taken by a file, by the working directory, or by a folder with
             entries that the new one lacks, which would be lost.
     """
@@ -85,17 +115,18 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     if target == Path.cwd():
         raise ValueError(f"{target} is the working directory, which cannot be replaced: choose a "
                          "folder in it")  # fmt: skip
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = draft_of(target)
-    work.mkdir()
-    try:
-        yield work
-        if target.exists():
-            work.chmod(stat.S_IMODE(target.stat().st_mode))
-        complete(work)
-        put(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with disk_full_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+        try:
+            yield work
+            if target.exists():
+                work.chmod(stat.S_IMODE(target.stat().st_mode))
+            complete(work)
+            put(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def complete(work: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from tl_sparse.storage.disk_full import disk_full_named, is_disk_full
 from tl_sparse.storage.tokenizer_files import TOKENIZER_FILES
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -64,8 +66,11 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         FileNotFoundError: it is neither on the hub nor in the cache, or the hub is out of reach.
     """
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        with disk_full_named(HF_HUB_CACHE):
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the hub's library and the HTTP client below it raise many kinds
+        if is_disk_full(error):
+            raise
         at = "" if revision is None else f" at revision {revision}"
         reason = " ".join(str(error).split())
         raise FileNotFoundError(

@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from tl_sparse.storage.disk_full import disk_full_named
+from tl_sparse.storage.read_file import read_text
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+MAX_BYTES = 1000
 POLL = 0.1  # seconds between two attempts
 
 
@@ -26,6 +30,7 @@ def acquire(path: Path) -> BaseFileLock | None:
     """A lock, for :func:`release`; None where another process or thread holds it.
 
     Raises:
+        OSError: the disk is full (``errno.ENOSPC``).
         ValueError: nothing can be locked there: the folder is read-only, or on a file system
             without locks.
     """
@@ -33,19 +38,20 @@ def acquire(path: Path) -> BaseFileLock | None:
 
     # a soft lock, where the file system has no others, would outlive a process that is killed
     lock = FileLock(path, fallback_to_soft=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    except Timeout:
-        return None
-    except OSError as error:
-        lock.release()
-        raise ValueError(
-            f"{path.parent} cannot be locked against other processes ({error.strerror}): choose a "
-            "folder that can be written, on a file system with locks (the cache is "
-            "$TL_SPARSE_CACHE)"
-        ) from error
+    with disk_full_named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        except Timeout:
+            return None
+        except OSError as error:
+            lock.release()
+            raise ValueError(
+                f"{path.parent} cannot be locked against other processes ({error.strerror}): "
+                "choose a folder that can be written, on a file system with locks (the cache is "
+                "$TL_SPARSE_CACHE)"
+            ) from error
     return lock
 
 
@@ -103,6 +109,6 @@ def wait_for_lock(
 
 def holder_of(path: Path) -> str:
     """Which process holds a lock, in words; empty if none does."""
-    with suppress(FileNotFoundError):
-        return path.read_text(encoding="utf-8")
+    with suppress(FileNotFoundError, ValueError):  # gone by now, or no lock of ours
+        return read_text(path, MAX_BYTES)
     return ""

@@ -10,7 +10,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def tokenizer_core(path: Path, d_vocab: int) -> Tokenizer:
         # what is put around every text is looked up now, not when the first text comes
         if (largest := max(core.encode("").ids, default=0)) >= d_vocab:
             raise ValueError(f"it puts id {largest} around texts, the config says {d_vocab=}")
+        with suppress(Exception):  # a text that it cannot encode; a panic is no Exception
+            core.encode("a b")
     return core
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -22,6 +24,7 @@ import torch
 
 from tl_sparse.compat import transformer_lens_version
 from tl_sparse.storage.atomic_write import write_atomic
+from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.locks import holder_of, try_lock
 
@@ -131,22 +134,25 @@ def _enter(claims: ExitStack, job: HasUnit) -> bool:
 
 
 def read_unit(unit: Unit) -> UnitRecord | None:
-    """The record of a finished unit; None of one that is not.
+    """The record of a finished unit; None of one that is not, or whose record is damaged.
 
     Raises:
-        ValueError: its file is broken or of another format, or it was made by a version with other
-            defaults.
+        ValueError: its file is of another format, or it was made by a version with other defaults.
     """
     path = unit.folder / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    values = read_json(path)
-    if values.pop("format", None) != FORMAT:
+    try:
+        values = read_json(path)
+        found = values.pop("format", None)
+        if missing := {f.name for f in fields(UnitRecord)} - set(values):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        record: UnitRecord = dataclass_from_json(UnitRecord, values)
+    except (ValueError, FileNotFoundError) as error:
+        warnings.warn(f"{path} is damaged, the work is done again: {error}", stacklevel=2)
+        return None
+    if found != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}, which this version reads")
-    expected = {"settings", "result", "failure", "seconds", "versions"}
-    if set(values) != expected:
-        raise ValueError(f"{path} must hold {', '.join(sorted(expected))}")
-    record = UnitRecord(**values)
     if differing := differences(record.settings, unit.settings):
         raise ValueError(
             f"{path} was made by a version with other defaults ({'; '.join(differing)}): set them "
@@ -169,7 +175,7 @@ def claimed(unit: Unit) -> Iterator[bool]:
     """
     with try_lock(lock_of(unit)) as mine:
         # whoever held it before may have finished it since the caller looked
-        yield mine and not (unit.folder / RECORD).is_file()
+        yield mine and read_unit(unit) is None
 
 
 def holder(unit: Unit) -> str:

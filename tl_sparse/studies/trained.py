@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,11 @@ from tl_sparse.checkpoints.packed import SCHEMA_VERSION, training_record
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import TokenizedCorpus, default_cache_dir
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.atomic_write import append_line
+from tl_sparse.storage.json_dataclass import dataclass_from_json
+from tl_sparse.storage.json_files import parse_json
 from tl_sparse.storage.locks import try_lock
+from tl_sparse.storage.read_file import read_lines
 from tl_sparse.studies.runner import (
     RECORD,
     Say,
@@ -37,6 +42,7 @@ from tl_sparse.training.trainer import Trainer
 Kind = Literal["sparse", "dense"]
 
 SESSIONS = "sessions.jsonl"
+MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -183,13 +189,9 @@ def train_in(
         trainer.train()
     finally:
         if trainer.step > first:
-            session = {
-                "steps": trainer.step - first,
-                "seconds": time.perf_counter() - started,
-                "machine": machine(),
-            }
-            with (folder / SESSIONS).open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(session) + "\n")
+            seconds = time.perf_counter() - started
+            session = Session(trainer.step - first, seconds, machine())
+            append_line(folder / SESSIONS, json.dumps(asdict(session)))
 
 
 def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float]:
@@ -198,6 +200,18 @@ def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float
     assert record is not None
     assert record.validation_loss is not None
     return SparseTransformer.from_pretrained(folder / MODEL), record, record.validation_loss
+
+
+@dataclass(frozen=True)
+class Session:
+    """A line of ``sessions.jsonl``: what one process did of a run."""
+
+    steps: int
+    """Steps that it took."""
+    seconds: float
+    """Time that it took for them."""
+    machine: str
+    """What it ran on, in words."""
 
 
 def machine() -> str:
@@ -218,9 +232,17 @@ def training_time(folder: Path, steps: int) -> tuple[float, str]:
     no time is known the hours are NaN.
     """
     path = folder / SESSIONS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
+    sessions: list[Session] = []
+    if os.path.lexists(path):
+        for number, line in read_lines(path, MAX_BYTES, MAX_BYTES, MAX_BYTES):
+            try:
+                sessions.append(dataclass_from_json(Session, parse_json(line, "the line")))
+                if not (0 < sessions[-1].steps < 1 << 53 and sessions[-1].seconds >= 0):
+                    raise ValueError("steps or seconds below 0")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    taken = sum(session.steps for session in sessions)
+    if taken < 1:
         return math.nan, "a machine that was not recorded"
-    sessions = [json.loads(line) for line in lines]
-    rate = sum(s["seconds"] for s in sessions) / sum(s["steps"] for s in sessions)
-    return rate * steps / 3600, "; ".join(dict.fromkeys(s["machine"] for s in sessions))
+    rate = sum(session.seconds for session in sessions) / taken
+    return rate * steps / 3600, "; ".join(dict.fromkeys(s.machine for s in sessions))

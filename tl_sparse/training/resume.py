@@ -25,7 +25,13 @@ from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.checkpoints.packed import read_config, training_record
 from tl_sparse.model.files import load_tensors
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.atomic_write import atomic_folder, draft_of, remove_drafts, write_atomic
+from tl_sparse.storage.atomic_write import (
+    append_line,
+    atomic_folder,
+    draft_of,
+    remove_drafts,
+    write_atomic,
+)
 from tl_sparse.storage.hub import FILES
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import parse_json, read_json
@@ -274,11 +280,10 @@ def read_moments(path: Path, optimizer: torch.optim.Optimizer, step: int) -> dic
         if set(stored) != set(mine) or theirs != [group["params"] for group in groups]:
             raise ValueError("it has other parameters than this run")
         numbers = [number for group in groups for number in group["params"]]
-        if not set(stored["state"]) <= set(numbers):
+        if not isinstance(stored["state"], dict) or set(stored["state"]) != set(numbers):
             raise ValueError("it has moments of other parameters than this run's")
         for number, parameter in zip(numbers, parameters, strict=True):
-            if number in stored["state"]:
-                check_moments(stored["state"][number], parameter, step)
+            check_moments(stored["state"][number], parameter, step)
     except Exception as error:  # whatever the file holds, these lines may do with it
         raise ValueError(f"{path} is no optimizer's state of this run: {error!r:.300}") from error
     return {"state": stored["state"], "param_groups": groups}
@@ -368,8 +373,7 @@ def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Add a row to the log."""
-    with (folder / METRICS).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row) + "\n")
+    append_line(folder / METRICS, json.dumps(row))
 
 
 @contextmanager
