@@ -45,6 +45,14 @@ def test_loss_counts_real_tokens_only(small_model, tokens):
     assert (per_token[0, 4:] == 0).all()
 
 
+def test_logits_and_tokens_of_a_loss_are_of_one_shape(small_model, tokens):
+    model = small_model()
+    logits = model(tokens)
+    for other in (tokens[:1], tokens[:, 1:], torch.zeros(7, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="do not belong to tokens of shape"):
+            model.loss_fn(logits, other)
+
+
 def test_loss_of_a_half_precision_model_is_single_and_of_a_double_model_double(small_model, tokens):
     model = small_model()
     assert model.bfloat16()(tokens, return_type="loss").dtype == torch.float32

@@ -209,7 +209,7 @@ class GenerationMixin(ModelParts):
         **sampling: Any,
     ) -> Iterator[Int[Tensor, "batch longer"]]:
         """Yield the tokens so far, prompt included, after each new token."""
-        tokens, mask = prompt.tokens, prompt.real.long()
+        tokens, mask = prompt.tokens, prompt.real
         if tokens.shape[1] + max_new_tokens > self.config.n_ctx:
             raise ValueError(
                 f"{tokens.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} do not fit "
@@ -239,7 +239,7 @@ class GenerationMixin(ModelParts):
                 new = torch.where(finished, stop_tokens[0], new)
                 finished |= torch.isin(new, ends)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
-            mask = F.pad(mask, (0, 1), value=1)
+            mask = F.pad(mask, (0, 1), value=True)
             step, step_mask = (tokens, mask) if cache is None else (new[:, None], mask[:, -1:])
             yield tokens
             if stop_tokens and bool(finished.all()):

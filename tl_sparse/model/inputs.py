@@ -192,15 +192,21 @@ class InputMixin(ModelParts):
     def loss_fn(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Int[Tensor, "batch pos"],
+        tokens: Int[Tensor, "rows columns"],
         attention_mask: Tensor | None = None,
         per_token: bool = False,
     ) -> Tensor:
         """Next-token cross-entropy in nats: the mean, or per token [batch, pos - 1].
 
         Raises:
-            ValueError: the attention mask has not one entry, 1 or 0, for each token.
+            ValueError: logits and tokens are not of one shape, or the attention mask has not one
+                entry, 1 or 0, for each token.
         """
+        if logits.shape[:2] != tokens.shape:
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} do not belong to tokens of shape "
+                f"{tuple(tokens.shape)}"
+            )
         check_attention_mask(attention_mask, *tokens.shape)
         # half precision is too coarse for a loss; double stays double
         predicted = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
