@@ -261,3 +261,17 @@ def test_bad_arguments_are_refused(small_model, dense_model, random_tokens, prom
         compile_circuit(circuit, other, prompts)
     with pytest.raises(TypeError, match="only a SparseTransformer"):
         compile_circuit(circuit, dense_model, prompts)
+
+
+def test_compiled_circuits_that_differ_in_epsilon_alone_are_different_models(
+    small_model, random_tokens, prompts
+):
+    """With all nodes kept there are no means in which it would show."""
+    models = [small_model("plain", eps=eps) for eps in (1e-5, 1e-5, 1e-2)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    found = [
+        fingerprint(compile_circuit(hand_made(model, random_tokens, 1.0), model, prompts))
+        for model in models
+    ]
+    assert found[0] == found[1] != found[2]

@@ -152,6 +152,26 @@ def test_a_bridge_is_not_told_by_the_config_of_what_it_wraps():
     assert fingerprint(bridge()) != fingerprint(bridge(activation_function="relu"))
 
 
+@pytest.mark.parametrize("change", ["eps", "k", "act"])
+def test_what_a_model_without_a_config_computes_counts(small_model, change):
+    """A compiled circuit keeps in its parts what a config would say."""
+
+    def parts():
+        block = small_model("abstopk").blocks[0]
+        return torch.nn.ModuleDict({"norm": block.ln1, "mlp": block.mlp})
+
+    bare = parts()
+    before = fingerprint(bare)
+    assert fingerprint(parts().train()) == before
+    if change == "eps":
+        bare["norm"].eps = 0.5
+    elif change == "k":
+        bare["mlp"].topk_neuron.k += 1
+    else:
+        bare["mlp"].act = torch.nn.functional.relu
+    assert fingerprint(bare) != before
+
+
 def test_any_module_has_one():
     torch.manual_seed(0)
     layer = torch.nn.Linear(2, 2)

@@ -30,7 +30,9 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     Hashed are the frozen ``config`` of a SparseTransformer, and of other models the fields of
     ``cfg`` that say what is computed, besides every tensor of the state dict with its name and
-    dtype, and what else of a SparseTransformer is not zero (biases of a model without biases).
+    dtype, and what else of a SparseTransformer is not zero (biases of a model without biases). Of
+    a model without a config, such as a compiled circuit, the plain values in its parts count (eps,
+    k, the activation function).
     Device, tokenizer, seeds and TransformerLens' hook switches do not count. Nor do hooks: what is
     measured while some are on a model is not the model's own.
     """
@@ -53,12 +55,28 @@ def function_fields(model: torch.nn.Module) -> dict[str, Any]:
     off, changes no fingerprint.
     """
     config = frozen_config(model) or getattr(model, "cfg", None)
-    values = dict(config) if isinstance(config, Mapping) else vars(config) if config else {}
+    if config is None:
+        return part_fields(model)
+    values = dict(config) if isinstance(config, Mapping) else vars(config)
     ignored = RUNTIME_FIELDS | {"default_prepend_bos"}  # of strings, not of tokens
     fields = {name: json_value(value) for name, value in values.items() if name not in ignored}
     return {
         name: value for name, value in fields.items() if value is not None and value is not False
     }
+
+
+def part_fields(model: torch.nn.Module) -> dict[str, Any]:
+    """The plain values and functions that a model's parts hold, by name."""
+    found = {}
+    for part, module in model.named_modules():
+        for name, value in vars(module).items() if part else ():
+            if name.startswith("_") or name == "training":
+                continue
+            if isinstance(value, bool | int | float | str | tuple):
+                found[f"{part}.{name}"] = json_value(value)
+            elif hasattr(value, "__qualname__"):
+                found[f"{part}.{name}"] = value.__qualname__
+    return found
 
 
 def frozen_config(model: torch.nn.Module) -> Any:
