@@ -266,6 +266,10 @@ class Affine:
     bias: Float[Tensor, " channel"] | None = None
     """The norm's bias; None if it has none."""
 
+    def at(self, channel: Int[Tensor, " chosen"]) -> Affine:
+        """The weight and bias of some channels."""
+        return Affine(self.weight[channel], None if self.bias is None else self.bias[channel])
+
     def after(self, x: Float[Tensor, "... channel"]) -> Float[Tensor, "... channel"]:
         """What comes out where ``x`` is at the hook."""
         x = x.to(self.weight.dtype) * self.weight

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses import BinariseConfig, binarise
-from tl_sparse.analyses.binarise import first_values, observed, psi
+from tl_sparse.analyses.binarise import Read, by_hook, first_values, observed, psi, steps
+from tl_sparse.sites import NodeIndex
 
 QUICK = BinariseConfig(steps=20, batch_pairs=8, report_pairs=8)
 LOW, HIGH = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.5])
@@ -189,3 +190,23 @@ def test_impossible_requests_are_refused(chain, planted, circuit_of):
         BinariseConfig(steps=-1)
     with pytest.raises(ValueError, match="lr=0"):
         BinariseConfig(lr=0.0)
+
+
+def test_two_values_in_a_conversion_are_those_in_the_model(small_model, random_tokens):
+    ours = small_model("layer_norm")
+    found = []
+    for model in (ours, ours.to_transformer_lens()):
+        index = NodeIndex.of(model, ("attn_in", "mlp_in"))
+        places = torch.arange(0, index.n_nodes, 3)
+        low, high = torch.full((len(places),), -0.5), torch.full((len(places),), 0.25)
+        hooks = steps(index, places, low, high, 0.0)
+        seen = {}
+        readers = [(hook, Read(seen, hook, channel, index))
+                   for hook, channel, _ in by_hook(index, places)]  # fmt: skip
+        logits = model.run_with_hooks(
+            random_tokens, return_type="logits", fwd_hooks=[*hooks, *readers]
+        )
+        values = torch.cat(list(seen.values()), 2)
+        assert bool(((values - low).abs().minimum((values - high).abs()) < 1e-5).all())
+        found.append(logits)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -195,3 +195,15 @@ def test_a_query_channel_at_zero_is_the_key_channel_at_zero(model, text):
     query, key = found.losses_at_zero
     torch.testing.assert_close(query, key)
     assert not torch.allclose(query, found.losses)
+
+
+def test_a_replacement_in_a_conversion_is_that_in_the_model(model, text):
+    targets, sources = [(1, "mlp_in", 4)], [(1, "attn_in", i) for i in range(0, 16, 3)]
+    ours, theirs = (
+        linear_replacement(each, targets, sources, text, fit_tokens=text)
+        for each in (model, model.to_transformer_lens())
+    )
+    for name in ("weights", "losses_linear", "losses_at_mean", "losses_at_zero"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        torch.testing.assert_close(mine, other, atol=2e-4, rtol=1e-3)
+    assert ours.targets["r2"].item() == pytest.approx(theirs.targets["r2"].item(), abs=1e-3)

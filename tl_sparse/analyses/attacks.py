@@ -30,6 +30,7 @@ from tl_sparse.analyses.runs import (
 )
 from tl_sparse.circuits import Circuit
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.finite import check_weights
 from tl_sparse.tasks import Split, TaskBatch, get
 from tl_sparse.views.display import frame_html
 
@@ -351,6 +352,7 @@ def _summaries(
 
 def _runs(model: nn.Module, circuit: Circuit | None) -> list[tuple[str, list[FwdHook]]]:
     if circuit is None:
+        check_weights(model)
         return [("model", [])]
     circuit.check_model(model)
     return [("model", []), ("circuit", circuit.hooks())]

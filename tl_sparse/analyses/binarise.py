@@ -24,7 +24,7 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.figures import binarise_figure
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, prompt_logit_diffs
 from tl_sparse.circuits import Circuit
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import Affine, NodeIndex
 from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.tasks import Task, TaskBatch
 from tl_sparse.views.display import frame_html
@@ -305,7 +305,7 @@ def observed(
     found: list[Tensor] = []
     columns: dict[str, Tensor] = {}
     readers: list[Any] = [
-        (hook, Read(columns, hook, channel))
+        (hook, Read(columns, hook, channel, index))
         for hook, channel, _ in by_hook(index, places)
     ]  # fmt: skip
     for at in range(0, len(batch) // 2, SAMPLES):
@@ -336,7 +336,7 @@ def steps(
 ) -> list[FwdHook]:
     """Hooks that replace the nodes' activations by ψ_t of them."""
     return [
-        (hook, Step(channel, low[which], high[which], t))
+        (hook, Step(channel, low[which], high[which], t, index.norms.get(hook)))
         for hook, channel, which in by_hook(index, places)
     ]
 
@@ -344,22 +344,33 @@ def steps(
 class Step:
     """Hook function: ψ_t of some channels, the others as they are."""
 
-    def __init__(self, channel: Tensor, low: Tensor, high: Tensor, t: float) -> None:
-        self.channel, self.low, self.high, self.t = channel, low, high, t
+    def __init__(
+        self, channel: Tensor, low: Tensor, high: Tensor, t: float, norm: Affine | None = None
+    ) -> None:
+        self.channel, self.low, self.high, self.t, self.norm = channel, low, high, t, norm
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
         """The activation with those channels replaced."""
         flat, channel = channels(x), self.channel.to(x.device)
         low, high = (value.to(x.device, x.dtype) for value in (self.low, self.high))
-        return flat.index_copy(2, channel, psi(flat[..., channel], low, high, self.t)).view(x.shape)
+        value = flat[..., channel]
+        if self.norm is None:
+            value = psi(value, low, high, self.t)
+        else:
+            norm = self.norm.at(channel)
+            value = norm.before(psi(norm.after(value), low, high, self.t)).to(x.dtype)
+        return flat.index_copy(2, channel, value).view(x.shape)
 
 
 class Read:
     """Hook function that keeps some channels under the hook's name, and changes nothing."""
 
-    def __init__(self, into: dict[str, Tensor], name: str, channel: Tensor) -> None:
-        self.into, self.name, self.channel = into, name, channel
+    def __init__(
+        self, into: dict[str, Tensor], name: str, channel: Tensor, index: NodeIndex
+    ) -> None:
+        self.into, self.name, self.channel, self.index = into, name, channel, index
 
     def __call__(self, x: Tensor, hook: Any = None) -> None:
         """Keep them."""
-        self.into[self.name] = channels(x.detach())[..., self.channel.to(x.device)]
+        x = self.index.read(self.name, x.detach())
+        self.into[self.name] = channels(x)[..., self.channel.to(x.device)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.figures import correlation_figure
 from tl_sparse.analyses.runs import token_losses
+from tl_sparse.storage.finite import check_weights
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -88,13 +89,15 @@ def token_loss_correlation(
     The interval is a bootstrap over sequences, as tokens of one sequence are not independent.
 
     Raises:
-        ValueError: the models' vocabularies differ, or there is nothing to predict.
+        ValueError: the models' vocabularies differ, there is nothing to predict, or weights are
+            NaN or infinite.
     """
     from scipy.stats import pearsonr, spearmanr  # slow to import
 
     _check_vocabularies(model_a, model_b)
     losses = []
     for model in (model_a, model_b):
+        check_weights(model)
         with eval_mode(model):
             losses.append(token_losses(model, tokens, batch_size=batch_size))
     a, b = losses

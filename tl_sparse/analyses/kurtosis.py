@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.recording import each_activation
 from tl_sparse.analyses.figures import kurtosis_figure
 from tl_sparse.sites import NodeIndex
@@ -109,8 +108,7 @@ def residual_kurtosis(
         per_token[name].append(kurtosis(samples.T))
 
     index = NodeIndex.over(model, dict.fromkeys(hooks, run.cfg.d_model))
-    with eval_mode(model):
-        each_activation(model, tokens, index, look, batch_size)
+    each_activation(model, tokens, index, look, batch_size)
     return ResidualKurtosis(
         hooks=hooks,
         over_tokens=torch.stack([per_channel[name].kurtosis() for name in hooks]).cpu().float(),

@@ -29,6 +29,7 @@ from tl_sparse.analyses.runs import (
     token_losses,
 )
 from tl_sparse.sites import NodeIndex
+from tl_sparse.storage.finite import check_weights
 from tl_sparse.views.display import frame_html
 
 
@@ -159,6 +160,7 @@ def linear_replacement(
     Raises:
         ValueError: no or unknown nodes, or a source that comes after a target or is one.
     """
+    check_weights(model)
     index = NodeIndex.of(model, _sites(model, [*targets, *sources]))
     to, of = places(index, targets), places(index, sources)
     _check_order(index, to, of)
@@ -214,12 +216,14 @@ class Swap:
         channel, here = self.where[name]
         value = self.recorder.taken().to(x.dtype) @ self.weights[:, here].to(x.dtype)
         value = value + self.bias[here].to(x.dtype)
-        flat = channels(x)
+        flat = channels(self.recorder.index.read(name, x))
         true = flat[..., channel].double().flatten(0, 1) - self.bias[here].double()
         error = (flat[..., channel] - value).double().flatten(0, 1)
         stats = (torch.ones_like(true), true, true.square(), error.square())
         self.sums[:, here] += torch.stack([part.sum(0) for part in stats])
-        return flat.index_copy(2, channel, value).view(x.shape)
+        if name in self.recorder.index.norms:
+            value = self.recorder.index.norms[name].at(channel).before(value)
+        return channels(x).index_copy(2, channel, value.to(x.dtype)).view(x.shape)
 
     def r2(self) -> Float[np.ndarray, " target"]:
         """1 - squared error / variance of every target, over what ran; NaN for a constant one."""

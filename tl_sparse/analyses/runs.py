@@ -56,6 +56,7 @@ class Recorder:
     """Keeps the activations of some nodes during a forward pass, by hook."""
 
     def __init__(self, index: NodeIndex, nodes: Int[Tensor, " node"], device: torch.device) -> None:
+        self.index = index
         self.seen: dict[str, Tensor] = {}
         self.where: dict[str, tuple[Tensor, Tensor]] = {}
         self.n_nodes, self.device = len(nodes), device
@@ -66,7 +67,7 @@ class Recorder:
 
     def read(self, name: str, x: Tensor, hook: Any = None) -> None:
         """Keep what the site's nodes are."""
-        self.seen[name] = channels(x.detach())[..., self.where[name][0]]
+        self.seen[name] = channels(self.index.read(name, x.detach()))[..., self.where[name][0]]
 
     def hooks(self) -> list[Any]:
         """Hooks that keep and change nothing."""

@@ -113,7 +113,8 @@ def kept_values(test: CircuitUnderTest, hooks: Sequence[Any]) -> Float[Tensor, "
 
     def record(x: Tensor, hook: Any = None, *, name: str, kept: Bool[Tensor, " channel"]) -> None:
         # a site's activation may come once per head
-        channels = x.detach().reshape(*x.shape[:2], -1, len(kept))[:, :, 0]
+        x = test.index.read(name, x.detach())
+        channels = x.reshape(*x.shape[:2], -1, len(kept))[:, :, 0]
         found[name] = channels[..., kept.to(x.device)].double().cpu()
 
     parts = {name: test.kept[piece] for name, piece in test.index.slices.items()}
