@@ -235,13 +235,14 @@ def test_an_interrupted_save_leaves_the_old_circuit(circuit, model, tmp_path, mo
         moved = []
         real = os.replace
 
-        def second_fails(source, target):
+        def third_fails(source, target):
             moved.append(target)
-            if len(moved) == 2:
+            if len(moved) == 3:  # the first finds the old folder, the second sets it aside
                 raise KeyboardInterrupt
             real(source, target)
 
-        monkeypatch.setattr("tl_sparse.storage.atomic_write.os.replace", second_fails)
+        monkeypatch.setattr("tl_sparse.storage.atomic_write.os.replace", third_fails)
+        monkeypatch.setattr("tl_sparse.storage.atomic_write.exchange", lambda one, other: False)
     with pytest.raises(KeyboardInterrupt):
         replace(circuit, seed=77).save(tmp_path / "c")
     monkeypatch.undo()

@@ -119,3 +119,14 @@ def test_a_folder_that_cannot_be_locked_is_one_clear_error(tmp_path, path, monke
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(ValueError, match="Function not implemented"), wait_for_lock(path):
         pass
+
+
+def test_someones_file_with_the_name_of_a_lock_is_not_touched(path):
+    path.parent.mkdir()
+    path.write_bytes(b"\xff mine")
+    with pytest.raises(ValueError, match=r"\.one\.lock is no"), wait_for_lock(path):
+        pass
+    assert path.read_bytes() == b"\xff mine"
+    path.write_text("process 1 on a machine that went down")
+    with try_lock(path) as mine:
+        assert mine

@@ -154,26 +154,29 @@ def put(work: Path, target: Path) -> None:
         try:
             os.replace(work, target)  # where nothing is, or an empty folder
             return
-        except OSError:
-            if not target.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not target.is_dir():
                 raise
-        check_entries(target, work)
-        if exchange(work, target):
-            return
-        old = draft_of(target)
         try:
+            check_entries(target, work)
+            if exchange(work, target):
+                return
+            old = draft_of(target)
             os.replace(target, old)
         except FileNotFoundError:  # another process has set it aside
             continue
         try:
             os.replace(work, target)
             return
-        except OSError:
-            if not target.is_dir():  # else another process was faster: its folder is the next
+        except BaseException as error:
+            if not target.is_dir():
                 os.replace(old, target)
                 raise
+            if not isinstance(error, OSError):  # else another process was faster: its is the next
+                raise
         finally:
-            shutil.rmtree(old, ignore_errors=True)
+            if target.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:

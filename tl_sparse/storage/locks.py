@@ -22,8 +22,9 @@ from tl_sparse.storage.read_file import read_text
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+HOLDER = "process "  # what the file of a lock begins with
 MAX_BYTES = 1000
-POLL = 0.1  # seconds between two attempts
+POLL, SLOWEST = 0.05, 1.0  # seconds between the first attempts, and between later ones
 
 
 def acquire(path: Path) -> BaseFileLock | None:
@@ -32,7 +33,7 @@ def acquire(path: Path) -> BaseFileLock | None:
     Raises:
         OSError: the disk is full (``errno.ENOSPC``).
         ValueError: nothing can be locked there: the folder is read-only, or on a file system
-            without locks.
+            without locks; or someone's file has the lock's name.
     """
     from filelock import FileLock, Timeout  # kept out of `import tl_sparse`
 
@@ -42,9 +43,13 @@ def acquire(path: Path) -> BaseFileLock | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            check_ours(path)
+            path.write_text(f"{HOLDER}{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         except Timeout:
             return None
+        except ValueError:
+            lock.release()
+            raise
         except OSError as error:
             lock.release()
             raise ValueError(
@@ -53,6 +58,13 @@ def acquire(path: Path) -> BaseFileLock | None:
                 "$TL_SPARSE_CACHE)"
             ) from error
     return lock
+
+
+def check_ours(path: Path) -> None:
+    """ValueError unless the file of a lock, which is held, is new or says who held it before."""
+    told = read_text(path, MAX_BYTES)
+    if told and not told.startswith(HOLDER):
+        raise ValueError(f"{path} is no lock of tl_sparse: move it, or use another folder")
 
 
 def release(lock: BaseFileLock) -> None:
@@ -93,11 +105,13 @@ def wait_for_lock(
         ValueError: as :func:`acquire`.
     """
     bar: tqdm | None = None
+    pause = POLL
     while not agreed((lock := acquire(path)) is not None):
         if bar is None:
             bar = tqdm(bar_format="{desc} ({elapsed})", disable=not progress, leave=False)
         bar.set_description_str(f"waiting for {holder_of(path) or path.name}")
-        time.sleep(POLL)
+        time.sleep(pause)
+        pause = min(1.2 * pause, SLOWEST)
     if bar is not None:
         bar.close()
     assert lock is not None
