@@ -145,3 +145,17 @@ def test_wrong_heads_hooks_and_groups_are_refused(planted, random_tokens):
 def test_configs_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         EvaluationConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"selection_pairs": 10**9}, {"steps": 10**12}, {"selection_pairs": "many"},
+        {"edge_pruning": {"selection_pairs": 10**9}}, {"edge_pruning": [1]},
+    ],
+)  # fmt: skip
+def test_a_config_that_would_hang_is_refused_at_once(chain, config):
+    model, task, circuit = chain
+    hostile = replace(circuit, config={**circuit.config, **config}, seed=0)
+    with pytest.raises(ValueError, match="the circuit's config"):
+        under_test(model, hostile, task)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_sparse.circuits.bisection import bisect, middle
 from tl_sparse.circuits.gates import HardGates, straight_through
+from tl_sparse.circuits.pruning_config import MAX_PAIRS, MAX_STEPS, PAIRS, check_counts
 from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, train_gates
 from tl_sparse.storage.json_dataclass import check_fields
 
@@ -71,10 +72,12 @@ class EdgePruningConfig:
         check_fields(self)
         if self.target_loss is not None and not self.target_loss > 0:
             raise ValueError(f"target_loss={self.target_loss} must be positive")
-        for name in ("steps", "batch_pairs", "max_passes", "patience", "selection_pairs",
-                     "report_pairs"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(
+            self, **dict.fromkeys(("steps", "max_passes", "patience"), MAX_STEPS),
+            **dict.fromkeys(PAIRS, MAX_PAIRS),
+        )  # fmt: skip
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2^63 - 1")
         for name in ("lr", "l0_penalty", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tl_sparse.ablation.kinds import Ablation
 from tl_sparse.storage.json_dataclass import check_fields
 
 Penalty = Literal["adaptive", "fixed"]
 OnCollapse = Literal["eliminate", "fail"]
+MAX_STEPS, MAX_PAIRS = 1 << 20, 1 << 12
+"""Beyond these no search would end: what asks for more is a mistake, or a file that is broken."""
+PAIRS = ("batch_pairs", "selection_pairs", "report_pairs")
+
+
+def check_counts(config: Any, **most: int) -> None:
+    """ValueError unless each of these fields is from 1 to its greatest value."""
+    for name, greatest in most.items():
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        if getattr(config, name) > greatest:
+            raise ValueError(f"{name}={getattr(config, name)} must be at most {greatest:,}")
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,9 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if not 0 < self.target_loss < math.log(2):
             raise ValueError(f"target_loss={self.target_loss} must lie between 0 and ln 2 (chance)")
-        for name in ("steps", "batch_pairs", "selection_pairs", "report_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(self, steps=MAX_STEPS, **dict.fromkeys(PAIRS, MAX_PAIRS))
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2^63 - 1")
         for name in ("lr", "l0_penalty", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

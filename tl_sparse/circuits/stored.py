@@ -7,6 +7,7 @@ those whose numbers are stored as removed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, resample_sources
 from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edges import circuit_edges, edge_ends, edges_at, without
+from tl_sparse.circuits.found_with import SETTINGS, check_record
 from tl_sparse.sites import SITE_NAMES, NodeIndex
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.fingerprint import fingerprint
@@ -37,6 +40,8 @@ SCALARS = (
 )  # fmt: skip
 MAY_BE_NAN = ("selection_loss", "model_loss", "target_loss", "seconds")
 RESULTS = ("kept", "losses", "losses_calibrated", "correct")
+EDGE = ["layer", "source_site", "source", "target_site", "target"]
+ROUNDING = 0.01  # of a loss in a model of half precision
 OPTIONAL = ("tau", "groups", "removed", "removed_constants", "edge_scores")
 
 
@@ -68,10 +73,18 @@ class CircuitRecord:
     size_curve: Any
     index: Mapping[str, Any]
     means: MeansRecord
+    n_nodes: int | None = None
+    """Kept nodes, and edges between them: compared with what the files and the model give. None in
+    files of before."""
+    n_edges: int | None = None
 
 
 def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
-    """Write a circuit's fields to a folder atomically."""
+    """Write a circuit's fields to a folder atomically.
+
+    Raises:
+        ValueError: :func:`read_circuit` would refuse them.
+    """
     index, means, calibration = values["index"], values["means"], values["calibration"]
     record = {name: values[name] for name in SCALARS} | {
         "schema_version": SCHEMA_VERSION,
@@ -80,9 +93,13 @@ def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
         "calibration": None if calibration is None else asdict(calibration),
         "size_curve": values["size_curve"][["n_nodes", "loss"]].values.tolist(),
         "index": plain_index(index),
+        "n_nodes": int(values["kept"].sum()),
+        "n_edges": len(values["edges"]),
         "means": {f.name: getattr(means, f.name) for f in fields(MeansRecord)},
     }
     text = json.dumps(plain(record), indent=1, allow_nan=False)
+    check_values(values, index.n_nodes)
+    check_edges(pd.concat([values["edges"], values["removed_edges"]]))
     tensors = {name: values[name] for name in RESULTS} | {"means": means.values}
     tensors |= {name: values[name] for name in ("tau", "groups") if values[name] is not None}
     edges, removed = values["edges"], values["removed_edges"]
@@ -125,9 +142,14 @@ def read_circuit(folder: str | Path, model: nn.Module) -> dict[str, Any]:
         index = stored_index(record.index, model)
         check_tensors(tensors, index.n_nodes)
         edges = stored_edges(tensors, model, index)
+        counts = {"n_nodes": int(tensors["kept"].sum()), "n_edges": len(edges["edges"])}
+        for name, found in counts.items():
+            if getattr(record, name) not in (None, found):
+                raise ValueError(f"{name} is {getattr(record, name)}, its nodes have {found}")
+        curve = pd.DataFrame(record.size_curve, columns=["n_nodes", "loss"])
+        check_values({**vars(record), **tensors, "size_curve": curve}, index.n_nodes)
     except ValueError as error:
         raise ValueError(f"{folder} is broken: {error}") from error
-    curve = pd.DataFrame(record.size_curve, columns=["n_nodes", "loss"])
     return {name: getattr(record, name) for name in SCALARS} | {
         **{name: tensors[name] for name in RESULTS},
         **{name: tensors.get(name) for name in ("tau", "groups")},
@@ -155,6 +177,42 @@ def checked_record(path: Path) -> CircuitRecord:
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error
     return replace(record, size_curve=curve)
+
+
+def check_values(values: Mapping[str, Any], n_nodes: int) -> None:
+    """ValueError unless a circuit's numbers can be a search's, and its config fits them."""
+    for name in ("losses", "losses_calibrated"):
+        loss = values[name].double()
+        if not bool(((loss >= 0) & (loss < math.inf)).all()):
+            raise ValueError(f"{name} must be finite and not negative")
+    for name in ("selection_loss", "model_loss", "seconds"):
+        if not (math.isnan(values[name]) or 0 <= values[name] < math.inf):
+            raise ValueError(f"{name}={values[name]} must be finite and not negative, or NaN")
+    target = values["target_loss"]
+    if not (math.isnan(target) or 0 < target < math.inf):
+        raise ValueError(f"target_loss={target} must be positive and finite, or NaN")
+    if not -1 <= values["n_active"] <= n_nodes:
+        raise ValueError(f"n_active={values['n_active']} of {n_nodes} nodes")
+    if not -1 <= values["seed"] < 1 << 63:
+        raise ValueError(f"seed={values['seed']} must be from 0 to 2^63 - 1, or -1")
+    if bool((values["size_curve"]["n_nodes"] > n_nodes).any()):
+        raise ValueError(f"size_curve has more than {n_nodes} nodes")
+    calibration = values["calibration"] or Calibration()
+    if not (math.isfinite(calibration.scale) and math.isfinite(calibration.shift)):
+        raise ValueError(f"{calibration} is not finite")
+    above = values["losses"].double() - math.log(2)  # correct means below chance
+    away, wrong = above.abs() > ROUNDING, values["correct"] != (above < 0)
+    if bool((away & wrong).any()) and set(values["config"]) >= SETTINGS:
+        raise ValueError("correct contradicts the losses")
+    check_record(values["config"], values["seed"], target, len(values["losses"]))
+
+
+def check_edges(edges: pd.DataFrame) -> None:
+    """ValueError for an edge that is there twice or has no finite weight."""
+    if edges.duplicated(EDGE).any():
+        raise ValueError("an edge is there twice")
+    if not np.isfinite(edges["weight"].to_numpy(float)).all():
+        raise ValueError("an edge has a weight that is not finite")
 
 
 def checked_curve(rows: Any) -> list[tuple[int, float]]:
@@ -232,6 +290,11 @@ def check_tensors(tensors: Mapping[str, Tensor], n_nodes: int) -> None:
             )
     if ("removed" in tensors) != ("removed_constants" in tensors):
         raise ValueError("removed and removed_constants belong together")
+    for name in ("means", "removed_constants"):
+        if name in tensors and not bool(tensors[name].double().isfinite().all()):
+            raise ValueError(f"{name} must be finite")
+    if bool(tensors.get("tau", torch.zeros(0)).double().isnan().any()):
+        raise ValueError("tau must be numbers")
     if "groups" in tensors:
         check_groups(tensors["groups"], tensors["kept"])
 
@@ -265,6 +328,8 @@ def stored_edges(
                 f"edge_scores is {scores.dtype} {tuple(scores.shape)}, expected one for each of "
                 f"{n_edges} edges"
             )
+        if not bool(scores.isfinite().all()):
+            raise ValueError("edge_scores must be finite")
         edges["score"], removed["score"] = (
             part.numpy() for part in scores.split([len(edges), len(removed)])
         )

@@ -24,6 +24,7 @@ from tl_sparse.ablation.logit_diff import frozen_norms_of
 from tl_sparse.ablation.masked_forward import masked_logit_diffs
 from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.circuits.edge_weights import edges_removed
+from tl_sparse.circuits.found_with import edge_settings_of, settings_of
 from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
@@ -198,8 +199,8 @@ def under_test(
         found_with = replace(found_with, seed=config.seed)
     selection, training = selection_and_training(task, found_with)
     seen = set(training.prompts) | set(selection.prompts)
-    if edges := circuit.config.get("edge_pruning"):
-        judged_on = PruningConfig(**{name: edges[name] for name in DRAWN_BY})
+    if edges := edge_settings_of(circuit.config):
+        judged_on = PruningConfig(**{name: getattr(edges, name) for name in DRAWN_BY})
         seen |= {p for part in selection_and_training(task, judged_on) for p in part.prompts}
     # another seed than the one whose held-out prompts were reported
     seed = found_with.seed + 1 + config.seed
@@ -223,8 +224,7 @@ def under_test(
 
 def pruning_config_of(circuit: Circuit) -> PruningConfig:
     """The pruning config that a circuit was found with, as far as its record tells."""
-    known = PruningConfig.__dataclass_fields__
-    settings = {name: value for name, value in circuit.config.items() if name in known}
+    config = settings_of(circuit.config, circuit.seed)
     if 0 < circuit.target_loss < math.log(2):  # a released circuit has none
-        settings["target_loss"] = circuit.target_loss
-    return replace(PruningConfig(), **settings)
+        config = replace(config, target_loss=circuit.target_loss)
+    return config
