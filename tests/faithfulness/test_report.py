@@ -53,6 +53,22 @@ def test_a_report_comes_back_exactly(report, tmp_path):
     assert math.isinf(back.check("nulls").measures[0].value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.update(n_components=401), lambda r: r.update(n_components=-1),
+        lambda r: r.update(n_edges=-1), lambda r: r["results"].append(r["results"][0]),
+    ],
+)  # fmt: skip
+def test_a_report_that_contradicts_itself_is_refused(report, tmp_path, change):
+    report.save(tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    change(record)
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="holds no faithfulness report"):
+        FaithfulnessReport.load(tmp_path / "r.json")
+
+
 @pytest.mark.parametrize("break_it", ["schema", "key", "text", "check", "number"])
 def test_broken_files_are_refused(report, tmp_path, break_it):
     file = tmp_path / "r.json"

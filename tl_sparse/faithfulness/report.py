@@ -226,13 +226,16 @@ class FaithfulnessReport:
             )
         try:
             stored: ReportRecord = dataclass_from_json(ReportRecord, record)
+            results = tuple(result_of(result, stored.prompts) for result in stored.results)
+            if len({result.check for result in results}) < len(results):
+                raise ValueError("a check is there twice")
             return cls(
                 **{name: getattr(stored, name) for name in SCALARS if name != "target_loss"},
                 target_loss=None if stored.target_loss is None else real(stored.target_loss),
                 versions=stored.versions,
                 config=stored.config,
                 thresholds=thresholds_of({k: real(v) for k, v in stored.thresholds.items()}),
-                results=tuple(result_of(result, stored.prompts) for result in stored.results),
+                results=results,
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} holds no faithfulness report: {error}") from error
@@ -258,6 +261,12 @@ class ReportRecord:
     """Numbers, or words where they are not finite."""
     results: tuple[Any, ...]
     """Each what a :class:`ResultRecord` holds."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_components <= self.n_universe:
+            raise ValueError(f"n_components={self.n_components} of {self.n_universe}")
+        if self.n_edges is not None and self.n_edges < 0:
+            raise ValueError(f"n_edges={self.n_edges} must not be negative")
 
 
 @dataclass(frozen=True)
