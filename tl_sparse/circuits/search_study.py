@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_config import RANGES, SearchConfig, starts, with_settings
-from tl_sparse.storage.database_files import check_database
+from tl_sparse.storage.database_files import check_database, opener
 from tl_sparse.storage.locks import try_lock, wait_for_lock
 
 NAME, IDENTITY, WORKER = "tl_sparse", "identity", "worker"
@@ -184,10 +182,8 @@ def create(storage: Path | None, sampler: SlotSampler) -> optuna.Study:
     """The study in a file or in memory, made if there is none."""
     backend = None
     if storage is not None:
-        # an address gives a meaning to ?, % and braces in a file's name; the file is opened here
-        opened = partial(sqlite3.connect, storage, timeout=LOCK_SECONDS, check_same_thread=False)
         backend = optuna.storages.RDBStorage(
-            "sqlite:///in-the-file", engine_kwargs={"creator": opened}
+            "sqlite:///in-the-file", engine_kwargs={"creator": opener(storage, LOCK_SECONDS)}
         )
     return optuna.create_study(
         study_name=NAME, storage=backend, sampler=sampler, load_if_exists=True,

@@ -19,7 +19,7 @@ from tl_sparse.data.tokenizer import load_tokenizer
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
-from tl_sparse.storage.read_file import check_file, open_file
+from tl_sparse.storage.read_file import check_file, map_ids, open_file
 
 _PARTS: Final = ("train.bin", "validation.bin", "tokenizer.json")
 _INDEX: Final = "corpus.json"
@@ -237,9 +237,9 @@ def _is_as_described(path: Path, expected: Any) -> bool:
 
 def read_ids(path: Path, length: int, n_tokens: int) -> UInt16[np.ndarray, " token"]:
     """The ids in a file, memory-mapped; `ValueError` unless there are `length` below n_tokens."""
-    if length < 1 or check_file(path, MAX_BYTES) != 2 * length:
-        raise ValueError(f"corpus file {path} does not hold the {length} tokens of its index")
-    ids = np.memmap(path, dtype=np.uint16, mode="r")
+    ids = map_ids(path, MAX_BYTES)
+    if len(ids) != length or not length:
+        raise ValueError(f"corpus file {path} has {len(ids)} tokens, its index says {length}")
     if (largest := int(ids.max())) >= n_tokens:
         raise ValueError(f"corpus file {path} has token {largest}, its tokenizer {n_tokens} tokens")
     return ids

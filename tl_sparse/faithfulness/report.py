@@ -380,7 +380,7 @@ def series_of(name: str, record: Any) -> pd.Series:
     kind, values = (
         (record.get("type"), record.get("values")) if isinstance(record, dict) else (0, 0)
     )
-    if kind not in COLUMN_TYPES:
+    if not isinstance(kind, str) or kind not in COLUMN_TYPES:
         raise ValueError(f"{kind!r:.80} is no column type; known: {', '.join(COLUMN_TYPES)}")
     if not isinstance(values, list) or not all(type(v) in COLUMN_TYPES[kind] for v in values):
         raise ValueError(f"the column {name!r:.80} must hold {kind}, not {values!r:.80}")

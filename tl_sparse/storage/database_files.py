@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 from tl_sparse.storage.read_file import check_file
@@ -41,3 +43,8 @@ def check_database(path: Path, timeout: float) -> None:
         raise ValueError(f"{path} is no SQLite database: {error}") from error
     if found != "ok":
         raise ValueError(f"{path} is damaged: {found}")
+
+
+def opener(path: Path, timeout: float) -> Callable[[], sqlite3.Connection]:
+    """What opens a database, for SQLAlchemy, in whose addresses ``?`` and ``%`` mean something."""
+    return partial(sqlite3.connect, path, timeout=timeout, check_same_thread=False)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt16
 
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
@@ -18,7 +21,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
+def open_file(path: str | Path, max_bytes: int) -> BufferedReader:
     """A file opened for reading, if it is a regular one, or a link to one.
 
     Raises:
@@ -93,3 +96,16 @@ def read_lines(
             if number > max_lines:
                 raise ValueError(f"{path} has more than {max_lines:,} lines")
             yield number, text
+
+
+def map_ids(path: str | Path, max_bytes: int) -> UInt16[np.ndarray, " id"]:
+    """The 16-bit numbers in a file, mapped into memory and not read yet; none of an empty file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its size is odd, or as in :func:`open_file`.
+    """
+    size = check_file(path, max_bytes)
+    if size % 2:
+        raise ValueError(f"{path} has {size} bytes: that is half a number")
+    return np.memmap(path, dtype=np.uint16, mode="r") if size else np.zeros(0, np.uint16)
