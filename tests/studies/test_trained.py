@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.runner import claimed, read_unit
 from tl_sparse.studies.trained import (
     ModelUnit,
+    forget,
+    load_trained,
     machine,
     train_in,
     train_now,
@@ -112,6 +115,31 @@ def test_a_model_that_another_process_trained_meanwhile_is_taken(
     assert train_now(one, corpus, said.append, progress=False) == 0
     assert len(said) == 1
     assert said[0].startswith("Waiting for x-sparse (process")
+
+
+def test_processes_that_train_one_recipe_share_the_work(
+    architecture, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tl_sparse.studies.runner.WAIT", 0.05)
+    one = ModelUnit.cached(str(tmp_path), "x", "sparse", architecture, RUN, corpus)
+
+    def train():
+        train_now(one, corpus, lambda line: None, progress=False)
+        load_trained(one.unit.folder)
+
+    processes = [multiprocessing.get_context("fork").Process(target=train) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    metrics = (one.unit.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4]
+    assert len((one.unit.folder / "sessions.jsonl").read_text().splitlines()) == 1
+    forget(one.unit)
+    assert read_unit(one.unit) is None
+    load_trained(one.unit.folder)  # for others, until there is another
+    assert [path.name for path in one.unit.folder.iterdir()] == ["model"]
 
 
 def test_a_model_above_the_loss_that_it_should_stop_at_is_a_failure(architecture, corpus, tmp_path):
