@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.model.transforms import transformed
+
 TEMPERATURE = 2 / 3  # of the concrete distribution
 LOW, HIGH = -0.1, 1.1  # the interval that a concrete variable is stretched to before it is clipped
 CLOSED = math.log(-LOW / HIGH)  # log α at and below which a gate without noise is 0
@@ -56,6 +58,8 @@ class _Heaviside(torch.autograd.Function):
 
 def heaviside(tau: Float[Tensor, "*gate"], temperature: Tensor) -> Float[Tensor, "*gate"]:
     """1 where τ >= 0, else 0, with the gradient of sigmoid(τ / temperature) (§A.5)."""
+    if transformed(tau):  # which torch.func and forward mode cannot see through
+        return straight_through(tau, temperature)
     return _Heaviside.apply(tau, temperature)
 
 

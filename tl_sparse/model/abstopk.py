@@ -6,21 +6,25 @@ and a tool that replaces HookPoints cannot remove the sparsity.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tl_sparse.model.transforms import opaque
+
 
 def top_k_mask(x: Float[Tensor, "... channel"], k: int) -> Bool[Tensor, "... channel"]:
-    """Exactly k channels per row: the largest in magnitude, ties broken as ``torch.topk`` does."""
+    """The channels that AbsTopK passes: per row the k largest in magnitude.
+
+    Ties are broken as ``torch.topk`` does. A row with fewer than k nonzero channels passes whole:
+    each of its zeros would be kept if it moved.
+    """
     return _ones_at_top_k(x, k).bool()
 
 
 def _ones_at_top_k(x: Tensor, k: int) -> Tensor:
-    """1 at the k largest magnitudes of each row, else 0, in the dtype of ``x``.
+    """1 at the channels that pass, else 0, in the dtype of ``x``.
 
     On CPU the threshold comes from numpy's vectorised sort, several times faster than
     ``torch.topk`` there; rows in which ties or NaNs make the threshold ambiguous are settled by
@@ -28,42 +32,33 @@ def _ones_at_top_k(x: Tensor, k: int) -> Tensor:
     masked operations are several times slower on CPU than a product.
     """
     magnitude = x.detach().abs()
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or opaque(x):
         return _scatter_ones(magnitude, k)
     if magnitude.dtype in (torch.bfloat16, torch.float16):
         magnitude = magnitude.float()
     rows = magnitude.reshape(-1, x.shape[-1])
-    cut = np.sort(rows.numpy(), axis=-1)[:, -k, None]
-    ones = torch.ge(rows, torch.from_numpy(np.ascontiguousarray(cut)), out=torch.empty_like(rows))
-    unsettled = ones.sum(-1) != k
+    cut = torch.from_numpy(np.ascontiguousarray(np.sort(rows.numpy(), axis=-1)[:, -k, None]))
+    ones = torch.ge(rows, cut, out=torch.empty_like(rows))
+    passed = ones.sum(-1)
+    unsettled = passed != k
     if bool(unsettled.any()):
+        unsettled &= (passed != x.shape[-1]) | (cut[:, 0] != 0)  # zeros pass together
         ones[unsettled] = _scatter_ones(rows[unsettled], k)
     return ones.view(x.shape).to(x.dtype)
 
 
 def _scatter_ones(magnitude: Tensor, k: int) -> Tensor:
-    indices = magnitude.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(magnitude).scatter_(-1, indices, 1.0)
-
-
-class _Keep(torch.autograd.Function):
-    """``x`` at the kept entries, 0 elsewhere; the gradient flows through the kept entries only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ones: Tensor) -> Tensor:
-        ctx.save_for_backward(ones)
-        return x * ones
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (ones,) = ctx.saved_tensors
-        return grads[0] * ones, None
+    largest, indices = magnitude.topk(k, dim=-1, sorted=False)
+    ones = torch.zeros_like(magnitude).scatter(-1, indices, 1.0)
+    return torch.where((largest == 0).any(-1, keepdim=True), 1.0, ones)
 
 
 class AbsTopK(nn.Module):
     """Zeroes all but ``k = int(density * width)`` channels of the last dimension.
 
-    ``density == 1`` passes its input through untouched.
+    ``density == 1`` passes its input through untouched. The derivative is 1 at the channels kept
+    and 0 at the others; where fewer than k are nonzero it is 1 at every zero too, as each would be
+    kept if it moved. Which of them ``torch.topk`` counts among its k is chance.
     """
 
     def __init__(self, density: float, width: int) -> None:
@@ -80,7 +75,7 @@ class AbsTopK(nn.Module):
 
     def forward(self, x: Float[Tensor, "... channel"]) -> Float[Tensor, "... channel"]:
         """``x`` with all but its k largest channels zeroed."""
-        return _Keep.apply(x, _ones_at_top_k(x, self.k)) if self.active else x
+        return x * _ones_at_top_k(x, self.k) if self.active else x
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

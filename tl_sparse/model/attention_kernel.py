@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_sparse.compat import only_read
+from tl_sparse.model.transforms import opaque, transformed
 
 Hook = Callable[[Tensor], Tensor]
 Queries = Float[Tensor, "batch dest head d_head"]
@@ -50,14 +51,101 @@ def fused_attention(
         v = F.pad(v, (0, SINK_PAD, 1, 0))
         # One query more keeps the problem square, so that the kernel's own causal mask fits.
         q = F.pad(q, (0, SINK_PAD, 1 if mask is None else 0, 0)) + carrier
-    if mask is None:
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:
-        allowed = mask if sinks is None else F.pad(mask, (1, 0), value=True)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], scale=scale)
+    allowed = mask if mask is None or sinks is None else F.pad(mask, (1, 0), value=True)
+    z = softmax_attention(q, k, v, None if allowed is None else allowed[:, None], scale)
     if sinks is not None:
         z = z[:, :, (1 if mask is None else 0) :, :width]
     return z.transpose(1, 2)
+
+
+def softmax_attention(
+    q: Float[Tensor, "batch head dest width"],
+    k: Float[Tensor, "batch head src width"],
+    v: Float[Tensor, "batch head src width"],
+    allowed: Bool[Tensor, "batch 1 dest src"] | None,
+    scale: float,
+) -> Float[Tensor, "batch head dest width"]:
+    """The fused kernel's value and gradient; all other derivatives are :func:`plain_attention`'s.
+
+    The kernel itself has neither second nor forward-mode derivatives. Causal where ``allowed`` is
+    None.
+    """
+    if torch.compiler.is_compiling():
+        return _kernel(q, k, v, allowed, scale)
+    if transformed(q, k, v):
+        value = _Value.apply(q.detach(), k.detach(), v.detach(), allowed, scale)
+        return canonical_unless_changed(value, plain_attention(q, k, v, allowed, scale), None)
+    z = _kernel(q, k, v, allowed, scale)
+    return _TwiceDifferentiable.apply(z, q, k, v, allowed, scale) if z.requires_grad else z
+
+
+def plain_attention(
+    q: Float[Tensor, "batch head dest width"],
+    k: Float[Tensor, "batch head src width"],
+    v: Float[Tensor, "batch head src width"],
+    allowed: Bool[Tensor, "batch 1 dest src"] | None,
+    scale: float,
+) -> Float[Tensor, "batch head dest width"]:
+    """The same in operations that have all derivatives: slower, and other in the last bits."""
+    scores = q * scale @ k.mT
+    if allowed is None:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    causal = allowed is None
+    return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, scale=scale)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """The kernel's output ``z`` as it is; a gradient that is to be differentiated goes around it.
+
+    It goes to q, k and v by the plain formula. Any other takes the kernel's own way through ``z``.
+    What is saved is what the kernel saves, too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, allowed)
+        ctx.scale = scale
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():  # it is where create_graph=True
+            return grads[0], None, None, None, None, None
+        q, k, v, allowed = ctx.saved_tensors
+        z = plain_attention(q, k, v, allowed, ctx.scale)
+        wanted = [x for x in (q, k, v) if x.requires_grad]
+        found = iter(torch.autograd.grad(z, wanted, grads[0], create_graph=True))
+        qkv = (next(found) if x.requires_grad else None for x in (q, k, v))
+        return None, *qkv, None, None
+
+
+class _Value(torch.autograd.Function):
+    """The kernel's value alone; under ``vmap`` one call for all, where torch would loop."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+        return _kernel(q, k, v, allowed, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        def merged(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            rows = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return rows.flatten(0, 1)
+
+        value = _Value.apply(*map(merged, inputs, in_dims))
+        return value.unflatten(0, (info.batch_size, -1)), 0
 
 
 def explicit_pattern(
@@ -116,7 +204,9 @@ def attention(
     )  # fmt: skip
     with torch.no_grad():
         canonical = fused_attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
-    if changed is None and not (pattern.requires_grad or v.requires_grad):
+    if changed is None and not (
+        pattern.requires_grad or v.requires_grad or transformed(pattern, v)
+    ):
         return canonical  # nothing to change it, and no gradient to pass to the hooks
     z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
     return canonical_unless_changed(canonical, z, None if changed is None else changed[..., None])
@@ -140,8 +230,12 @@ def canonical_unless_changed(
     """Two routes to one value: bits of ``canonical`` where nothing was ``changed``, else ``other``.
 
     The gradient always follows ``other``, the route on which the hooks are, so that it reaches
-    whatever they hold. None for ``changed`` is a change nowhere.
+    whatever they hold; so do all other derivatives. None for ``changed`` is a change nowhere.
     """
+    if transformed(other):
+        # not the function below: torch drops its tangents where one jvp stands in another
+        value = canonical if changed is None else torch.where(changed, other, canonical)
+        return value.detach() + (other - other.detach())  # the bracket is exactly zero
     return _CanonicalUnlessChanged.apply(canonical, other, changed)
 
 
@@ -155,9 +249,14 @@ def _pass(x: Pattern, hook: Hook) -> tuple[Pattern, Bool[Tensor, "batch head des
 
 
 def _rows_changed(before: Tensor, after: Tensor) -> Tensor | None:
+    if opaque(before) or opaque(after):
+        return ~_same(before, after).all(-1)
     if torch.equal(before, after):  # most hooks only look; row by row costs several times as much
         return None
-    # NaN != NaN would report a change in rows that no hook touched
-    same = (before == after) | (before.isnan() & after.isnan())
-    changed = (~same).any(-1)
+    changed = ~_same(before, after).all(-1)
     return changed if bool(changed.any()) else None
+
+
+def _same(before: Tensor, after: Tensor) -> Tensor:
+    # NaN != NaN would report a change in rows that no hook touched
+    return (before == after) | (before.isnan() & after.isnan())

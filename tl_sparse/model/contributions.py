@@ -109,10 +109,11 @@ def head_results(
 
 
 def kept_channels(acts: Acts, model: Any, layer: int, kind: Kind) -> Tensor | None:
-    """1 where AbsTopK kept a channel of a block's write, else 0; None where it is off.
+    """1 where AbsTopK passed a channel of a block's write, else 0; None where it is off.
 
-    The channels in which the cached write is not zero, in every row where that fits the activations
-    that it was made of. Elsewhere (no write was cached, or a hook changed it) they are found anew.
+    The channels in which the cached write is not zero (all, if they are fewer than k), in every row
+    where that fits the activations that it was made of. Elsewhere (no write was cached, or a hook
+    changed it) they are found anew.
     """
     part = getattr(model.blocks[layer], kind)
     topk: AbsTopK = part.topk_out
@@ -127,10 +128,9 @@ def kept_channels(acts: Acts, model: Any, layer: int, kind: Kind) -> Tensor | No
     with torch.no_grad():
         made_of, weight = matched(made_of, weight)
         total = F.linear(made_of, weight.T, bias.to(weight))
-        kept = top_k_mask(total, topk.k)
         if name in acts:
-            kept = torch.where(fits(acts[name], total, topk.k), acts[name] != 0, kept)
-    return kept.to(total.dtype)
+            total = torch.where(fits(acts[name], total, topk.k), acts[name].to(total), total)
+        return top_k_mask(total, topk.k).to(total.dtype)
 
 
 def fits(write: Stream, total: Stream, k: int) -> Bool[Tensor, "*batch_and_pos 1"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_sparse.model.edge_tools import check_edge_switches
 from tl_sparse.model.parts import ModelParts
 from tl_sparse.model.tokens import PaddedTokens, padding_id
+from tl_sparse.model.transforms import wrapped
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -121,7 +122,7 @@ class InputMixin(ModelParts):
             if left:
                 warn_of_padding(tokens, self.tokenizer)
         else:
-            whole = None if bool(attention_mask.bool().all()) else attention_mask
+            whole = None if all_real(attention_mask) else attention_mask
         mask, positions = self.mask_and_positions(n, seen, whole)
         return Inputs(tokens, attention_mask, mask, positions, layers)
 
@@ -212,7 +213,7 @@ class InputMixin(ModelParts):
         predicted = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = loss.view(tokens.shape[0], -1)
-        if attention_mask is None or bool(attention_mask.bool().all()):
+        if attention_mask is None or all_real(attention_mask):
             return loss if per_token else loss.mean()
         # a prediction counts where both the token it is made from and its target are real
         real = (attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()).to(loss)
@@ -308,8 +309,15 @@ def check_attention_mask(mask: Tensor | None, batch: int, n: int, seen: int = 0)
             f"attention_mask of shape {tuple(mask.shape)} does not belong to tokens of shape "
             f"{' or '.join(map(str, shapes))}"
         )
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+    if mask.dtype == torch.bool or wrapped(mask):
+        return
+    if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask must be 1 at real tokens and 0 at padding, nothing else")
+
+
+def all_real(mask: Tensor) -> bool:
+    """Whether a mask hides nothing; False of one that ``vmap`` has in its hands."""
+    return not wrapped(mask) and bool(mask.bool().all())
 
 
 def whole_mask(
@@ -331,7 +339,7 @@ def warn_of_padding(tokens: Tensor | None, tokenizer: Any) -> None:
     Where one row begins with more pad tokens than another they may be padding, or text.
     """
     pad = None if tokenizer is None else padding_id(tokenizer)
-    if pad is None or tokens is None or len(tokens) < 2:
+    if pad is None or tokens is None or len(tokens) < 2 or wrapped(tokens):
         return
     leading = (tokens == pad).int().cumprod(-1).sum(-1)
     if bool((leading != leading[0]).any()):
