@@ -1,14 +1,18 @@
 """A hand-made circuit and a generator of random ones: plain tables, no model."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from tl_sparse.views import CircuitTable
+if TYPE_CHECKING:
+    from tl_sparse.views import CircuitTable
+
 
 D_HEAD = 8
 MATRICES = {
@@ -32,6 +36,8 @@ def make_circuit(
     edges: list[tuple[int, str, int, str, int, float]],
     **facts: Any,
 ) -> CircuitTable:
+    from tl_sparse.views import CircuitTable
+
     table = pd.DataFrame(nodes, columns=["layer", "site", "channel"])
     in_head = table["site"].isin(["attn_q", "attn_k", "attn_v"])
     table["head"] = (table["channel"] // D_HEAD).astype("Int64").where(in_head)
@@ -111,6 +117,8 @@ NO_HEAD = pd.array([None], dtype="Int64")
 @pytest.fixture
 def heads() -> CircuitTable:
     """Whole heads of three layers, without edges."""
+    from tl_sparse.views import CircuitTable
+
     found = [(0, 1), (0, 3), (1, 0), (4, 3), (4, 11)]
     nodes = pd.DataFrame(found, columns=["layer", "head"]).astype({"head": "Int64"})
     nodes["site"], nodes["channel"] = "hook_z", nodes["head"].astype(int) * D_HEAD
@@ -123,6 +131,8 @@ def heads() -> CircuitTable:
 @pytest.fixture
 def features() -> CircuitTable:
     """Channels of three hooks, which stand in for sites, and edges between them."""
+    from tl_sparse.views import CircuitTable
+
     hooks = ("blocks.0.hook_resid_post", "blocks.2.mlp.hook_post",
              "blocks.2.hook_resid_post.hook_sae_acts")  # fmt: skip
     found = [(hooks[0], 14000), (hooks[0], 7), (hooks[1], 9), (hooks[1], 10), (hooks[1], 11),
