@@ -21,7 +21,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled
 comma := ,
 # loadfile: fixtures that train a model are made once a file, not once a process.
-PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile
+PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile --durations 20
 # The shapes of tensors are the same with every TransformerLens: `make test` checks them, which takes time.
 NO_SHAPES := --no-shapes
 
@@ -97,11 +97,12 @@ format: $(VENV)/.set-up ## Apply formatting and the safe fixes
 types: $(VENV)/.set-up ## Check types
 	$(VENV)/bin/mypy
 
+# All at once: they take from half a minute to several, so two workers would end minutes apart.
 notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
 	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null)" ]; then \
 		echo "no notebooks to run"; \
 	else \
-		set -x; $(ONE_THREAD) $(OFFLINE) $(VENV)/bin/python -m pytest -n $(WORKERS) --nbmake \
+		set -x; $(ONE_THREAD) $(OFFLINE) $(VENV)/bin/python -m pytest -n 4 --nbmake \
 			--nbmake-timeout=600 notebooks; \
 	fi
 
