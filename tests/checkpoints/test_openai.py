@@ -132,7 +132,10 @@ def test_writing_replaces_a_model_and_nothing_else(small_model, openai, tmp_path
         ({"d_head": 4.5}, r"d_head=4.5 in beeg_config.json must be of type int or null"),
         ({"n_head": 0, "d_head": None}, r"n_head=0 in beeg_config.json must be positive"),
         ({"afrac": 0}, r"afrac=0 in beeg_config.json must lie in \(0, 1\]"),
-        ({"afrac": float("nan")}, r"afrac=nan .* must lie in"),
+        (
+            {"afrac": float("nan")},
+            r"beeg_config.json is no valid JSON: the number NaN is not finite",
+        ),
         ({"afrac": 10**400}, r"afrac=10000.* must lie in"),
         ({"afrac": 0.01}, r"keeps no channel of"),
         ({"n_mlp": 64}, r"n_mlp=64 and d_mlp=128 in beeg_config.json disagree"),

@@ -102,7 +102,7 @@ def test_the_words_say_what_passed_and_what_did_not():
         Measure("loss", "as_pruned", 0.1, 0.05, 0.2),
         Measure("accuracy", "as_pruned", 0.5, 0.4, 0.6),
     )  # fmt: skip
-    text = verdict(answers(result("sufficiency", *measures)), 128)
+    text = verdict(answers(result("sufficiency", *measures)), 128, origin_known=True)
     assert "1 of 3 criteria passed on 128 held-out prompts" in text
     assert "The circuit does the task alone" in text
     assert "It does not hold that it answers held-out prompts right" in text

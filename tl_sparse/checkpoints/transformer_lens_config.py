@@ -18,7 +18,7 @@ from tl_sparse.storage.fingerprint import RUNTIME_FIELDS
 READ = {
     "n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab", "d_vocab_out",
     "act_fn", "normalization_type", "final_rms", "eps", "positional_embedding_type", "attn_only",
-    "use_attn_scale", "attn_scale", "use_attention_sinks", "default_prepend_bos",
+    "use_attn_scale", "attn_scale", "use_attention_sinks", "default_prepend_bos", "architecture",
 }  # fmt: skip
 NEEDED: dict[str, tuple[Any, str]] = {
     "attention_dir": ("causal", "attention that also looks ahead"),
@@ -49,6 +49,8 @@ NORMS: dict[Any, Normalization] = {
 IGNORED = RUNTIME_FIELDS | {
     # told by the weights themselves
     "tie_word_embeddings", "layer_norm_folding", "split_attention_weights", "uses_rms_norm",
+    # a name alone
+    "original_architecture",
     # settings of what is refused by another field
     "window_size", "attn_types", "experts_per_token", "norm_topk_prob", "rotary_dim", "rotary_base",
     "rotary_base_local", "rotary_scaling_factor", "rotary_adjacent_pairs", "qk_norm_after_rope",

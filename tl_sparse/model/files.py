@@ -134,8 +134,9 @@ class FileMixin(ModelParts):
         See :func:`tl_sparse.checkpoints.openai.read_openai` for the arguments and errors.
         """
         checkpoint = read_openai(directory_or_url, strict, tokenizer, progress)
+        model = cls.from_checkpoint(checkpoint)
         check_finite(checkpoint.tensors, checkpoint.origin)
-        return cls.from_checkpoint(checkpoint).to(device or "cpu")
+        return model.to(device or "cpu")
 
     def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
         """Write the model in openai/circuit_sparsity's format atomically.
@@ -165,8 +166,9 @@ class FileMixin(ModelParts):
                 "from_transformer_lens takes a HookedTransformer or a TransformerBridge, not a "
                 f"{type(model).__name__}"
             )
+        checkpoint = read_transformer_lens(model)
         check_weights(model)
-        ours = cls.from_checkpoint(read_transformer_lens(model)).to(model.cfg.device)
+        ours = cls.from_checkpoint(checkpoint).to(model.cfg.device)
         check_same_logits(model, ours)
         return ours
 
@@ -182,8 +184,9 @@ class FileMixin(ModelParts):
         See :func:`tl_sparse.checkpoints.transformer_lens.read_state_dict` for arguments and errors.
         """
         checkpoint = read_state_dict(state_dict, config, tokenizer)
+        model = cls.from_checkpoint(checkpoint)
         check_finite(checkpoint.tensors, checkpoint.origin)
-        return cls.from_checkpoint(checkpoint)
+        return model
 
     def to_transformer_lens(self) -> Any:
         """TransformerLens' own model that computes what this one does, with copies of its weights.
