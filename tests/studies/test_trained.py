@@ -1,6 +1,7 @@
 import json
 import math
 import multiprocessing
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -174,3 +175,23 @@ def test_a_run_whose_process_was_killed_before_it_noted_its_time_has_none(tmp_pa
     hours, where = training_time(tmp_path, 4)
     assert math.isnan(hours)
     assert where == "a machine that was not recorded"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", None])
+def test_a_damaged_model_is_set_aside_and_trained_anew(name, architecture, corpus, tmp_path):
+    one = ModelUnit.cached(str(tmp_path), "x", "sparse", architecture, RUN, corpus)
+    folder = one.unit.folder
+    train_now(one, corpus, print, progress=False)
+    whole = weights(folder)
+    assert train_now(one, corpus, print, progress=False) == 0
+    if name is None:
+        shutil.rmtree(folder / "model")
+    else:
+        (folder / "model" / name).write_bytes(b"{")
+    with pytest.warns(UserWarning, match=r"model is trained anew"):
+        assert train_now(one, corpus, print, progress=False) > 0
+    again = weights(folder)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    aside = list(folder.glob("model-damaged-*"))
+    assert [(path / name).read_bytes() for path in aside] == ([] if name is None else [b"{"])
+    assert read_unit(one.unit) is not None

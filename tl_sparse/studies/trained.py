@@ -6,7 +6,9 @@ import json
 import math
 import os
 import platform
+import secrets
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -123,19 +125,51 @@ def train_now(
     took: list[float] = []
 
     def left() -> list[ModelUnit]:
-        return [] if read_unit(one.unit) else [one]
+        return [] if is_trained(one.unit) else [one]
 
     run_units(left, lambda jobs: took.append(train_unit(one, corpus, progress).seconds), say)
     return float(sum(took))
+
+
+def is_trained(unit: Unit) -> bool:
+    """Whether a model is there; one that cannot be read is set aside, to be trained anew."""
+    if read_unit(unit) is None:
+        return False
+    if damage(unit.folder) is None:
+        return True
+    with try_lock(lock_of(unit)) as mine:
+        # else another process has seen it too
+        if mine and read_unit(unit) is not None and (error := damage(unit.folder)) is not None:
+            model = unit.folder / MODEL
+            aside = model.with_name(f"{MODEL}-damaged-{secrets.token_hex(4)}")
+            warnings.warn(f"{error}; {model} is trained anew", stacklevel=2)
+            if os.path.lexists(model):
+                os.replace(model, aside)
+            forget_run(unit)
+    return False
+
+
+def damage(folder: Path) -> Exception | None:
+    """Why the model that was trained in a folder cannot be read; None if it can."""
+    try:
+        load_trained(folder)
+    except (ValueError, FileNotFoundError) as error:
+        return error
+    return None
 
 
 def forget(unit: Unit) -> None:
     """Have a model trained anew, unless a process is training it now."""
     with try_lock(lock_of(unit)) as mine:
         if mine:
-            remove_run(unit.folder)
-            for name in (RECORD, SESSIONS):
-                (unit.folder / name).unlink(missing_ok=True)
+            forget_run(unit)
+
+
+def forget_run(unit: Unit) -> None:
+    """Remove the records of a model's training, all but the model; for who holds its lock."""
+    remove_run(unit.folder)
+    for name in (RECORD, SESSIONS):
+        (unit.folder / name).unlink(missing_ok=True)
 
 
 def train_unit(
@@ -195,10 +229,15 @@ def train_in(
 
 
 def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float]:
-    """The model that was trained in a folder, its record, and its final validation loss."""
+    """The model that was trained in a folder, its record, and its final validation loss.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or says nothing of its training.
+    """
     record = training_record(folder / MODEL)
-    assert record is not None
-    assert record.validation_loss is not None
+    if record is None or record.validation_loss is None:
+        raise ValueError(f"{folder / MODEL} has no record of its training")
     return SparseTransformer.from_pretrained(folder / MODEL), record, record.validation_loss
 
 
