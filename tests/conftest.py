@@ -29,6 +29,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.shapes import CALLS, first_calls_checked
+
 SEED = 0
 pytest_plugins = ("tests.known_circuits",)
 
@@ -81,7 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _check_shapes() -> None:
     """From here on every imported module of the package that annotates shapes has them checked.
 
-    Only these: checks of functions that take no tensor would double the time of the tests.
+    Only these, and each function at its first calls in a test: checks at every call of every
+    function took longer than what was tested.
     """
     if "tl_sparse" in sys.modules:
         raise pytest.UsageError("tl_sparse was imported before its shapes could be checked")
@@ -92,6 +95,8 @@ def _check_shapes() -> None:
         if "from jaxtyping import" in path.read_text(encoding="utf-8")
     ]
     jaxtyping.install_import_hook(modules, "beartype.beartype")
+    # The hook decorates with this attribute of the module.
+    jaxtyping.jaxtyped = first_calls_checked(jaxtyping.jaxtyped)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -115,6 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def seeds() -> int:
     """Start every test from the same random state; returns the seed for tests that need one."""
+    CALLS.clear()
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
