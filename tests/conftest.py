@@ -32,7 +32,7 @@ import torch
 from tests.shapes import CALLS, first_calls_checked
 
 SEED = 0
-pytest_plugins = ("tests.known_circuits",)
+pytest_plugins = ("tests.known_circuits", "tests.openai_container")
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 

@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from tl_sparse import analyses, circuits, data, faithfulness, ground_truth, studies, tasks
 from tl_sparse.ablation import ActivationMeans, ablation_hooks, activation_means, resample_sources
+from tl_sparse.checkpoints.openai_models import openai_models
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.faithfulness import FaithfulnessReport, evaluate, faithful_prune
@@ -24,6 +25,6 @@ __all__ = [
     "PruningConfig", "PruningFailed", "SparseActivationCache", "SparseTransformer",
     "SparseTransformerConfig", "SparsityConfig", "Trainer", "TrainingConfig", "TrainingResult",
     "WeightMasks", "WeightProjector", "ablation_hooks", "activation_means", "analyses", "circuits",
-    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "prune", "prune_many",
-    "resample_sources", "sparsify", "studies", "tasks",
+    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "openai_models",
+    "prune", "prune_many", "resample_sources", "sparsify", "studies", "tasks",
 ]  # fmt: skip

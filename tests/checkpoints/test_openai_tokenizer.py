@@ -233,19 +233,32 @@ def test_files_there_and_back_to_the_byte(files, tmp_path):
     tokenizer_to_openai(tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("place", [257, 3])
+def test_a_token_for_the_start_of_a_text_is_dropped_as_tiktoken_does(tmp_path, place):
+    spelled, order = byte_alphabet()
+    ids = {spelled[byte]: i for i, byte in enumerate(order)} | {"ab": 256}
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\na b\n", encoding="utf-8")
+    text = json.dumps(ids | {END: 299, "<|startoftext|>": place})
+    (tmp_path / "encoder.json").write_text(text, encoding="utf-8")
+    tokenizer = tokenizer_from_openai(tmp_path, d_vocab=300)
+    assert "<|startoftext|>" not in tokenizer.get_vocab()
+    assert tokenizer.encode("ab", add_special_tokens=False) == [256]
+    assert tokenizer.eos_token_id == 299
+
+
 def test_a_model_takes_the_tokenizer_in_its_folder_and_writes_it_again(files, write, tmp_path):
     tokens, ranks = files
     config = BASE | {"vocab_size": len(ranks) + 1}
     folder = write(config, random_state(config))
-    assert SparseTransformer.from_openai(folder).tokenizer is None
+    with pytest.warns(UserWarning, match="no tokenizer for"):
+        assert SparseTransformer.from_openai(folder).tokenizer is None
     model = SparseTransformer.from_openai(folder, tokenizer=tokens)
-    assert model.to_tokens("self.names")[0].tolist() == [
-        len(ranks), *encode("self.names", ranks)
-    ]  # fmt: skip
+    assert model.to_tokens("self.names")[0].tolist() == encode("self.names", ranks)
+    assert model.to_tokens("x", prepend_bos=True)[0, 0] == len(ranks)
     for name in ("vocab.bpe", "encoder.json"):
         (folder / name).write_bytes((tokens / name).read_bytes())
     model = SparseTransformer.from_openai(folder)
-    assert model.to_string(model.to_tokens("max(values)")[0, 1:]) == "max(values)"
+    assert model.to_string(model.to_tokens("max(values)")[0]) == "max(values)"
     model.to_openai(tmp_path / "back")
     again = SparseTransformer.from_openai(tmp_path / "back")
     assert torch.equal(again.to_tokens(TEXT), model.to_tokens(TEXT))

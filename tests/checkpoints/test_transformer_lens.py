@@ -293,6 +293,24 @@ def test_a_field_that_is_not_known_may_have_its_default_only(tokens):
         SparseTransformer.from_transformer_lens(theirs)
 
 
+@pytest.mark.skipif(not compat.bridge_class(), reason="TransformerLens below 3 has no bridges")
+def test_gpt_neos_window_is_named_though_no_short_prompt_shows_it():
+    import transformers
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    def neo(window):
+        config = transformers.GPTNeoConfig(
+            hidden_size=16, num_layers=2, num_heads=4, max_position_embeddings=48, vocab_size=30,
+            attention_types=[[["global", "local"], 1]], window_size=window,
+        )  # fmt: skip
+        model = randomised(transformers.GPTNeoForCausalLM(config))
+        return build_bridge_from_module(model, "GPTNeoForCausalLM", hf_config=model.config)
+
+    words = r"attention_layers=\['global', 'local'\] with window_size=40 \(attention to a window of"
+    with pytest.raises(ValueError, match=words):
+        SparseTransformer.from_transformer_lens(neo(40))
+
+
 def test_what_the_config_does_not_tell_shows_in_the_logits():
     theirs = gpt2_bridge()
     theirs.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 1.01 * output)

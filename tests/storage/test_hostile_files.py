@@ -587,6 +587,42 @@ def test_hostile_openai_config_fields(openai):
     assert outcomes(load, path, chosen)["refused"] > 100
 
 
+def test_hostile_hub_configs(openai):
+    folder, _ = openai
+    values = json.loads((folder / "beeg_config.json").read_text())
+    path = folder / "config.json"
+    path.write_text(json.dumps(values | {"model_type": "circuitgpt", "mup": False}))
+    (folder / "beeg_config.json").unlink()
+    (folder / "final_model.pt").rename(folder / "pytorch_model.bin")
+
+    def load():
+        return SparseTransformer.from_pretrained(folder)
+
+    cases = written(nasty_fields(json.loads(path.read_text())))
+    chosen = (case for i, case in enumerate(cases) if i % 5 == 0)
+    assert outcomes(load, path, chosen)["refused"] > 50
+
+
+def test_hostile_manifests(tmp_path):
+    from tl_sparse.storage.download import Fetched
+    from tl_sparse.storage.manifest import MANIFEST, Manifest, changed_files, write_manifest
+
+    entry = Fetched("http://a/b", 3, "0" * 64, "e")
+    write_manifest(tmp_path, Manifest({"b.json": entry}, ("c",), {"d": "broken"}))
+    path = tmp_path / MANIFEST
+
+    def load():
+        return changed_files(tmp_path)
+
+    assert outcomes(load, path, damaged(path.read_bytes(), seed=21))["refused"] > 50
+    cases = written(nasty_fields(json.loads(path.read_text())))
+    assert outcomes(load, path, cases)["refused"] > 100
+    for name in ("../x", "/etc/passwd", "..", ""):
+        path.write_text(json.dumps({"schema_version": 1, "files": {name: vars(entry)}}))
+        with pytest.raises(ValueError, match="is no name of a file in a folder"):
+            load()
+
+
 def test_pickles_in_openai_models_run_nothing(openai, sentinel):
     folder, load = openai
     path = folder / "final_model.pt"

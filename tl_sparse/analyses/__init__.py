@@ -14,10 +14,11 @@ from tl_sparse.analyses.replacement import (
     linear_replacement,
 )
 from tl_sparse.analyses.runs import token_losses
+from tl_sparse.analyses.selections import ChangedSelections, changed_selections
 
 __all__ = [
-    "Binarisation", "BinariseConfig", "ConstantNodes", "Dilution", "Distractor",
-    "LinearReplacement", "ResidualKurtosis", "TokenLossCorrelation", "binarise",
-    "constant_node_check", "dilution", "distracted", "distractor", "linear_replacement",
-    "residual_kurtosis", "token_loss_correlation", "token_losses",
+    "Binarisation", "BinariseConfig", "ChangedSelections", "ConstantNodes", "Dilution",
+    "Distractor", "LinearReplacement", "ResidualKurtosis", "TokenLossCorrelation", "binarise",
+    "changed_selections", "constant_node_check", "dilution", "distracted", "distractor",
+    "linear_replacement", "residual_kurtosis", "token_loss_correlation", "token_losses",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ the keys that the released models' files carry besides.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ that is written for them."""
 RECORDS = {
     "pfrac", "expansion_factor", "expansion_factor_mlp", "n_embd", "bigram_table_rank",
     "debug_exact_topk", "sparse_matmul_impl", "afrac_ste", "afrac_ste_only_non_neurons",
-    "mup_width_multiplier",
+    "mup_width_multiplier", "ignore_dw_grad",
 }  # fmt: skip
 """Keys that released files carry and the released code drops: records of the training, kernels, and
 sizes that the tensors' own shapes show (which are all checked)."""
@@ -78,38 +79,53 @@ OFF = {
 """Keys that would change what the model computes in ways that only unreleased code knows."""
 
 
-def config_from_openai(values: Mapping[str, Any]) -> SparseTransformerConfig:
+def config_from_openai(
+    values: Mapping[str, Any], strict: bool = True, origin: str = OPENAI_CONFIG
+) -> SparseTransformerConfig:
     """Our config from the object in a beeg_config.json.
 
     A positional table is taken to be there (``positional_embedding_type="standard"``): every model
-    of the format has one, although in many it is zero.
+    of the format has one, although in many it is zero. Sinusoids of an odd width, which the
+    released code fills up with a column of zeros, are a table like a learned one (``concat``).
+    Strings get no token in front (``default_prepend_bos=False``), as in the released code.
+
+    Args:
+        values: the object.
+        strict: whether a key that is unknown is refused even if it says null, false or 0; else
+            such a key gives a warning.
+        origin: the file's name, for messages.
 
     Raises:
         ValueError: a key is unknown, has a value of the wrong type, or asks for something that
             neither the released inference code nor this package has.
     """
-    get = checked(values)
+    get = checked(known_only(values, strict, origin), origin)
     density: dict[str, float] = {}
     afrac = get["afrac"]
     if afrac is not None:
         if not 0 < afrac <= 1:
-            raise ValueError(f"afrac={afrac!r:.80} in {OPENAI_CONFIG} must lie in (0, 1]")
-        locations = [name.strip() for name in get["afrac_loctypes"].split(",") if name.strip()]
+            raise ValueError(f"afrac={afrac!r:.80} in {origin} must lie in (0, 1]")
+        # not stripped: for the released code a name with a blank is another one, and no place
+        locations = [name for name in get["afrac_loctypes"].split(",") if name]
         if bad := [name for name in locations if name not in LOCATIONS]:
-            raise ValueError(f"unknown afrac_loctypes {bad}; choose from {', '.join(LOCATIONS)}")
+            raise ValueError(
+                f"unknown afrac_loctypes {bad!r:.200}; choose from {', '.join(LOCATIONS)} (without "
+                "blanks)"
+            )
         density = dict.fromkeys(locations, float(afrac))
     positions: Positions = "standard"
     if get["d_pos_emb"] is not None:
-        positions = "sinusoidal_concat" if get["sinusoidal_cat_pos_emb"] else "concat"
+        waves = get["sinusoidal_cat_pos_emb"] and get["d_pos_emb"] % 2 == 0
+        positions = "sinusoidal_concat" if waves else "concat"
     bigram: Bigram = "none"
     if get["enable_bigram_table"]:
         bigram = "learned" if get["learnable_bigram_table"] else "frozen"
     d_model, heads = get["d_model"], get["n_head"]
     if heads < 1:
-        raise ValueError(f"n_head={heads} in {OPENAI_CONFIG} must be positive")
+        raise ValueError(f"n_head={heads} in {origin} must be positive")
     d_mlp = get["n_mlp"] if get["d_mlp"] is None else get["d_mlp"]
     if get["n_mlp"] not in (None, d_mlp):
-        raise ValueError(f"n_mlp={get['n_mlp']} and d_mlp={d_mlp} in {OPENAI_CONFIG} disagree")
+        raise ValueError(f"n_mlp={get['n_mlp']} and d_mlp={d_mlp} in {origin} disagree")
     return SparseTransformerConfig(
         n_layers=get["n_layer"],
         d_model=d_model,
@@ -129,26 +145,50 @@ def config_from_openai(values: Mapping[str, Any]) -> SparseTransformerConfig:
         tie_word_embeddings=get["tied_unembed"],
         residual_act=get["residual_activation_type"],
         activation_density=ActivationDensity(**density),
+        default_prepend_bos=False,
     )
 
 
-def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A value for every key of :data:`USED`; ValueError for what is unknown or of a wrong type."""
-    known = {*USED, *UNUSED, *RECORDS, *OFF}
-    if unknown := sorted(set(values) - known):
+def known_only(values: Mapping[str, Any], strict: bool, origin: str) -> dict[str, Any]:
+    """The entries with known keys; the others are refused, or, if they are off, warned about."""
+    known = known_keys()
+    unknown = sorted(set(values) - known)
+    off = [] if strict else [name for name in unknown if is_off(values[name])]
+    if left := [name for name in unknown if name not in off]:
+        may_be_off = strict and all(is_off(values[name]) for name in left)
+        hint = "; strict=False ignores them, as they are null, false or 0" if may_be_off else ""
         raise ValueError(
-            f"unknown key(s) {', '.join(unknown)} in {OPENAI_CONFIG}; known: "
-            f"{', '.join(sorted(known))}"
+            f"unknown key(s) {', '.join(left)} in {origin}{hint}; known: {', '.join(sorted(known))}"
         )
+    if off:
+        warnings.warn(
+            f"{origin}: ignored unknown key(s) {', '.join(off)}, which are null, false or 0",
+            stacklevel=5,
+        )
+    return {name: value for name, value in values.items() if name in known}
+
+
+def known_keys() -> set[str]:
+    """Every key that a beeg_config.json may have."""
+    return {*USED, *UNUSED, *RECORDS, *OFF}
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value is null, false or 0."""
+    return value is None or (isinstance(value, bool | int | float) and value == 0)
+
+
+def checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """A value for every key of :data:`USED`; ValueError for what is of a wrong type."""
     if on := sorted(name for name in OFF if values.get(name)):
-        raise ValueError(f"{', '.join(on)} in {OPENAI_CONFIG} is not supported: must be off")
+        raise ValueError(f"{', '.join(on)} in {origin} is not supported: must be off")
     for name in USED.keys() & values.keys():
         key, value = USED[name], values[name]
         kinds = (int, float) if key.kind is float else key.kind
         right = isinstance(value, kinds) and isinstance(value, bool) == (key.kind is bool)
         if not right and not (value is None and key.nullable):
             raise ValueError(
-                f"{name}={value!r:.80} in {OPENAI_CONFIG} must be of type {key.kind.__name__}"
+                f"{name}={value!r:.80} in {origin} must be of type {key.kind.__name__}"
                 f"{' or null' if key.nullable else ''}"
             )
     for name, choices in {
@@ -157,7 +197,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     }.items():
         if values.get(name, choices[0]) not in choices:
             raise ValueError(
-                f"{name}={values[name]!r:.80} in {OPENAI_CONFIG} is unknown; choose from "
+                f"{name}={values[name]!r:.80} in {origin} is unknown; choose from "
                 f"{', '.join(choices)}"
             )
     return {name: values.get(name, key.default) for name, key in USED.items()}

@@ -27,6 +27,7 @@ from tl_sparse.storage.read_file import read_text
 
 MERGES, IDS = "vocab.bpe", "encoder.json"
 TOKENIZER_FILES = (MERGES, IDS)
+START_OF_TEXT = "<|startoftext|>"
 HEADER = "#version: 0.2"
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Words with one mark before them, up to three digits, marks, line ends, blanks."""
@@ -40,7 +41,8 @@ def tokenizer_from_openai(folder: str | Path, d_vocab: int) -> PreTrainedTokeniz
     """The tokenizer in a folder with vocab.bpe and encoder.json.
 
     ``<|endoftext|>`` (BOS, EOS and padding at once) has the id that encoder.json gives it, else the
-    last one, ``d_vocab - 1``: 2047 in the released models.
+    last one, ``d_vocab - 1``: 2047 in the released models. ``<|startoftext|>`` is dropped, as
+    tiktoken does.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -49,6 +51,7 @@ def tokenizer_from_openai(folder: str | Path, d_vocab: int) -> PreTrainedTokeniz
     tokens = read_tokens(Path(folder) / MERGES)
     ids = dict(read_json(Path(folder) / IDS))
     end = ids.pop(END_OF_TEXT, d_vocab - 1)
+    ids.pop(START_OF_TEXT, None)  # tiktoken drops both, and has no token in this one's place
     if ids != {token: i for i, token in enumerate(tokens)}:
         raise ValueError(
             f"{IDS} in {folder} does not number the {len(tokens)} tokens of {MERGES}: the 256 "

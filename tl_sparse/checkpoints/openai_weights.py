@@ -172,11 +172,22 @@ def tensors_from_openai(
         if entry.ours:
             parts = (part.contiguous() for part in entry.read(theirs))
             ours |= zip(entry.ours, parts, strict=True)
+    drop_causal_masks(config, left)
     check_leftovers(config, left, origin, strict)
     if config.positional_embedding_type == "standard" and all_zero(ours["pos_embed.W_pos"]):
         del ours["pos_embed.W_pos"]
         config = dataclasses.replace(config, positional_embedding_type="none")
     return config, ours
+
+
+def drop_causal_masks(config: SparseTransformerConfig, left: dict[str, Tensor]) -> None:
+    """Remove the causal masks from tensors: models that were saved again with ``flash=False`` hold
+    one a layer, [1, 1, n_ctx, n_ctx]. Anything else of that name stays."""
+    expected = torch.ones(1, 1, config.n_ctx, config.n_ctx).tril()
+    for layer in range(config.n_layers):
+        name = f"transformer.h.{layer}.attn.bias"
+        if name in left and torch.equal(left[name].float(), expected):
+            del left[name]
 
 
 def all_zero(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_sparse.checkpoints.checkpoint import Checkpoint, TrainingRecord, check_sizes
+from tl_sparse.checkpoints.openai_hub import is_openai_hub
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.hub import CARD, CONFIG, WEIGHTS, find_model
@@ -154,6 +155,8 @@ def training_record(name: str | Path, revision: str | None = None) -> TrainingRe
         ValueError: its config.json is broken, or the record in it.
     """
     folder = find_model(name, revision)
+    if (folder / CONFIG).is_file() and is_openai_hub(read_json(folder / CONFIG)):
+        return None
     values = read_config(folder).get("training")
     if values is None:
         return None

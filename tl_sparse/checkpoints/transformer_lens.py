@@ -45,6 +45,7 @@ def read_transformer_lens(model: Any) -> Checkpoint:
             f"there are hooks on {', '.join(hooked[:3])}, which may change what the model computes:"
             " call model.reset_hooks(including_permanent=True) first"
         )
+    check_no_window(model)
     config = config_from_transformer_lens(model.cfg)
     weights = compat.transformer_lens_weights(model)
     if share_storage(weights["embed.W_E"], weights["unembed.W_U"]):
@@ -52,6 +53,20 @@ def read_transformer_lens(model: Any) -> Checkpoint:
         del weights["unembed.W_U"]
     tensors = with_unit_norms(weights, model.cfg)
     return Checkpoint(config, tensors, model.tokenizer, f"this {type(model).__name__}")
+
+
+def check_no_window(model: Any) -> None:
+    """ValueError if a bridge's heads see only a window of the tokens (GPT-Neo's "local" layers).
+
+    TransformerLens' config of a bridge does not tell, and on short prompts it does not show.
+    """
+    theirs = getattr(getattr(model, "original_model", None), "config", None)
+    layers, window = getattr(theirs, "attention_layers", ()), getattr(theirs, "window_size", None)
+    if "local" in layers and isinstance(window, int) and window < model.cfg.n_ctx:
+        raise ValueError(
+            f"a SparseTransformer cannot have attention_layers={layers!s:.100} with window_size="
+            f"{window} (attention to a window of tokens); {SUPPORTED}"
+        )
 
 
 def read_state_dict(

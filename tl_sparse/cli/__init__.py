@@ -16,6 +16,7 @@ import tyro
 from tl_sparse.circuits import PruningFailed
 from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
+from tl_sparse.cli.fetch import Fetch
 from tl_sparse.cli.inputs import say
 from tl_sparse.cli.models import Info, Tasks, Train
 from tl_sparse.studies.demo import DemoConfig, run_demo
@@ -61,7 +62,7 @@ def commands(recipe: str) -> Any:
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
                  "info": Info,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
-                 "study": StudyConfig}  # fmt: skip
+                 "study": StudyConfig, "fetch": Fetch}  # fmt: skip
     defaults = {"train": start}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]

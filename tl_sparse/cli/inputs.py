@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_sparse.checkpoints.openai import HUB
+from tl_sparse.checkpoints.openai_config import OPENAI_CONFIG
+from tl_sparse.checkpoints.openai_models import released_name
 from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.hub import bundled_models
 from tl_sparse.tasks import Task, get
 
 
+def model_of(name: str) -> SparseTransformer:
+    """A saved or bundled model, one of the Hub, or one of OpenAI's: by name, or in its format.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is broken.
+    """
+    here = os.path.isdir(name) or name in bundled_models()
+    openai = (Path(name) / OPENAI_CONFIG).is_file() if here else released_name(name) is not None
+    if openai or name.startswith((HUB, "http://", "https://")):
+        return SparseTransformer.from_openai(name)
+    return SparseTransformer.from_pretrained(name)
+
+
 def model_with_tokenizer(name: str) -> SparseTransformer:
-    """A saved or bundled model that can be given prompts.
+    """A model (see :func:`model_of`) that can be given prompts.
 
     Raises:
         ValueError: it has no tokenizer.
     """
-    model = SparseTransformer.from_pretrained(name)
+    model = model_of(name)
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer: there are no prompts for it")
     return model

@@ -6,7 +6,7 @@ that is loaded is built from one in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tl_sparse.checkpoints.checkpoint import Checkpoint, TrainingRecord, check_tensors
-from tl_sparse.checkpoints.openai import read_openai, write_openai
+from tl_sparse.checkpoints.openai import read_openai, read_openai_hub, write_openai
+from tl_sparse.checkpoints.openai_hub import is_openai_hub
 from tl_sparse.checkpoints.packed import check_dtype, read_packed, write_packed
 from tl_sparse.checkpoints.transformer_lens import (
     check_same_logits,
@@ -24,10 +25,11 @@ from tl_sparse.checkpoints.transformer_lens import (
     to_transformer_lens,
 )
 from tl_sparse.model.parts import ModelParts
+from tl_sparse.model.weights import HALF
 from tl_sparse.storage.finite import check_finite, check_weights
-from tl_sparse.storage.hub import upload
+from tl_sparse.storage.hub import CONFIG, find_model, upload
+from tl_sparse.storage.json_files import read_json
 
-HALF = {torch.float16, torch.bfloat16}
 Model = TypeVar("Model", bound="FileMixin")
 
 
@@ -59,6 +61,9 @@ class FileMixin(ModelParts):
     ) -> Model:
         """Load a model that :meth:`save_pretrained` wrote; it is in eval mode.
 
+        ``openai/circuit-sparsity``, which has a layout of its own, is read too, without running its
+        code; :meth:`from_openai` has more options for it.
+
         Args:
             name: a folder, the name of a bundled model, or the id of a model on the Hugging Face
                 Hub, such as ``owner/name``.
@@ -74,7 +79,11 @@ class FileMixin(ModelParts):
         """
         if dtype is not None:
             check_dtype(dtype)
-        checkpoint = read_packed(name, revision)
+        folder = find_model(name, revision)
+        path = folder / CONFIG
+        if path.is_file() and is_openai_hub(read_json(path)):
+            return cls._from_openai_checkpoint(read_openai_hub(folder)).to(device or "cpu", dtype)
+        checkpoint = read_packed(folder)
         if dtype is None and {tensor.dtype for tensor in checkpoint.tensors.values()} <= HALF:
             dtype = torch.float32
         return cls.from_checkpoint(checkpoint).to(device=device or "cpu", dtype=dtype)
@@ -123,20 +132,34 @@ class FileMixin(ModelParts):
     @classmethod
     def from_openai(
         cls: type[Model],
-        directory_or_url: str | Path,
+        place: str | Path,
         device: torch.device | str | None = None,
         strict: bool = True,
         tokenizer: Any = None,
         progress: bool = True,
+        base_url: str | Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Model:
-        """Load a folder, or a web address, in openai/circuit_sparsity's format, in eval mode.
+        """Load a released model by name, or any in openai/circuit_sparsity's format, in eval mode.
 
-        See :func:`tl_sparse.checkpoints.openai.read_openai` for the arguments and errors.
+        ``from_openai("csp_yolo2")``, a folder, an address, or ``from_openai("hf:owner/name")``; see
+        :func:`tl_sparse.checkpoints.openai.read_openai` for the arguments and errors.
+
+        Two traps: strings get no beginning-of-text token in front, as in the released code, so that
+        positions are those of the published circuits; and in half precision (``dtype``, default
+        float32) AbsTopK keeps other channels here and there, which gives a warning
+        (:func:`tl_sparse.analyses.changed_selections` counts them).
         """
-        checkpoint = read_openai(directory_or_url, strict, tokenizer, progress)
+        if dtype is not None:
+            check_dtype(dtype)
+        checkpoint = read_openai(place, strict, tokenizer, progress, base_url)
+        return cls._from_openai_checkpoint(checkpoint).to(device or "cpu", dtype)
+
+    @classmethod
+    def _from_openai_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
         model = cls.from_checkpoint(checkpoint)
         check_finite(checkpoint.tensors, checkpoint.origin)
-        return model.to(device or "cpu")
+        return model
 
     def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
         """Write the model in openai/circuit_sparsity's format atomically.
@@ -206,5 +229,6 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
         ValueError: tensors are missing, unexpected, of the wrong shape, or no plain floats.
     """
     check_tensors(tensors, model.state_dict(), origin)
-    model.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())))
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    nn.Module.to(model, widest)  # not the model's own, which warns of half precision: it is stored
     model.load_state_dict(dict(tensors), strict=True)

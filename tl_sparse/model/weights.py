@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tl_sparse.compat import FactoredMatrix, runtime_dtype
+from tl_sparse.model.abstopk import AbsTopK
 from tl_sparse.model.parts import ModelParts
 from tl_sparse.model.runtime_config import follow_weights
+
+HALF = {torch.float16, torch.bfloat16}
 
 
 def stacked(part: str, name: str) -> property:
@@ -20,6 +24,11 @@ def stacked(part: str, name: str) -> property:
         return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
 
     return property(get, doc=f"{part}.{name} of every layer, stacked along a new first dimension.")
+
+
+def has_abstopk(model: nn.Module) -> bool:
+    """Whether AbsTopK drops channels anywhere in a model."""
+    return any(isinstance(module, AbsTopK) and module.active for module in model.modules())
 
 
 def refused(name: str, why: str) -> Callable[..., Any]:
@@ -95,8 +104,28 @@ class WeightMixin(ModelParts):
         return FactoredMatrix(self.W_V, self.W_O)
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
-        """Move or cast the model; ``cfg.device`` and ``cfg.dtype`` follow."""
-        return nn.Module.to(self, *args, **kwargs)
+        """Move or cast the model; ``cfg.device`` and ``cfg.dtype`` follow.
+
+        Where AbsTopK keeps channels, a cast to half precision gives a warning: among channels of
+        nearly the same size it then keeps others.
+        """
+        before = self.cfg.dtype
+        nn.Module.to(self, *args, **kwargs)
+        if self.cfg.dtype in HALF and before not in HALF and has_abstopk(self):
+            warnings.warn(
+                f"in {self.cfg.dtype} AbsTopK keeps other channels here and there, so this is not "
+                "quite the same model: tl_sparse.analyses.changed_selections counts them",
+                stacklevel=2,
+            )
+        return self
+
+    def half(self) -> Any:
+        """Cast the model to float16; see :meth:`to`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        """Cast the model to bfloat16; see :meth:`to`."""
+        return self.to(torch.bfloat16)
 
     def cuda(self, device: Any = None) -> Any:
         """Move the model to a CUDA device."""

@@ -17,6 +17,13 @@ from tl_sparse.storage.tokenizer_files import TOKENIZER_FILES
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD, *TOKENIZER_FILES)
+OTHERS = (
+    ("model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+)
+"""Files of weights that others write, in the order in which they are asked for."""
+WEIGHT_FILES = (WEIGHTS, "model.safetensors.index.json", *OTHERS[1][::2])
+"""Any of these shows that weights are there."""
 
 
 def bundled_models() -> tuple[str, ...]:
@@ -67,7 +74,12 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """
     try:
         with disk_full_named(HF_HUB_CACHE):
-            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+            for more in ((), *OTHERS):
+                wanted = [*FILES, *more]
+                folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+                if any((folder / name).is_file() for name in WEIGHT_FILES):
+                    break
+            return folder
     except Exception as error:  # the hub's library and the HTTP client below it raise many kinds
         if is_disk_full(error):
             raise

@@ -50,6 +50,16 @@ def read_pt(path: Path) -> Any:
     return values
 
 
+def archive_fault(path: Path) -> str:
+    """What makes a file no archive that ``torch.save`` could have written whole; empty if nothing.
+
+    Only its directory, which is written last, is looked for; its contents are not read.
+    """
+    if check_file(path, MAX_BYTES) == 0:
+        return "it is empty (0 bytes)"
+    return "" if zipfile.is_zipfile(path) else "it is no zip archive, or one without its directory"
+
+
 def check_plain(name: str, tensor: Any) -> Tensor:
     """A tensor that is what it seems: strided, on the CPU, and no larger than its storage.
 
