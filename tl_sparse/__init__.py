@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from tl_sparse import analyses, circuits, data, faithfulness, ground_truth, studies, tasks
+from tl_sparse import analyses, circuits, data, faithfulness, ground_truth, nodes, studies, tasks
 from tl_sparse.ablation import ActivationMeans, ablation_hooks, activation_means, resample_sources
 from tl_sparse.checkpoints.openai_models import openai_models
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
@@ -10,6 +10,7 @@ from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.faithfulness import FaithfulnessReport, evaluate, faithful_prune
 from tl_sparse.model.cache import SparseActivationCache
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.node import Node
 from tl_sparse.sites import NodeIndex
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.sparsity.sparsify import sparsify
@@ -21,10 +22,15 @@ from tl_sparse.training.trainer import Trainer, TrainingResult
 __version__ = version("tl-sparse")
 
 __all__ = [
-    "ActivationDensity", "ActivationMeans", "Circuit", "FaithfulnessReport", "NodeIndex",
+    "ActivationDensity", "ActivationMeans", "Circuit", "FaithfulnessReport", "Node", "NodeIndex",
     "PruningConfig", "PruningFailed", "SparseActivationCache", "SparseTransformer",
     "SparseTransformerConfig", "SparsityConfig", "Trainer", "TrainingConfig", "TrainingResult",
     "WeightMasks", "WeightProjector", "ablation_hooks", "activation_means", "analyses", "circuits",
+<<<<<<< HEAD
     "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "openai_models",
     "prune", "prune_many", "resample_sources", "sparsify", "studies", "tasks",
+=======
+    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "nodes", "prune",
+    "prune_many", "resample_sources", "sparsify", "studies", "tasks",
+>>>>>>> b937028 (nodes: what reads and writes a node, traces, query-key channels, tokens; Node is a room of its own)
 ]  # fmt: skip

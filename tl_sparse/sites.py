@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import pandas as pd
@@ -241,6 +241,7 @@ _TEMPLATES = {
 }
 
 
+@lru_cache(maxsize=4096)
 def site_at(hook: str) -> Site | None:
     """The site whose activation goes through a hook of this name, in any model; None if none's."""
     return next((row for name, row in _TEMPLATES.items() if re.fullmatch(name, hook)), None)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.sites import BLOCK_MATRICES, NodeIndex
+from tl_sparse.sites import NodeIndex
+from tl_sparse.sparsity.matrices import block_matrix
 
 COLUMNS = {
     "layer": "int64", "source_site": "str", "source": "int64", "target_site": "str",
@@ -33,24 +33,18 @@ def no_removed_edges() -> pd.DataFrame:
 
 
 def input_major(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "source target"]:
-    """A block's weight matrix as [channels it reads, channels it writes], a row per source node."""
+    """A block's weight matrix as [channels it reads, channels it writes], a row per source node.
+
+    Raises:
+        EdgesUndefined: it is W_in of a gated MLP.
+    """
     blocks: Any = model.blocks
-    row = BLOCK_MATRICES[matrix]
-    module = getattr(blocks[layer], row.part)
-    weight = getattr(module, matrix).detach()
-    if matrix == "W_in" and getattr(module, "W_gate", None) is not None:
+    if matrix == "W_in" and getattr(blocks[layer].mlp, "W_gate", None) is not None:
         raise EdgesUndefined(
             "this model's MLPs are gated: two matrices join mlp_in and mlp_neuron, and edges are "
             "not defined; leave one of the two out of `sites`"
         )
-    extra = getattr(module, row.positional, None) if row.positional else None
-    if extra is not None:
-        weight = torch.cat([weight, extra.detach()], dim=row.fan_dim)
-    if row.heads == "target":
-        return rearrange(weight, "head d_in d_head -> d_in (head d_head)")
-    if row.heads == "source":
-        return rearrange(weight, "head d_head d_model -> (head d_head) d_model")
-    return weight
+    return block_matrix(model, layer, matrix)
 
 
 def joined(index: NodeIndex) -> list[tuple[int, str, str, str]]:

@@ -19,6 +19,7 @@ from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.fetch import Fetch
 from tl_sparse.cli.inputs import say
 from tl_sparse.cli.models import Info, Tasks, Train
+from tl_sparse.cli.nodes import Nodes
 from tl_sparse.studies.demo import DemoConfig, run_demo
 from tl_sparse.studies.demo_report import write_report
 from tl_sparse.studies.grid import StudyConfig, run_study, write_study
@@ -62,7 +63,11 @@ def commands(recipe: str) -> Any:
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
                  "info": Info,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
+<<<<<<< HEAD
                  "study": StudyConfig, "fetch": Fetch}  # fmt: skip
+=======
+                 "study": StudyConfig, "nodes": Nodes}  # fmt: skip
+>>>>>>> b937028 (nodes: what reads and writes a node, traces, query-key channels, tokens; Node is a room of its own)
     defaults = {"train": start}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -109,6 +111,25 @@ def weight_matrices(model: nn.Module, *, biases: bool = False) -> tuple[WeightMa
                     name = f"blocks.{layer}.{row.part}.{row.bias}"
                     found.append(_matrix(name, "bias", [tensor], owners, 0))
     return tuple(found)
+
+
+def block_matrix(model: nn.Module, layer: int, matrix: str) -> Float[Tensor, "source target"]:
+    """A block's weight matrix as [channels it reads, channels it writes], a row per source node.
+
+    The rows of concatenated positions come after those of the residual stream.
+    """
+    blocks: Any = model.blocks
+    row = BLOCK_MATRICES[matrix]
+    module = getattr(blocks[layer], row.part)
+    weight = getattr(module, matrix).detach()
+    extra = getattr(module, row.positional, None) if row.positional else None
+    if extra is not None:
+        weight = torch.cat([weight, extra.detach()], dim=row.fan_dim)
+    if row.heads == "target":
+        return rearrange(weight, "head d_in d_head -> d_in (head d_head)")
+    if row.heads == "source":
+        return rearrange(weight, "head d_head d_model -> (head d_head) d_model")
+    return weight
 
 
 def _matrix(
