@@ -26,11 +26,6 @@ __all__ = [
     "PruningConfig", "PruningFailed", "SparseActivationCache", "SparseTransformer",
     "SparseTransformerConfig", "SparsityConfig", "Trainer", "TrainingConfig", "TrainingResult",
     "WeightMasks", "WeightProjector", "ablation_hooks", "activation_means", "analyses", "circuits",
-<<<<<<< HEAD
-    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "openai_models",
+    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "nodes", "openai_models",
     "prune", "prune_many", "resample_sources", "sparsify", "studies", "tasks",
-=======
-    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "nodes", "prune",
-    "prune_many", "resample_sources", "sparsify", "studies", "tasks",
->>>>>>> b937028 (nodes: what reads and writes a node, traces, query-key channels, tokens; Node is a room of its own)
 ]  # fmt: skip

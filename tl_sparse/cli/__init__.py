@@ -63,11 +63,7 @@ def commands(recipe: str) -> Any:
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
                  "info": Info,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
-<<<<<<< HEAD
-                 "study": StudyConfig, "fetch": Fetch}  # fmt: skip
-=======
-                 "study": StudyConfig, "nodes": Nodes}  # fmt: skip
->>>>>>> b937028 (nodes: what reads and writes a node, traces, query-key channels, tokens; Node is a room of its own)
+                 "study": StudyConfig, "fetch": Fetch, "nodes": Nodes}  # fmt: skip
     defaults = {"train": start}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
