@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,25 @@ def each_activation(
     index: NodeIndex,
     look: Callable[[str, Tensor, int], None],
     batch_size: int,
+    *,
+    hooks: Collection[str] | None = None,
+    begin: int = 0,
+    after: Callable[[int], None] | None = None,
 ) -> None:
     """Call ``look(hook, values, first)`` for every hook of the nodes, batch by batch.
 
     ``first`` is the number of the batch's first sequence. The model runs in eval mode, without
     gradients.
+
+    Args:
+        model: A SparseTransformer or any TransformerLens model.
+        tokens: What it runs on.
+        index: The nodes.
+        look: Called with a hook's name, its nodes' values [batch, pos, ...], and ``first``.
+        batch_size: Sequences of one forward pass.
+        hooks: These of the nodes' hooks alone; the model then stops after the last of them.
+        begin: The first sequence to run on.
+        after: Called after each batch with the number of the next sequence.
 
     Raises:
         ValueError: no tokens, a batch size below 1, NaN or infinite weights, or a hook that never
@@ -36,6 +51,25 @@ def each_activation(
         raise ValueError("no tokens to run the model on")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    starts = range(begin, len(tokens), batch_size)
+    batches = ((first, tokens[first : first + batch_size]) for first in starts)
+    each_batch(model, batches, index, look, hooks=hooks, after=after)
+
+
+def each_batch(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Int[Tensor, "batch pos"]]],
+    index: NodeIndex,
+    look: Callable[[str, Tensor, int], None],
+    *,
+    hooks: Collection[str] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """As :func:`each_activation`, on batches of any sizes, each with its first sequence's number.
+
+    Raises:
+        ValueError: NaN or infinite weights, or a hook that never fired.
+    """
     check_weights(model)
     device = next(model.parameters()).device
     fired: set[str] = set()
@@ -45,14 +79,27 @@ def each_activation(
         look(name, index.read(name, x.detach()), first)
 
     run: Any = model
+    names = [name for name in index.slices if hooks is None or name in hooks]
+    stop = {} if hooks is None else last_block(names)
+    ran = False
     with eval_mode(model), torch.no_grad():
-        for first in range(0, len(tokens), batch_size):
+        for first, batch in batches:
             # by the name that was asked for: a hook reached by an alias goes by another
-            hooks = [(name, partial(seen, name=name, first=first)) for name in index.slices]
-            batch = tokens[first : first + batch_size].to(device)
-            run.run_with_hooks(batch, return_type=None, fwd_hooks=hooks)
-    if missing := set(index.slices) - fired:
+            points = [(name, partial(seen, name=name, first=first)) for name in names]
+            run.run_with_hooks(batch.to(device), return_type=None, fwd_hooks=points, **stop)
+            ran = True
+            if after is not None:
+                after(first + len(batch))
+    if ran and (missing := set(names) - fired):
         raise ValueError(f"hooks {', '.join(sorted(missing))} never fired on this model")
+
+
+def last_block(hooks: Collection[str]) -> dict[str, int]:
+    """``stop_at_layer`` after the last block with one of the hooks; empty if one is in no block."""
+    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in hooks]
+    if not blocks or not all(blocks):
+        return {}
+    return {"stop_at_layer": 1 + max(int(block[1]) for block in blocks if block)}
 
 
 def index_of(model: nn.Module, sites: tuple[str, ...] | None, index: NodeIndex | None) -> NodeIndex:
