@@ -28,6 +28,27 @@ CONFIGS = {
     "no bias": {"bias": False, "d_head": 2},
     "concatenated positions": {"d_pos_emb": 3},
     "sinusoids": {"d_pos_emb": 6, "sinusoidal_cat_pos_emb": True, "rms_norm": False},
+    "like csp_yolo2": SPARSE
+    | {
+        "d_pos_emb": 4,
+        "sink": True,
+        "enable_bigram_table": True,
+        "learnable_bigram_table": True,
+    },
+    "sinusoids, sparse": SPARSE
+    | {"d_pos_emb": 6, "sinusoidal_cat_pos_emb": True, "sink": True, "d_head": 2},
+    "all at once": {
+        "afrac": 0.4,
+        "afrac_loctypes": f"{SITES},resid_post_attn,resid_post_mlp",
+        "d_pos_emb": 3,
+        "sink": True,
+        "enable_bigram_table": True,
+        "rms_norm": False,
+        "residual_activation_type": "relu",
+        "activation_type": "relu",
+        "n_mlp": 24,
+        "tied_unembed": True,
+    },
     "concatenated, sparse": SPARSE | {"d_pos_emb": 4, "sink": True, "n_mlp": 24, "bias": False},
 }
 

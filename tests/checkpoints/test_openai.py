@@ -12,6 +12,8 @@ from tests.checkpoints.openai_reference_model import BASE, random_state
 from tl_sparse.config import ActivationDensity
 from tl_sparse.model.transformer import SparseTransformer
 
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer for")
+
 
 @pytest.mark.parametrize("name", ["yolo_like", "dense_ln"])
 def test_a_loaded_reference_model_survives_our_own_format(request, tmp_path, name):

@@ -211,6 +211,13 @@ def test_a_server_that_is_busy_is_asked_again(container):
         load(base, "csp_bridge1")
 
 
+def test_an_answer_that_is_no_config_is_explained(container, tmp_path):
+    base, root, _ = container
+    (root / "models" / "csp_yolo2" / "beeg_config.json").write_text("<html>log in</html>")
+    with pytest.raises(ValueError, match=r"no valid JSON.* it is what the server sent"):
+        load(base, tokenizer=False)
+
+
 def test_a_full_disk_is_named_before_anything_is_fetched(container, tmp_path, monkeypatch):
     base, _, _ = container
     usage = type("Usage", (), {"free": 100})

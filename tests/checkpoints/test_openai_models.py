@@ -93,6 +93,12 @@ def test_a_list_that_never_ends_is_not_read(container, monkeypatch):
         tls.openai_models(online=True, base_url=base)
 
 
+def test_from_pretrained_says_who_loads_these(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="one of OpenAI's released models: load it with"):
+        tls.SparseTransformer.from_pretrained("csp_bridge1")
+
+
 def test_names_of_the_sweep():
     assert released_name("csp_sweep1_16x_14.8Mnonzero_afrac1.000")
     assert released_name("csp_sweep1_1x_0.9Mnonzero_afrac0.3") is None

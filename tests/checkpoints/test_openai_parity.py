@@ -19,6 +19,8 @@ from tests.checkpoints.openai_reference_model import (
 from tl_sparse.model.layers import sinusoids
 from tl_sparse.model.transformer import SparseTransformer
 
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer for")
+
 
 def same_bits(one, other):
     return one.dtype == other.dtype and torch.equal(

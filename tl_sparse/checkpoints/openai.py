@@ -17,7 +17,7 @@ from tl_sparse.checkpoints.openai_config import (
     config_from_openai,
     openai_from_config,
 )
-from tl_sparse.checkpoints.openai_files import find_tokenizer, local_folder, why_broken
+from tl_sparse.checkpoints.openai_files import explained, find_tokenizer, local_folder
 from tl_sparse.checkpoints.openai_hub import (
     openai_hub_config,
     openai_hub_tensors,
@@ -81,12 +81,12 @@ def read_openai(
         return read_openai_hub(here, strict, tokenizer, progress)
     required = (OPENAI_CONFIG, OPENAI_WEIGHTS)
     folder = local_folder(place, required, TOKENIZER_FILES, progress, base_url)
-    config = config_from_openai(read_json(folder / OPENAI_CONFIG), strict)
+    with explained(folder / OPENAI_CONFIG):
+        values = read_json(folder / OPENAI_CONFIG)
+    config = config_from_openai(values, strict)
     path = folder / OPENAI_WEIGHTS
-    try:
+    with explained(path):
         state = read_state(path)
-    except ValueError as error:
-        raise ValueError(f"{error}{why_broken(path)}") from error
     config, tensors = tensors_from_openai(config, state, str(path), strict)
     found = find_tokenizer(tokenizer, folder, config.d_vocab, progress)
     return Checkpoint(config, in_float32(tensors), found, str(path))

@@ -6,8 +6,8 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -127,7 +127,8 @@ def download(
 ) -> Path:
     """Fetch files below an address into a folder, as far as they are not there yet.
 
-    ``again`` also asks for files that were broken on the server, or not there, the last time.
+    ``again`` also asks for files that were broken on the server, or not there, the last time, and
+    for those whose SHA-256 is no longer that of the manifest.
 
     Raises:
         FileNotFoundError: a required file is not there, or the server does not answer.
@@ -136,6 +137,8 @@ def download(
     with wait_for_lock(folder.with_name(f".{folder.name}.lock"), progress):
         folder.mkdir(parents=True, exist_ok=True)
         remove_drafts(folder, r".*\.json")
+        for name in changed_files(folder) if again else ():
+            (folder / name).unlink(missing_ok=True)
         try:
             for name in (*required, *optional):
                 manifest = read_manifest(folder)
@@ -183,6 +186,15 @@ def fault_of(path: Path) -> str:
     return "" if path.stat().st_size else "it is empty (0 bytes)"
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Let the error of a file that cannot be read say whose fault it is, as far as is known."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}{why_broken(path)}") from error
+
+
 def why_broken(path: Path) -> str:
     """What a folder's manifest, or users, tell about a file that cannot be read; for an error."""
     manifest = read_manifest(path.parent)
@@ -190,7 +202,7 @@ def why_broken(path: Path) -> str:
         return known_fault(path.parent.name, path.name)
     if changed_files(path.parent, [path.name]):
         return "; it is not what was fetched (another SHA-256): delete it, and fetch it again"
-    return "; it is what the server sent (the same SHA-256): so it is broken on the server"
+    return "; it is what the server sent (the same SHA-256): delete it to fetch it again"
 
 
 def find_tokenizer(given: Any, folder: Path, d_vocab: int, progress: bool) -> Any:
@@ -293,8 +305,6 @@ def fetch_model(
             raise ValueError(f"{address} is a folder of this machine: there is nothing to fetch")
         folder = cache_of(address) if out is None else out
         try:
-            for name in changed_files(folder):
-                (folder / name).unlink(missing_ok=True)
             download(address, folder, required, FILES, progress, again=True)
             base, _, kind = address.rpartition("/")[0].rpartition("/")
             if kind == "models" and not (folder / FILES[0]).is_file():

@@ -195,7 +195,7 @@ def bases(base_url: str | Sequence[str] | None = None) -> tuple[str, ...]:
     Those given, else those of ``$TL_SPARSE_OPENAI_URL``, else OpenAI's.
     """
     given = [base_url] if isinstance(base_url, str | Path) else list(base_url or ())
-    named = [str(base) for base in given] or os.environ.get(BASE_VARIABLE, "").split()
+    named = [str(base) for base in given if str(base)] or os.environ.get(BASE_VARIABLE, "").split()
     return tuple(base.rstrip("/") for base in named or [BASE])
 
 

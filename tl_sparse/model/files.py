@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tl_sparse.checkpoints.checkpoint import Checkpoint, TrainingRecord, check_tensors
 from tl_sparse.checkpoints.openai import read_openai, read_openai_hub, write_openai
 from tl_sparse.checkpoints.openai_hub import is_openai_hub
+from tl_sparse.checkpoints.openai_models import released_name
 from tl_sparse.checkpoints.packed import check_dtype, read_packed, write_packed
 from tl_sparse.checkpoints.transformer_lens import (
     check_same_logits,
@@ -79,7 +80,13 @@ class FileMixin(ModelParts):
         """
         if dtype is not None:
             check_dtype(dtype)
-        folder = find_model(name, revision)
+        try:
+            folder = find_model(name, revision)
+        except FileNotFoundError as error:
+            if released_name(str(name)) is None:
+                raise
+            told = f"{name} is one of OpenAI's released models: load it with from_openai"
+            raise FileNotFoundError(told) from error
         path = folder / CONFIG
         if path.is_file() and is_openai_hub(read_json(path)):
             return cls._from_openai_checkpoint(read_openai_hub(folder)).to(device or "cpu", dtype)

@@ -42,7 +42,8 @@ PAUSE = 1.0
 """Seconds before the second attempt; twice as long before each further one."""
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Answers of a server that may give another one in a moment."""
-GONE = (404, 410)
+GONE = (403, 404, 410)
+"""Answers for a file that is not there (403 is S3's, where a list is not public)."""
 
 
 class NotOnServer(FileNotFoundError):
