@@ -221,8 +221,8 @@ def test_the_channels_of_any_hooks_can_be_nodes(small_model):
 def test_a_row_of_the_table_is_a_site_everywhere(small_model, random_tokens):
     """The attention output before W_O: means, masks, edges, drawing and OpenAI's names follow."""
     from tl_sparse.ablation import ablation_hooks, activation_means
+    from tl_sparse.checkpoints.openai_artifacts import locations
     from tl_sparse.circuits.edges import circuit_edges, count_edges
-    from tl_sparse.circuits.openai_payload import locations
     from tl_sparse.views.layout import circuit_layout
     from tl_sparse.views.style import node_labels, node_names
 

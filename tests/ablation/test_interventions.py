@@ -51,6 +51,21 @@ def test_a_model_with_no_node_left_sees_only_the_last_token(any_model, many):
     assert (other - last).abs().max() > 0.01
 
 
+def test_kept_nodes_may_be_named(any_model, many):
+    index = NodeIndex.of(any_model)
+    mask = kept(index, False)
+    mask[index.slices[index.hook(0, "mlp_neuron")].start + 3] = True
+    values = torch.randn(index.n_nodes)
+    named = ablation_hooks(index, "0-mlp/3", values)
+    for (hook, mine), (other, theirs) in zip(
+        named, ablation_hooks(index, mask, values), strict=True
+    ):
+        assert hook == other
+        assert torch.equal(mine.mask, theirs.mask)
+    with pytest.raises(ValueError, match="channels 0 to"):
+        ablation_hooks(index, ["0-mlp/30000"], values)
+
+
 def test_ablated_channels_have_the_value_and_the_rest_their_own(any_model, many):
     index = NodeIndex.of(any_model)
     hook = index.hook(0, "attn_v")

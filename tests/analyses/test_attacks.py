@@ -203,5 +203,5 @@ def test_impossible_attacks_are_refused(model, circuit, attack):
 def test_an_unknown_node_is_refused(model):
     with pytest.raises(ValueError, match="layers 0 to 1"):
         dilution(model, "bracket_counting", (3,), node=(2, "attn_out", 0))
-    with pytest.raises(ValueError, match="unknown site"):
+    with pytest.raises(ValueError, match="layer 1 has no 'attn'"):
         dilution(model, "bracket_counting", (3,), node=(1, "attn", 0))

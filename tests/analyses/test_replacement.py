@@ -166,7 +166,7 @@ def test_dense_models_of_transformer_lens_are_checked_too(dense_model, random_to
         ([(0, "mlp_in", 0)], [], "no nodes"),
         ([(2, "mlp_in", 0)], [(0, "mlp_in", 0)], "layers 0 to 1"),
         ([(1, "mlp_in", 16)], [(0, "mlp_in", 0)], "channels 0 to 15"),
-        ([(1, "mlp_inn", 1)], [(0, "mlp_in", 0)], "unknown site 'mlp_inn'"),
+        ([(1, "mlp_inn", 1)], [(0, "mlp_in", 0)], "layer 1 has no 'mlp_inn'"),
         ([(1, "mlp_in", 1)] * 2, [(0, "mlp_in", 0)], "named twice"),
     ],
 )

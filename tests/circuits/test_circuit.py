@@ -27,7 +27,9 @@ from tl_sparse.sparsity.weight_masks import WeightMasks
 EDGE_COLUMNS = [
     "layer", "source_site", "source", "target_site", "target", "matrix", "weight",
 ]  # fmt: skip
-NODE_COLUMNS = ["layer", "site", "channel", "head", "head_channel", "hook", "tau", "mean"]
+NODE_COLUMNS = [
+    "layer", "site", "channel", "head", "head_channel", "hook", "tau", "mean", "name",
+]  # fmt: skip
 
 
 def hand_made(model, tokens, share=0.3, nodes=None, sites=None):
@@ -530,6 +532,20 @@ def test_a_circuit_named_by_hand_has_no_results(of_heads, model, random_tokens):
     means = activation_means(model, random_tokens)
     every = circuit_of_nodes(model, "marked", torch.ones(means.index.n_nodes) > 0, means)
     assert every.edges.equals(circuit_edges(model, means.index, every.kept))
+
+
+def test_nodes_are_named_in_any_way(model, random_tokens):
+    means = activation_means(model, random_tokens)
+    index = means.index
+    names = ["0.attn.act_in:3", (1, "mlp_neuron", 2), "0-mlp/7", "L1H2.v"]
+    circuit = circuit_of_nodes(model, "marked", names, means)
+    values = [f"1.attn.v:{2 * index.d_head + i}" for i in range(index.d_head)]
+    assert circuit.nodes["name"].tolist() == [
+        "0.attn.act_in:3", "0.mlp.post_act:7", *values, "1.mlp.post_act:2",
+    ]  # fmt: skip
+    assert torch.equal(circuit.kept, circuit_of_nodes(model, "marked", circuit.kept, means).kept)
+    with pytest.raises(ValueError, match="channels 0 to"):
+        circuit_of_nodes(model, "marked", "0.attn.act_in:3000", means)
 
 
 def test_components_are_heads_or_single_nodes(of_heads, of_features, circuit):

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from tl_sparse.circuits.openai_payload import read_payload
+from tl_sparse.checkpoints.openai_payload import read_payload
 from tl_sparse.storage.extent import check_extent, check_pickle
 from tl_sparse.storage.torch_files import read_pt
 

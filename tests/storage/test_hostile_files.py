@@ -997,16 +997,55 @@ def test_hostile_openai_tokenizers(tmp_path):
 
 
 def test_damaged_released_circuits(tmp_path):
-    from tl_sparse.circuits.openai_payload import read_payload
+    from tl_sparse.checkpoints.openai_payload import read_payload
 
     path = tmp_path / "viz_data.pt"
     kept = {"0.attn.q": torch.arange(3), "0.mlp.in": torch.arange(2)}
     losses = {name: [0.5] * len(channels) for name, channels in kept.items()}
-    importances = {"ch_interv_losses": losses, "interv_loss": 0.3, "loss": 0.1}
+    pair = [torch.ones(3, 2), [0, 1, "bias"], [0, 1], ("0.attn.q", "0.mlp.in")]
+    tokens = torch.tensor([[1, 2, 0]])
+    importances = {
+        "ch_interv_losses": losses, "interv_loss": 0.3, "loss": 0.1, "pair_data": [pair],
+        "layer_interv_losses": {"0.attn": 0.1},
+        "task_samples": (tokens, {"0.attn.q": {1: torch.rand(1, 3)}}),
+    }  # fmt: skip
+    samples = {"0.attn.q": {1: {0.5: ([(tokens[0], torch.rand(3), 1)], [])}}}
     values = {"circuit_data": kept, "importances": importances, "all_loss": [(0, 1.0)]}
-    torch.save(values, path)
+    torch.save(values | {"samples": samples}, path)
     cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=15)) if i % 3 == 0)
     assert outcomes(lambda: read_payload(path), path, cases)["refused"] > 15
+    for table, key in ((importances, "pair_data"), (importances, "task_samples"),
+                       (importances, "layer_interv_losses"), (values, "samples")):  # fmt: skip
+        for nasty in (
+            *NASTY[::3],
+            torch.tensor(0.5),
+            {"0.attn.q": tokens},
+            (tokens, tokens),
+            [pair[:2]],
+        ):
+            torch.save(values | {"importances": importances} | {key: nasty} if table is values
+                       else values | {"importances": importances | {key: nasty}}, path)  # fmt: skip
+            outcome(lambda: read_payload(path), (key, nasty))
+
+
+def test_damaged_released_means_and_curves(small_model, tmp_path):
+    from tl_sparse.ablation import means_from_openai
+    from tl_sparse.checkpoints.openai_artifacts import locations, train_curves
+
+    model = small_model(n_layers=1)
+    index = NodeIndex.of(model)
+    path = tmp_path / "mean_baseline_pretrain.pt"
+    widths = {name: index.slices[hook] for name, hook in locations(index).items()}
+    torch.save({name: torch.rand(s.stop - s.start) for name, s in widths.items()}, path)
+    cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=17)) if i % 6 == 0)
+    assert outcomes(lambda: means_from_openai(path, model), path, cases)["refused"] > 8
+    path = tmp_path / "progress.json"
+    path.write_text('{"step": 0, "test_xent": 7.6}\n{"step": 1, "test_xent": 7.5}\n')
+    cases = [
+        *(c for i, c in enumerate(damaged(path.read_bytes(), seed=18)) if i % 6 == 0),
+        *((n, f'{{"step": {json.dumps(n)}}}'.encode()) for n in NASTY),
+    ]
+    assert outcomes(lambda: train_curves(path), path, cases)["refused"] > 15
 
 
 def test_damaged_searches(tmp_path):
@@ -1040,8 +1079,10 @@ def test_damaged_searches(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*done again")
-def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, tmp_path):
-    from tl_sparse.circuits.openai_payload import read_payload
+def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, small_model, tmp_path):
+    from tl_sparse.ablation import means_from_openai
+    from tl_sparse.checkpoints.openai_artifacts import train_curves
+    from tl_sparse.checkpoints.openai_payload import read_payload
     from tl_sparse.circuits.search_study import check_database
     from tl_sparse.data.sources import read_source
     from tl_sparse.studies.runner import Unit, holder, read_unit
@@ -1050,7 +1091,7 @@ def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, tmp_
 
     unit = Unit(tmp_path, "one", {}, {})
     unit.folder.mkdir()
-    tokenizer = build_small_tokenizer()
+    tokenizer, model = build_small_tokenizer(), small_model(n_layers=1)
     training, go_on = training
     readers = {
         training / "trainer.json": go_on, training / "optimizer.pt": go_on,
@@ -1060,6 +1101,10 @@ def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, tmp_
         report[0]: report[1],
         tmp_path / "t.jsonl": lambda: from_jsonl(tmp_path / "t.jsonl", tokenizer),
         tmp_path / "viz_data.pt": lambda: read_payload(tmp_path / "viz_data.pt"),
+        tmp_path / "mean_baseline_pretrain.pt": lambda: means_from_openai(
+            tmp_path / "mean_baseline_pretrain.pt", model
+        ),
+        tmp_path / "progress.json": lambda: train_curves(tmp_path / "progress.json"),
         tmp_path / "s.db": lambda: check_database(tmp_path / "s.db", 1.0),
         unit.folder / "unit.json": lambda: read_unit(unit),
         unit.folder / "sessions.jsonl": lambda: training_time(unit.folder, 4),

@@ -23,6 +23,13 @@ def test_names_say_layer_site_and_head(quote_circuit):
     assert node_labels(quote_circuit.nodes)[8:] == ["q1", "k1", "v0", "83"]
 
 
+def test_facts_begin_with_the_released_name(quote_circuit, heads):
+    facts = node_facts(quote_circuit.nodes)
+    assert facts[2].startswith("0.mlp.post_act:863 ")
+    assert facts[9].startswith("10.attn.k:657 ")
+    assert not any("attn.y" in line for line in node_facts(heads.nodes))
+
+
 def test_nodes_of_other_hooks_go_by_the_hooks_name(heads, features):
     assert node_names(heads.nodes)[-1] == "layer 4 · attn.z head 11"
     assert node_labels(heads.nodes) == ["1", "3", "0", "3", "11"]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_sparse.ablation.resampling import ResampleSources
+from tl_sparse.node import Nodes, as_mask
 from tl_sparse.sites import Affine, NodeIndex
 
 FwdHook = tuple[str, Callable[..., Tensor]]
@@ -137,16 +138,20 @@ def gated_ablation_hooks(
 
 
 def ablation_hooks(
-    index: NodeIndex, keep: Bool[Tensor, " node"], values: Replacement
+    index: NodeIndex, keep: Bool[Tensor, " node"] | Nodes, values: Replacement
 ) -> list[FwdHook]:
     """Hooks that set every node not kept to its value (zeros for zero ablation, means ...).
+
+    ``keep`` is a mask, or nodes by any of their names (:class:`~tl_sparse.node.Node`).
 
     A kept node passes bit for bit, and a hook whose nodes are all kept gets no intervention. With
     :class:`ResampleSources` prompt i takes its removed nodes from sequence i.
 
     Raises:
-        ValueError: ``keep`` or ``values`` is not one entry per node.
+        ValueError: ``keep`` or ``values`` is not one entry per node, or a node that the index does
+            not have.
     """
+    keep = as_mask(index, keep)
     if isinstance(values, ResampleSources):
         fits, given = values.index == index, "resample sources of other nodes"
     else:

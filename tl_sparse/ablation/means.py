@@ -18,7 +18,7 @@ from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ActivationMeans:
     """The mean of every node over a distribution of tokens, and where it was measured."""
 
@@ -27,11 +27,20 @@ class ActivationMeans:
     values: Float[Tensor, " node"]
     """Mean activation of each node, pooled over sequences and positions."""
     n_tokens: int
-    """Token positions pooled."""
+    """Token positions pooled; 0 if unknown."""
     tokens_hash: str
-    """SHA-256 of the tokens."""
+    """SHA-256 of the tokens; "" if unknown."""
     model_fingerprint: str
     """Fingerprint of the model that computed them."""
+    origin: str = ""
+    """Where they are from, if somebody else measured them; "" if ``activation_means`` did."""
+
+    def __repr__(self) -> str:
+        origin = self.origin or f"over {self.n_tokens:,} tokens (SHA-256 {self.tokens_hash[:12]})"
+        return (
+            f"ActivationMeans({self.index.n_nodes:,} nodes at {', '.join(self.index.sites)}; "
+            f"{origin})"
+        )
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError unless this model computed them, it is unchanged, and all is finite."""

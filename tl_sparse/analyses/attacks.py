@@ -22,13 +22,13 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.figures import dilution_figure, distractor_figure
 from tl_sparse.analyses.runs import (
     CHUNK_PAIRS,
-    Node,
     Recorder,
     device_of,
     places,
     prompt_logit_diffs,
 )
 from tl_sparse.circuits import Circuit
+from tl_sparse.node import Node, NodeName
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_weights
 from tl_sparse.tasks import Split, TaskBatch, get
@@ -75,7 +75,7 @@ class Dilution:
     def to_plotly(self) -> go.Figure:
         """Probability of the correct token against the number of elements, as in Figure 8, and
         beside it the node's activation if one was recorded."""
-        node = None if self.node is None else "layer {} {}[{}]".format(*self.node)
+        node = None if self.node is None else str(self.node)
         return dilution_figure(self.task, self.to_dataframe(), node)
 
     def _repr_html_(self) -> str:
@@ -88,7 +88,7 @@ def dilution(
     task: str,
     sizes: Sequence[int] = SIZES,
     *,
-    node: Node | None = None,
+    node: NodeName | None = None,
     circuit: Circuit | None = None,
     pairs: int = 64,
     split: Split = "held_out",
@@ -107,6 +107,7 @@ def dilution(
     """
     tokenizer, n_ctx = _tokenizer(model)
     runs = _runs(model, circuit)
+    node = None if node is None else Node(node).on(model)
     recorder = None if node is None else _recorder(model, node)
     get(task, tokenizer, n_ctx, variant="dilution")  # unknown names are refused, not listed
     frames, refused = [], {}
@@ -296,7 +297,7 @@ def rewritten(
 
 def _recorder(model: nn.Module, node: Node) -> Recorder:
     usual = NodeIndex.of(model).sites
-    index = NodeIndex.of(model, (*usual, node[1]) if node[1] not in usual else usual)
+    index = NodeIndex.of(model, (*usual, node.site) if node.site not in usual else usual)
     return Recorder(index, places(index, [node]), device_of(model))
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, FwdHook, ablation_hooks
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.runs import (
-    Node,
     Recorder,
     by_sequence,
     channels,
@@ -28,6 +27,7 @@ from tl_sparse.analyses.runs import (
     places,
     token_losses,
 )
+from tl_sparse.node import Node, Nodes, resolve
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_weights
 from tl_sparse.views.display import frame_html
@@ -64,7 +64,7 @@ class ConstantNodes:
 
 def constant_node_check(
     model: nn.Module,
-    nodes: Sequence[Node],
+    nodes: Nodes,
     tokens: Int[Tensor, "sequence pos"],
     *,
     means: ActivationMeans,
@@ -142,8 +142,8 @@ class LinearReplacement:
 
 def linear_replacement(
     model: nn.Module,
-    targets: Sequence[Node],
-    sources: Sequence[Node],
+    targets: Nodes,
+    sources: Nodes,
     tokens: Int[Tensor, "sequence pos"],
     *,
     fit_tokens: Int[Tensor, "sequence_fit pos_fit"],
@@ -161,7 +161,7 @@ def linear_replacement(
         ValueError: no or unknown nodes, or a source that comes after a target or is one.
     """
     check_weights(model)
-    index = NodeIndex.of(model, _sites(model, [*targets, *sources]))
+    index = NodeIndex.of(model, _sites(model, [*resolve(model, targets), *resolve(model, sources)]))
     to, of = places(index, targets), places(index, sources)
     _check_order(index, to, of)
     device = device_of(model)
@@ -271,7 +271,7 @@ def fit(
 def _sites(model: nn.Module, nodes: Sequence[Node]) -> tuple[str, ...]:
     """The eight usual sites of the model, and further ones that the nodes name."""
     usual = NodeIndex.of(model).sites
-    return (*usual, *sorted({site for _, site, _ in nodes} - set(usual)))
+    return (*usual, *sorted({node.site for node in nodes} - set(usual)))
 
 
 def _check_order(index: NodeIndex, targets: Tensor, sources: Tensor) -> None:

@@ -14,37 +14,27 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.node import Nodes, numbers
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
-
-Node = tuple[int, str, int]
-"""A node by layer, site and channel, as in ``Circuit.nodes``."""
 
 CHANCE = math.log(2)
 CHUNK_PAIRS = 128  # prompt pairs of one forward pass
 
 
-def places(index: NodeIndex, nodes: Sequence[Node]) -> Int[Tensor, " chosen"]:
+def places(index: NodeIndex, nodes: Nodes) -> Int[Tensor, " chosen"]:
     """Where nodes are in a flat vector over all nodes.
 
     Raises:
         ValueError: none at all, one twice, or one that the index does not have (its choices are
             named).
     """
-    if not nodes:
-        raise ValueError("no nodes: name at least one as (layer, site, channel)")
-    found = []
-    for layer, site, channel in nodes:
-        if not 0 <= layer < index.n_layers:
-            raise ValueError(f"layer {layer}: the model has layers 0 to {index.n_layers - 1}")
-        piece = index.slices[index.hook(layer, site)]
-        width = piece.stop - piece.start
-        if not 0 <= channel < width:
-            raise ValueError(f"channel {channel} of {site}: it has channels 0 to {width - 1}")
-        found.append(piece.start + channel)
-    if len(set(found)) < len(found):
+    found = numbers(index, nodes)
+    if not len(found):
+        raise ValueError("no nodes: name at least one, such as '4.attn.act_in:1249'")
+    if len(found.unique()) < len(found):
         raise ValueError("a node is named twice")
-    return torch.tensor(found)
+    return found
 
 
 def channels(x: Tensor) -> Float[Tensor, "batch pos channel"]:

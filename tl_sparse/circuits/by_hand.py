@@ -16,13 +16,14 @@ from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.edges import circuit_edges
 from tl_sparse.circuits.stored import check_groups, check_widths
+from tl_sparse.node import Nodes, as_mask
 from tl_sparse.sites import NodeIndex
 
 
 def circuit_of_nodes(
     model: nn.Module,
     task: str,
-    kept: Bool[Tensor, " node"],
+    kept: Bool[Tensor, " node"] | Nodes,
     means: ActivationMeans,
     groups: Int[Tensor, " node"] | None = None,
 ) -> Circuit:
@@ -31,15 +32,18 @@ def circuit_of_nodes(
     Args:
         model: The model.
         task: Name of the task.
-        kept: Which nodes are kept.
+        kept: Which nodes are kept: a mask, or nodes by any of their names
+            (:class:`~tl_sparse.node.Node`), such as ``["4.attn.act_in:1249", "L10H82.v"]``.
         means: What removed nodes are set to, from ``activation_means``.
         groups: The component of every node, from 0 on, where nodes are kept and removed together.
 
     Raises:
-        ValueError: means of another model, a mask of another length, or a group kept in part.
+        ValueError: means of another model, a mask of another length, a node that ``means.index``
+            does not have, or a group kept in part.
     """
     index = means.index
     means.check_model(model)
+    kept = as_mask(index, kept)
     if any(x.shape != (index.n_nodes,) for x in (kept, kept if groups is None else groups)):
         raise ValueError(f"kept and groups must have one entry for each of {index.n_nodes} nodes")
     if groups is not None:

@@ -27,6 +27,7 @@ from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.circuits.edges import no_removed_edges
 from tl_sparse.circuits.stored import read_circuit, write_circuit
+from tl_sparse.node import released_names
 from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
@@ -144,11 +145,13 @@ class Circuit:
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """A row per kept node: layer, site, channel, head, head_channel, hook, tau, mean."""
+        """A row per kept node: layer, site, channel, head, head_channel, hook, tau, mean, name (as
+        OpenAI's release writes it)."""
         frame = self.index.nodes(self.kept)
         where = torch.nonzero(self.kept.cpu()).flatten()
         frame["tau"] = math.nan if self.tau is None else self.tau.cpu()[where].numpy()
         frame["mean"] = self.means.values.cpu()[where].numpy()
+        frame["name"] = released_names(frame["layer"], frame["site"], frame["channel"])
         return frame
 
     @cached_property

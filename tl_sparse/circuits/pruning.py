@@ -25,6 +25,7 @@ from tl_sparse.circuits.pruning_run import (
     build_circuit,
     set_up_many,
 )
+from tl_sparse.node import Nodes
 from tl_sparse.tasks import Task
 
 AT_ONCE = 2048  # prompts of one training step, all masks together
@@ -37,7 +38,7 @@ def prune(
     *,
     means: ActivationMeans,
     sources: ResampleSources | None = None,
-    exclude: Bool[Tensor, " node"] | None = None,
+    exclude: Bool[Tensor, " node"] | Nodes | None = None,
     groups: Int[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -56,7 +57,7 @@ def prune(
         means: Means over the pretraining distribution, from ``activation_means``; their sites are
             the sites that nodes are chosen from.
         sources: What ``ablation="resample"`` takes removed nodes from, from ``resample_sources``.
-        exclude: Nodes that the circuit may not have.
+        exclude: Nodes that the circuit may not have: a mask, or any of their names.
         groups: The component of every node, from 0 on, where nodes are kept and removed together,
             as the channels of a head are (see ``head_nodes``).
         progress: Whether to show a progress bar.
@@ -82,7 +83,7 @@ def prune_many(
     *,
     means: ActivationMeans,
     sources: ResampleSources | None = None,
-    exclude: Bool[Tensor, " node"] | None = None,
+    exclude: Bool[Tensor, " node"] | Nodes | None = None,
     groups: Int[Tensor, " node"] | None = None,
     max_rows: int = AT_ONCE,
     progress: bool = True,

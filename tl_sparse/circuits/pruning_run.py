@@ -34,6 +34,7 @@ from tl_sparse.circuits.circuit import CURVE, Circuit
 from tl_sparse.circuits.components import component_ranks, components, ranked_components
 from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.node import Nodes, as_mask
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
@@ -151,7 +152,7 @@ def set_up(
     *,
     means: ActivationMeans,
     sources: ResampleSources | None = None,
-    exclude: Bool[Tensor, " node"] | None = None,
+    exclude: Bool[Tensor, " node"] | Nodes | None = None,
     groups: Int[Tensor, " node"] | None = None,
 ) -> PruningRun:
     """Check that a circuit can be searched for, and draw the prompts.
@@ -162,7 +163,7 @@ def set_up(
         config: The search.
         means: Means over the pretraining distribution; their index is the set of nodes.
         sources: What ``resample`` takes removed nodes from; none otherwise.
-        exclude: Nodes that no circuit may have.
+        exclude: Nodes that no circuit may have: a mask, or any of their names.
         groups: The component of every node, from 0 on, where nodes are kept and removed together,
             such as the channels of a head.
 
@@ -191,6 +192,7 @@ def set_up(
         )
     if sources is not None:
         check_finite(sources.activations, "resample sources")
+    exclude = None if exclude is None else as_mask(index, exclude)
     if exclude is not None and exclude.shape != (index.n_nodes,):
         raise ValueError(f"exclude must be one entry for each of {index.n_nodes} nodes")
     if groups is not None and (config.tie_qk or groups.shape != (index.n_nodes,)):
@@ -237,7 +239,7 @@ def set_up_many(
     jobs: Sequence[tuple[Task, PruningConfig]],
     means: ActivationMeans,
     sources: ResampleSources | None,
-    exclude: Bool[Tensor, " node"] | None,
+    exclude: Bool[Tensor, " node"] | Nodes | None,
     groups: Int[Tensor, " node"] | None = None,
 ) -> list[PruningRun]:
     """:func:`set_up` for many jobs; what some share is drawn and computed once."""

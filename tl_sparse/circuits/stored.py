@@ -52,6 +52,8 @@ class MeansRecord:
     n_tokens: int
     tokens_hash: str
     model_fingerprint: str
+    origin: str = ""
+    """Who else measured them; not written if nobody did."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
         "index": plain_index(index),
         "n_nodes": int(values["kept"].sum()),
         "n_edges": len(values["edges"]),
-        "means": {f.name: getattr(means, f.name) for f in fields(MeansRecord)},
+        "means": {
+            f.name: getattr(means, f.name)
+            for f in fields(MeansRecord)
+            if getattr(means, f.name) != f.default
+        },
     }
     text = json.dumps(plain(record), indent=1, allow_nan=False)
     check_values(values, index.n_nodes)

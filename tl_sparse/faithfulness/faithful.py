@@ -28,6 +28,7 @@ from tl_sparse.circuits.pruning import prune, select_nodes
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, build_circuit, set_up
 from tl_sparse.faithfulness.ablation_masks import Attack, attack, random_ablation_masks
+from tl_sparse.node import Nodes
 from tl_sparse.tasks import Task
 
 GROWTH = 1.5  # by how much more components than before are tried at a time
@@ -84,7 +85,7 @@ def faithful_prune(
     *,
     means: ActivationMeans,
     sources: ResampleSources | None = None,
-    exclude: Bool[Tensor, " node"] | None = None,
+    exclude: Bool[Tensor, " node"] | Nodes | None = None,
     progress: bool = True,
 ) -> Circuit:
     """:func:`~tl_sparse.circuits.prune`, against random and adversarial ablation of the rest.
@@ -109,7 +110,7 @@ def faithful_prune(
         faithful: What the circuit has to stand.
         means: Means over the pretraining distribution; their sites are the nodes.
         sources: What ``ablation="resample"`` takes removed nodes from.
-        exclude: Nodes that the circuit may not have.
+        exclude: Nodes that the circuit may not have: a mask, or any of their names.
         progress: Whether to show a progress bar.
 
     Raises:

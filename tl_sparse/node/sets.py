@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tl_sparse.node.names import CHANNEL, HEAD, NEURONPEDIA, is_parts, placed
 from tl_sparse.node.node import Node, place_in
-from tl_sparse.sites import NodeIndex
+from tl_sparse.sites import SITE, NodeIndex
 
 NodeName: TypeAlias = Node | str | tuple[int, str, int]
 """A node by any of its names."""
@@ -87,3 +87,24 @@ def node_at(index: NodeIndex, number: int) -> Node:
             if piece.start <= number < piece.stop:
                 return Node(layer, name, int(number) - piece.start).on(index)
     raise ValueError(f"node {number}: there are 0 to {index.n_nodes - 1}")
+
+
+def as_mask(index: NodeIndex, nodes: Bool[Tensor, " node"] | Nodes) -> Bool[Tensor, " node"]:
+    """A mask over an index's nodes as it is, or the mask of these nodes by name.
+
+    Raises:
+        ValueError: a node that the index does not have.
+    """
+    return nodes if isinstance(nodes, Tensor) else node_mask(index, nodes)
+
+
+def released_names(
+    layers: Iterable[int], sites: Iterable[str], channels: Iterable[int]
+) -> list[str]:
+    """OpenAI's names of nodes in three columns of a table; a hook that is no site stays itself."""
+    rows = list(zip(layers, sites, channels, strict=True))
+    places = {}
+    for layer, name in {row[:2] for row in rows}:
+        row = SITE.get(name)
+        places[layer, name] = name if row is None else (row.openai or row.hook).format(layer=layer)
+    return [f"{places[layer, name]}:{channel}" for layer, name, channel in rows]

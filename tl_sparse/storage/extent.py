@@ -8,6 +8,7 @@ out. Where nothing is shared, they are fewer than the file's bytes.
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Callable
 from typing import Any
 
 MAX_ENTRIES = 1 << 20
@@ -59,26 +60,35 @@ def taken(stack: list[int | None], before: list[pickletools.StackObject]) -> lis
     return [item for item in items if item is not None]
 
 
-def check_extent(value: Any, most: int = MAX_ENTRIES) -> None:
+def one(_: Any) -> int:
+    """What a value that is no container counts for: one entry."""
+    return 1
+
+
+def check_extent(value: Any, most: int = MAX_ENTRIES, size: Callable[[Any], int] = one) -> None:
     """Refuse nested containers that are more than ``most`` entries written out.
+
+    ``size`` says for how many entries a value counts that is no container.
 
     Raises:
         ValueError: they are; or deeper than ``MAX_DEPTH``, or one contains itself.
     """
-    entries, _ = extent(value, {}, 0)
+    entries, _ = extent(value, {}, 0, size)
     if entries > most:
         raise ValueError(f"more than {most:,} entries, with shared ones written out")
 
 
-def extent(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+def extent(
+    value: Any, known: dict[int, tuple[int, int]], depth: int, size: Callable[[Any], int] = one
+) -> tuple[int, int]:
     """Entries of a value written out, and how deep it is; each object is looked at once."""
     if not isinstance(value, NESTS):
-        return 1, 0
+        return size(value), 0
     if depth > MAX_DEPTH:  # also one that contains itself
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if id(value) not in known:
         inner = [*value, *value.values()] if isinstance(value, dict) else value
-        parts = [extent(item, known, depth + 1) for item in inner]
+        parts = [extent(item, known, depth + 1, size) for item in inner]
         known[id(value)] = (
             1 + sum(entries for entries, _ in parts),
             1 + max((deep for _, deep in parts), default=0),

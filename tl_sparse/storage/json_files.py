@@ -31,8 +31,10 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, An
     return values
 
 
-def parse_json(text: str | bytes, origin: str) -> Any:
+def parse_json(text: str | bytes, origin: str, allow_nan: bool = False) -> Any:
     """The value of a JSON text, which must be JSON to the letter.
+
+    With ``allow_nan``, NaN and Infinity may stand in it as Python's ``json`` writes them.
 
     Raises:
         ValueError: it is no valid JSON, gives a key twice, has a number that is not finite, or more
@@ -43,7 +45,10 @@ def parse_json(text: str | bytes, origin: str) -> Any:
         if sum(map(text.count, "[{,:")) > MAX_ENTRIES:  # before any memory is spent on them
             raise ValueError(f"more than {MAX_ENTRIES:,} entries")
         values = json.loads(
-            text, object_pairs_hook=unique, parse_constant=not_finite, parse_float=finite
+            text,
+            object_pairs_hook=unique,
+            parse_constant=float if allow_nan else not_finite,
+            parse_float=finite,
         )
         check_depth(values)
     except RecursionError as error:

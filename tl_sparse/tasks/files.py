@@ -9,6 +9,7 @@ One pair a line, an object with the keys
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -36,13 +37,15 @@ def from_jsonl(
     name: str | None = None,
     max_tokens: int = 64,
     held_out_share: float = 0.25,
+    prepend_bos: bool = True,
 ) -> Task:
     """The task whose pairs are the lines of a file; see the module for the keys.
 
     Its `batch` draws without repetition until all pairs of the split are used. Pairs without
     `split` are divided by a hash of their text: the same file gives the same division, and
     `held_out_share` of them, rounded, are held out. The task's name is `name`, by default the
-    file's without its ending.
+    file's without its ending. Prompts begin with the beginning-of-text token unless `prepend_bos`
+    is False.
 
     Raises `FileNotFoundError`, and `ValueError` naming file and line for anything else than a
     valid pair: bad JSON, missing or unknown keys, equal prompts or answers, a pair that was there
@@ -53,8 +56,7 @@ def from_jsonl(
     path = Path(path)
     name = path.stem if name is None else name
     check_tokenizer(name, tokenizer, max_tokens)
-    if not 0 <= held_out_share <= 1:
-        raise ValueError(f"held_out_share must be from 0 to 1, not {held_out_share}")
+    _check_share(held_out_share)
     check_file(path, MAX_FILE_BYTES)
     posing = Task(
         name=name,
@@ -65,6 +67,7 @@ def from_jsonl(
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         make=StoredPairs((), ()),
+        prepend_bos=prepend_bos,
     )
     parts: dict[Split, list[Pair]] = {"train": [], "held_out": []}
     free: list[Pair] = []
@@ -81,11 +84,66 @@ def from_jsonl(
         (free if split is None else parts[split]).append(pair)
     if not seen:
         raise ValueError(f"{path} has no pairs")
-    free_held_out = set(sorted(map(_digest, free))[: round(held_out_share * len(free))])
-    for pair in free:
-        parts["held_out" if _digest(pair) in free_held_out else "train"].append(pair)
-    stored = StoredPairs(tuple(parts["train"]), tuple(parts["held_out"]))
-    return replace(posing, make=stored)
+    train, held_out = _divided(free, held_out_share)
+    return replace(
+        posing, make=StoredPairs((*parts["train"], *train), (*parts["held_out"], *held_out))
+    )
+
+
+def task_of_pairs(
+    name: str,
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    description: str,
+    source: str,
+    max_tokens: int,
+    held_out_share: float = 0.25,
+    prepend_bos: bool = True,
+    may_shorten: bool = True,
+) -> Task:
+    """The task of pairs that are at hand, divided into splits as `from_jsonl` divides a file's.
+
+    Raises `ValueError` naming the pair if one is none for this tokenizer and length, as in
+    `from_jsonl`.
+    """
+    check_tokenizer(name, tokenizer, max_tokens)
+    _check_share(held_out_share)
+    train, held_out = _divided(pairs, held_out_share)
+    task = Task(
+        name=name,
+        description=description,
+        answers=None,
+        answer_ids=None,
+        source=source,
+        max_tokens=max_tokens,
+        tokenizer=tokenizer,
+        make=StoredPairs(train, held_out),
+        may_shorten=may_shorten,
+        prepend_bos=prepend_bos,
+    )
+    for i, pair in enumerate(pairs):
+        try:
+            task.check_pair(pair)
+        except ValueError as error:
+            raise ValueError(f"pair {i} of task {name!r}: {error}") from error
+    return task
+
+
+def _check_share(held_out_share: float) -> None:
+    if not 0 <= held_out_share <= 1:
+        raise ValueError(f"held_out_share must be from 0 to 1, not {held_out_share}")
+
+
+def _divided(
+    pairs: Sequence[Pair], held_out_share: float
+) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """The pairs for training, and as many held out as the share says: by a hash of their text."""
+    held_out = set(sorted(map(_digest, pairs))[: round(held_out_share * len(pairs))])
+    return (
+        tuple(pair for pair in pairs if _digest(pair) not in held_out),
+        tuple(pair for pair in pairs if _digest(pair) in held_out),
+    )
 
 
 def to_jsonl(task: Task, path: str | Path, *, n_pairs: int = 128, seed: int = 0) -> None:

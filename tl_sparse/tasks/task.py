@@ -58,7 +58,7 @@ class TaskBatch:
     """Prompts in pairs: rows 2i and 2i+1 are members A and B of pair i."""
 
     tokens: Int[Tensor, "prompt pos"]
-    """Ids, the beginning-of-sequence token first, padded on the right."""
+    """Ids, the beginning-of-sequence token first (but for a task without), padded on the right."""
     last: Int[Tensor, " prompt"]
     """Index of each prompt's last real token, whose next token is asked for."""
     correct_token: Int[Tensor, " prompt"]
@@ -195,6 +195,8 @@ class Task:
     incorrect_ids: tuple[int, int] | None = None
     """Ids of the incorrect next token of members A and B; None if each is the other's correct
     one."""
+    prepend_bos: bool = True
+    """Whether prompts begin with the beginning-of-text token; released circuits' may not."""
 
     @classmethod
     def bind(
@@ -327,7 +329,7 @@ class Task:
 
         A cut prompt begins with a newline token, which also carries its first line's indent.
         """
-        excess = max(len(first), len(second)) + 1 - self.max_tokens
+        excess = max(len(first), len(second)) + self.prepend_bos - self.max_tokens
         if excess <= 0:
             return first, second
         if not self.may_shorten:
@@ -353,12 +355,13 @@ class Task:
     def _collate(self, pairs: Sequence[_Encoded]) -> TaskBatch:
         bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
         members = [list(ids) for pair in pairs for ids in (pair.first, pair.second)]
-        longest = max(map(len, members)) + 1
+        longest = max(map(len, members))
         filler = bos if pad is None else pad
-        rows = [[bos, *ids, *[filler] * (longest - 1 - len(ids))] for ids in members]
+        start = [bos] if self.prepend_bos else []
+        rows = [[*start, *ids, *[filler] * (longest - len(ids))] for ids in members]
         return TaskBatch(
             tokens=torch.tensor(rows),
-            last=torch.tensor([len(ids) for ids in members]),
+            last=torch.tensor([len(start) + len(ids) - 1 for ids in members]),
             correct_token=torch.tensor([i for pair in pairs for i in pair.answer_ids]),
             incorrect_token=torch.tensor(
                 [i for p in pairs for i in self.incorrect_ids or p.answer_ids[::-1]]

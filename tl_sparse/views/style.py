@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_sparse.node import released_names
 from tl_sparse.sites import SITES
 from tl_sparse.views.text import number, printable
 
@@ -33,6 +34,10 @@ SITE_STYLES: dict[str, SiteStyle] = {
     site.name: SiteStyle(site.label, site.short, site.colour, "square" if site.writes else "circle")
     for site in SITES
 }
+
+
+RELEASED = [site.name for site in SITES if site.openai]
+"""Sites that OpenAI's release has a name for."""
 
 
 OTHER = SiteStyle("node", "", "#4aa3df", "circle")
@@ -75,12 +80,20 @@ def node_names(nodes: pd.DataFrame) -> list[str]:
 
 
 def node_facts(nodes: pd.DataFrame) -> list[str]:
-    """Mean and mask parameter of every node as one line, as far as they are known."""
+    """Name in OpenAI's release, mean and mask parameter of every node as one line, as far as they
+    are known."""
     known = [(words, nodes[name].astype(float).tolist())
              for name, words in (("mean", "mean"), ("tau", "τ")) if name in nodes]  # fmt: skip
+    named = nodes["site"].isin(RELEASED) & (nodes["head"].isna() | nodes["head_channel"].notna())
+    names = released_names(nodes["layer"], nodes["site"], nodes["channel"])
     return [
-        " · ".join(f"{words} {number(v[i])}" for words, v in known if not isnan(v[i]))
-        for i in range(len(nodes))
+        " · ".join(
+            [
+                *([name] if has_name else []),
+                *(f"{words} {number(v[i])}" for words, v in known if not isnan(v[i])),
+            ]
+        )
+        for i, (name, has_name) in enumerate(zip(names, named, strict=True))
     ]
 
 

@@ -7,77 +7,18 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.checkpoints.openai_reference_model import BASE, D, H, V, random_state
+from tests.checkpoints.openai_payloads import PLACES, drop, make_payload, set_at
+from tests.checkpoints.openai_reference_model import BASE, D, V, random_state
 from tl_sparse import Circuit, activation_means
-from tl_sparse.ablation import ActivationMeans
-from tl_sparse.circuits.openai_payload import circuit_from_openai, read_payload
+from tl_sparse.ablation import ActivationMeans, means_from_openai
+from tl_sparse.circuits import circuit_from_openai, read_payload
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_SITES
-
-WIDTHS = {"attn.act_in": D, "attn.q": D, "attn.k": D, "attn.v": D, "attn.resid_delta": D,
-          "mlp.act_in": D, "mlp.post_act": 4 * D, "mlp.resid_delta": D}  # fmt: skip
-PAIRS = {
-    ("attn.act_in", "attn.q"): ("attn.c_attn", 0),
-    ("attn.act_in", "attn.k"): ("attn.c_attn", 1),
-    ("attn.act_in", "attn.v"): ("attn.c_attn", 2),
-    ("attn.v", "attn.resid_delta"): ("attn.c_proj", 0),
-    ("mlp.act_in", "mlp.post_act"): ("mlp.c_fc", 0),
-    ("mlp.post_act", "mlp.resid_delta"): ("mlp.c_proj", 0),
-}
-"""Two places → the linear layer between them, and which third of its rows."""
-PLACES = {"attn_in": "attn.act_in", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v",
-          "attn_out": "attn.resid_delta", "mlp_in": "mlp.act_in", "mlp_neuron": "mlp.post_act",
-          "mlp_out": "mlp.resid_delta"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def state():
     return random_state(BASE)
-
-
-def make_payload(state):
-    """A payload with the released structure: kept channels, and the weights between them."""
-    generator = torch.Generator().manual_seed(3)
-    kept = {
-        f"{layer}.{place}": torch.randperm(width, generator=generator)[: 2 + layer]
-        for layer in range(2)
-        for place, width in WIDTHS.items()
-    }
-    kept["1.attn.q"] = torch.zeros(0, dtype=torch.int64)
-    kept["final_resid"] = torch.tensor([1, 5, 6])
-    pair_data = []
-    for layer in range(2):
-        for (source, target), (linear, third) in PAIRS.items():
-            weight = state[f"transformer.h.{layer}.{linear}.weight"]
-            bias = state[f"transformer.h.{layer}.{linear}.bias"]
-            # c_attn's rows are q, then k, then v
-            rows, columns = kept[f"{layer}.{target}"], kept[f"{layer}.{source}"]
-            own = rows + third * D
-            matrix = torch.cat([weight[own][:, columns].T, bias[own][None]])
-            pair_data.append(
-                [matrix, [*columns.tolist(), "bias"], rows.tolist(),
-                 (f"{layer}.{source}", f"{layer}.{target}")]
-            )  # fmt: skip
-    losses = {
-        name: [0.25 * (1 + i) for i in range(len(channels))] for name, channels in kept.items()
-    }
-    return {
-        "circuit_data": kept,
-        "samples": {"0.attn.q": {3: {0.5: [[], []]}}},
-        "importances": {
-            "ch_interv_losses": losses,
-            "layer_interv_losses": {"0.attn": 0.7},
-            "interv_loss": torch.tensor(0.3),
-            "loss": 0.04,
-            "pair_data": pair_data,
-            "pair_data_connections": pair_data,
-            "task_samples": (torch.randint(0, V, (4, 7)), {}),
-            "beeg_model_config": BASE | {"d_head": D // H, "d_mlp": None},
-        },
-        "all_loss": [(0, 1.0), (1, torch.tensor(0.5))],
-        "num_total_nodes": 2 * sum(WIDTHS.values()) + D,
-        "prune_config": {"k_coef": 1e-4, "lr": [1, 2], "dtype": torch.float32, "on": True},
-    }
 
 
 @pytest.fixture
@@ -113,25 +54,6 @@ def load(path, model, means):
     return circuit_from_openai(path, model, "quote", means)
 
 
-def test_losses_are_halved_once(saved):
-    path = saved()
-    for place in (path, str(path), path.parent):
-        read = read_payload(place)
-        assert read.circuit_loss == pytest.approx(0.15)
-        assert read.model_loss == pytest.approx(0.02)
-        assert read.node_losses["1.attn.v"].tolist() == [0.125, 0.25, 0.375]
-        assert read.search_losses == ((0, 0.5), (1, 0.25))
-
-
-def test_what_a_payload_says(saved, payload):
-    read = read_payload(saved())
-    assert all(torch.equal(read.kept[n], c) for n, c in payload["circuit_data"].items())
-    assert read.n_nodes == sum(len(c) for c in payload["circuit_data"].values())
-    assert read.n_total_nodes == 2 * 11 * D + D
-    assert read.prune_config == {"k_coef": 1e-4, "lr": [1, 2], "dtype": "dtype", "on": True}
-    assert torch.equal(read.task_tokens, payload["importances"]["task_samples"][0])
-
-
 def test_every_location_is_the_site_of_the_table(saved, payload, model, means):
     circuit = load(saved(), model, means)
     found = {
@@ -149,7 +71,8 @@ def test_every_location_is_the_site_of_the_table(saved, payload, model, means):
 def test_edges_are_those_of_the_payloads_matrices(saved, payload, model, means):
     circuit = load(saved(), model, means)
     expected = {}
-    for matrix, sources, targets, (source_at, target_at) in payload["importances"]["pair_data"]:
+    weights = payload["importances"]["pair_data_connections"]
+    for matrix, sources, targets, (source_at, target_at) in weights:
         assert sources[-1] == "bias"
         for i, source in enumerate(sources[:-1]):
             for j, target in enumerate(targets):
@@ -219,11 +142,6 @@ def test_a_payload_without_the_final_stream_has_no_nodes_there(saved, model, mea
     assert circuit.n_nodes > 0
 
 
-def drop(values, location):
-    del values["circuit_data"][location]
-    del values["importances"]["ch_interv_losses"][location]
-
-
 def test_means_and_models_that_are_others(saved, payload, model, means, small_model, write):
     path = saved()
     other = dataclasses.replace(means, model_fingerprint="0" * 64)
@@ -238,18 +156,6 @@ def test_means_and_models_that_are_others(saved, payload, model, means, small_mo
     drop(payload, "1.mlp.post_act")
     with pytest.raises(ValueError, match=r"locations are not this model's: 1.mlp.post_act"):
         circuit_from_openai(saved(), model, "quote", means)
-
-
-def set_at(*keys):
-    """A change that sets the value at a path of keys."""
-    *path, last, value = keys
-
-    def change(values):
-        for key in path:
-            values = values[key]
-        values[last] = value
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -294,8 +200,65 @@ def test_broken_payloads_are_one_clear_error(saved, model, means, change, messag
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_payload(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"viz_data.pt is missing"):
-        read_payload(tmp_path / "viz_data.pt")
-    with pytest.raises(FileNotFoundError, match=r"viz_data.pt is missing"):
-        read_payload(tmp_path)
+def test_a_circuits_loss_with_the_released_means_is_that_of_hooks_by_hand(
+    saved, payload, model, tmp_path
+):
+    """Row 3: a circuit alone, every other channel at the file's means, against plain hooks."""
+    released = released_means(model)
+    torch.save(released, tmp_path / "mean_baseline_pretrain.pt")
+    read = read_payload(saved())
+    means = means_from_openai(tmp_path, model, sites=read.sites)
+    circuit = circuit_from_openai(read, model, "quote", means)
+    assert "mean_baseline_pretrain.pt" in repr(circuit.means)
+    tokens = torch.randint(0, V, (4, 9), generator=torch.Generator().manual_seed(2))
+    right, wrong = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])
+
+    def loss(hooks):
+        last = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
+        pair = torch.stack([last[range(4), right], last[range(4), wrong]], 1)
+        return torch.nn.functional.cross_entropy(pair, torch.zeros(4, dtype=torch.int64))
+
+    def by_hand(location):
+        kept = payload["circuit_data"][location].tolist()
+
+        def hook(x, hook):
+            shape = x.shape
+            x = x.reshape(*shape[:2], -1).clone()
+            for channel in set(range(x.shape[-1])) - set(kept):
+                x[:, :, channel] = released[location][channel]
+            return x.reshape(shape)
+
+        return hook
+
+    hooks = [(hook_of(location), by_hand(location)) for location in payload["circuit_data"]]
+    assert loss(circuit.hooks()).item() == pytest.approx(loss(hooks).item(), abs=1e-6)
+    assert loss(hooks).item() != pytest.approx(loss([]).item(), abs=1e-3)
+
+
+def released_means(model):
+    generator = torch.Generator().manual_seed(5)
+    widths = {"final_resid": D} | {
+        f"{layer}.{place}": D * (4 if place == "mlp.post_act" else 1)
+        for layer in range(2)
+        for place in PLACES.values()
+    }
+    return {name: torch.randn(width, generator=generator) for name, width in widths.items()}
+
+
+def hook_of(location):
+    names = {"act_in": "hook_act_in", "post_act": "hook_post"}
+    if location == "final_resid":
+        return "blocks.1.hook_resid_post"
+    layer, part, place = location.split(".")
+    if place == "resid_delta":
+        return f"blocks.{layer}.hook_{part}_out"
+    return f"blocks.{layer}.{part}.{names.get(place, f'hook_{place}')}"
+
+
+def test_the_means_that_a_circuit_was_given_are_stored_with_it(saved, model, tmp_path):
+    torch.save(released_means(model), tmp_path / "mean_baseline_pretrain.pt")
+    means = means_from_openai(tmp_path, model)
+    circuit_from_openai(saved(), model, "quote", means).save(tmp_path / "circuit")
+    loaded = Circuit.load(tmp_path / "circuit", model)
+    assert loaded.means.origin == means.origin
+    assert torch.equal(loaded.means.values, means.values)
