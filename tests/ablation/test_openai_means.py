@@ -119,3 +119,11 @@ def test_broken_files(model, released, save, values, message):
 def test_a_file_that_is_not_there(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"mean_baseline_pretrain\.pt is missing"):
         means_from_openai(tmp_path, model)
+
+
+def test_means_are_found_by_the_models_name(container, model, released):
+    base, root, _ = container
+    (root / "viz" / "csp_yolo1").mkdir(parents=True)
+    torch.save(released, root / "viz" / "csp_yolo1" / "mean_baseline_pretrain.pt")
+    means = means_from_openai("csp_yolo1", model, progress=False, base_url=base)
+    assert means.index.sites == (*BLOCK_SITES, "final_resid")

@@ -53,3 +53,12 @@ def test_lines_that_share_no_metric_are_no_table_without_end(curves, monkeypatch
 def test_curves_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"progress\.json is missing"):
         train_curves(tmp_path)
+
+
+def test_curves_are_found_by_the_models_name(container):
+    base, root, _ = container
+    (root / "train_curves" / "csp_yolo2").mkdir(parents=True)
+    (root / "train_curves" / "csp_yolo2" / "progress.json").write_text('{"step": 3}\n')
+    for place in ("csp_yolo2", "train_curves/csp_yolo2", "train_curves/csp_yolo2/progress.json"):
+        assert train_curves(place, progress=False, base_url=base)["step"].tolist() == [3]
+    assert train_curves(f"{base}/train_curves/csp_yolo2", progress=False)["step"].tolist() == [3]

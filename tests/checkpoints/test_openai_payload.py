@@ -218,6 +218,16 @@ def test_a_loss_below_the_full_models_is_explained(tmp_path, payload):
     assert "below the full model's: pruning lowers this very loss" in repr(other)
 
 
+def test_the_address_says_them_too(container, payload):
+    base, root, _ = container
+    place = "viz/csp_yolo1/single_double_quote/prune_v2/64"
+    (root / place).mkdir(parents=True)
+    torch.save(payload, root / place / "viz_data.pt")
+    for where in (place, f"{place}/viz_data.pt", f"{base}/{place}", f"{base}/{place}/viz_data.pt"):
+        read = read_payload(where, progress=False, base_url=base)
+        assert (read.model_name, read.sweep, read.k) == ("csp_yolo1", "prune_v2", "64")
+
+
 def test_folders_that_are_called_otherwise_say_nothing(saved):
     read = read_payload(saved())
     assert (read.model_name, read.task, read.sweep, read.k) == ("", "", "", "")

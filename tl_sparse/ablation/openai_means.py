@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ NAMED = 6  # locations in a message
 
 
 def means_from_openai(
-    path_or_url: str | Path,
+    place: str | Path,
     model: nn.Module,
     sites: tuple[str, ...] | None = None,
     strict: bool = True,
     progress: bool = True,
+    base_url: str | Sequence[str] | None = None,
 ) -> ActivationMeans:
     """OpenAI's means over the pretraining distribution: ``viz/<model>/mean_baseline_pretrain.pt``.
 
@@ -35,20 +36,21 @@ def means_from_openai(
     its locations and their widths are compared with this one's.
 
     Args:
-        path_or_url: The file, its folder, or the http(s) address of either.
+        place: The file, its folder, the http(s) address of either, or the released model's name.
         model: The model, from ``SparseTransformer.from_openai``.
         sites: The sites whose channels are nodes, such as ``payload.sites``; by default the eight
             of every layer, and the final residual stream where the file has it.
         strict: Whether locations that are no sites of the model are an error; otherwise they are
             not used.
         progress: Whether a download shows its progress.
+        base_url: Where the release is, if not at OpenAI's address (see ``from_openai``).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is broken; or locations are missing, unknown, of another width than the
             model's, or not finite. They are named.
     """
-    path = local_file(path_or_url, MEANS, progress)
+    path = local_file(place, MEANS, progress, base_url, "viz")
     values = read_pt(path)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} must hold a dict of means by location")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tl_sparse.checkpoints.openai_files import local_folder
+from tl_sparse.checkpoints.openai_models import FOLDERS, released_name
 from tl_sparse.sites import NodeIndex, site
 from tl_sparse.storage.json_files import parse_json
 from tl_sparse.storage.read_file import read_lines
@@ -18,20 +20,34 @@ MAX_CELLS = 1 << 25
 """Numbers in a table of curves, empty ones included."""
 
 
-def local_file(place: str | Path, name: str, progress: bool = True) -> Path:
-    """A file of the release on this machine; one behind an address is downloaded once.
+def local_file(
+    place: str | Path,
+    name: str,
+    progress: bool = True,
+    base_url: str | Sequence[str] | None = None,
+    below: str = "",
+) -> Path:
+    """A file of the release on this machine; one that is not here is downloaded once.
 
     Args:
-        place: The file, its folder, or the http(s) address of either.
+        place: The file, its folder, the http(s) address of either, or its path below the base of
+            the release, such as ``viz/csp_yolo1/single_double_quote/prune_v2/64``.
         name: What the file is called in the release.
         progress: Whether a download shows its progress.
+        base_url: Where the release is; see :func:`~tl_sparse.checkpoints.openai_models.bases`.
+        below: Where a model's file of this kind lies, so that the model's name is a place too.
 
     Raises:
-        FileNotFoundError: the server does not have it.
+        FileNotFoundError: there is no such file.
+        ValueError: it is broken on the server, or no http(s) address.
     """
-    if isinstance(place, str) and "://" in place:
-        return local_folder(place.removesuffix(f"/{name}"), (name,), (), progress) / name
     path = Path(place)
+    if isinstance(place, str) and not path.exists():
+        if below and (model := released_name(place)) is not None:
+            place = f"{below}/{model}"
+        if "://" in place or place.split("/")[0] in FOLDERS:
+            folder = place.removesuffix(f"/{name}")
+            return local_folder(folder, (name,), (), progress, base_url) / name
     return path / name if path.is_dir() else path
 
 
@@ -45,12 +61,15 @@ def locations(index: NodeIndex) -> dict[str, str]:
     }
 
 
-def train_curves(path_or_url: str | Path, progress: bool = True) -> pd.DataFrame:
+def train_curves(
+    place: str | Path, progress: bool = True, base_url: str | Sequence[str] | None = None
+) -> pd.DataFrame:
     """What was measured while a released model was trained: ``train_curves/<model>/progress.json``.
 
     Args:
-        path_or_url: The file, its folder, or the http(s) address of either.
+        place: The file, its folder, the http(s) address of either, or the model's name.
         progress: Whether a download shows its progress.
+        base_url: Where the release is, if not at OpenAI's address (see ``from_openai``).
 
     Returns:
         A row a line, a column a metric (``step``, ``test_xent`` in nats per token, ``L0``,
@@ -62,7 +81,7 @@ def train_curves(path_or_url: str | Path, progress: bool = True) -> pd.DataFrame
         ValueError: it is empty, or a line is no JSON object of numbers and words; its number is
             named.
     """
-    path = local_file(path_or_url, CURVES, progress)
+    path = local_file(place, CURVES, progress, base_url, "train_curves")
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
     for number, line in read_lines(path, MAX_CURVES_BYTES, MAX_LINES, MAX_LINE_BYTES):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,13 @@ class CircuitPayload:
         return frame_html(self.task or PAYLOAD, self.line, self.to_dataframe())
 
 
-def read_payload(path_or_url: str | Path, progress: bool = True) -> CircuitPayload:
+def read_payload(
+    path_or_url: str | Path, progress: bool = True, base_url: str | Sequence[str] | None = None
+) -> CircuitPayload:
     """Read a viz_data.pt, or the one in a folder or below an http(s) address.
+
+    ``viz/csp_yolo1/single_double_quote/prune_v2/64`` and its like are looked for at ``base_url``,
+    by default OpenAI's server (see ``from_openai``).
 
     The last four folders of its address, ``<model>/<task>/<sweep>/<k>``, say what the file does
     not: where they are called so, the payload's fields of these names are theirs.
@@ -215,7 +220,7 @@ def read_payload(path_or_url: str | Path, progress: bool = True) -> CircuitPaylo
         FileNotFoundError: there is no such file.
         ValueError: it is broken, or holds something else.
     """
-    path = local_file(path_or_url, PAYLOAD, progress)
+    path = local_file(path_or_url, PAYLOAD, progress, base_url)
     size = check_file(path, MAX_BYTES)
     try:
         payload = parse_payload(read_pt(path), size)
