@@ -28,7 +28,7 @@ def payload(state):
 
 @pytest.fixture
 def model(write, state):
-    return SparseTransformer.from_openai(write(BASE, state))
+    return SparseTransformer.from_openai(write(BASE, state), tokenizer=False)
 
 
 @pytest.fixture

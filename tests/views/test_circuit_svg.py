@@ -40,7 +40,8 @@ def test_tooltips_name_the_node(quote_circuit):
         for e in drawn(circuit_svg(quote_circuit), "tls-node")
         if e.get("data-node") == "10.attn_q.657"
     ]
-    assert node.findtext(f"{NS}title") == "layer 10 · query 1 of head 82\nmean −1.5 · τ 0.25"
+    title = "layer 10 · query 1 of head 82\n10.attn.q:657 · mean −1.5 · τ 0.25"
+    assert node.findtext(f"{NS}title") == title
 
 
 def test_only_the_strongest_are_drawn_and_it_says_so(quote_circuit):
