@@ -14,7 +14,7 @@ from tl_sparse.ablation.frozen_layernorms import frozen_norm_hooks
 from tl_sparse.ablation.interventions import FwdHook, Intervention
 from tl_sparse.ablation.prompt_packing import PackedPairs, pack
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.tasks import TaskBatch, logit_diffs, select_last
+from tl_sparse.tasks import TaskBatch, logit_diffs
 
 
 def task_logit_diffs(
@@ -37,20 +37,30 @@ def row_logit_diffs(
 def last_logits(
     model: nn.Module, batch: TaskBatch, hooks: Sequence[FwdHook]
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Logits at each prompt's last token.
+    """Logits at each prompt's last token; see :func:`logits_at`."""
+    return logits_at(model, batch.tokens, batch.last, hooks)
+
+
+def logits_at(
+    model: nn.Module,
+    tokens: Int[Tensor, "prompt pos"],
+    last: Int[Tensor, " prompt"],
+    hooks: Sequence[FwdHook],
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits at one position of each prompt, on the model's device.
 
     What follows a SparseTransformer's last block acts on each position alone, so it runs on those
     positions only. Of other models that cannot be known: they run in full.
     """
+    rows = torch.arange(len(last), device=tokens.device)
     if not isinstance(model, SparseTransformer):
         run: Any = model
-        logits = run.run_with_hooks(batch.tokens, return_type="logits", fwd_hooks=list(hooks))
-        return select_last(logits, batch)
-    rows = torch.arange(len(batch.last), device=batch.tokens.device)
+        logits = run.run_with_hooks(tokens, return_type="logits", fwd_hooks=list(hooks))
+        return logits[rows.to(logits.device), last.to(logits.device)]
     with model.hooks(fwd_hooks=list(hooks)):
-        resid = model(batch.tokens, stop_at_layer=model.config.n_layers)
-        last = (x[rows, batch.last][:, None] for x in (resid, batch.tokens))
-        return model.output_logits(*last)[:, 0]
+        resid = model(tokens, stop_at_layer=model.config.n_layers)
+        ends = (x[rows, last][:, None] for x in (resid, tokens))
+        return model.output_logits(*ends)[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +88,13 @@ class PackedBatch:
 
     def rows(self, chosen: Int[Tensor, " row"]) -> PackedBatch:
         """Some of the pairs, in any order and number; ``chosen`` is on the CPU."""
-        width = int(self.lengths[chosen].max())
+        width, mask = int(self.lengths[chosen].max()), self.packed.mask
         there = chosen.to(self.correct_token.device)
         packed = PackedPairs(
             pairs=self.packed.pairs[there],
             tokens=self.packed.tokens[there, :width],
             positions=self.packed.positions[there, :width],
-            mask=self.packed.mask[there, :width, :width],
+            mask=None if mask is None else mask[there, :width, :width],
             last=self.packed.last[there],
             real=self.packed.real[there, :width],
         )

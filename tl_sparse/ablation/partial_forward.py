@@ -1,17 +1,19 @@
-"""Partial runs of a SparseTransformer on a task's pairs, from wherever a change begins.
+"""Partial runs of a SparseTransformer on prompts, from wherever a change begins.
 
-A change at one site leaves everything before it as it was, and after the last block's attention
-only the last tokens matter. Both are done by hooks on the one forward pass: a run starts at a
-recorded stream, and cuts positions where no attention follows.
+A change at one site leaves everything before it as it was, a change at some position all positions
+before that, and after the last block's attention only the last tokens matter. All of it is done by
+hooks on the one forward pass: a run starts at a recorded stream, sees recorded keys and values of
+what stands before its rows, and cuts positions where no attention follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -24,14 +26,28 @@ from tl_sparse.tasks import TaskBatch
 
 
 @dataclass(frozen=True, eq=False)
+class Prefix:
+    """One layer's keys and values at the tokens before each row's own: what a KV cache holds."""
+
+    keys: Float[Tensor, "row src head d_head"]
+    """Keys, as attention uses them."""
+    values: Float[Tensor, "row src head d_head"]
+    """Values."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, these first; as TransformerLens' cache entries do it."""
+        return torch.cat([self.keys, k], 1), torch.cat([self.values, v], 1)
+
+
+@dataclass(frozen=True, eq=False)
 class PartialForward:
     """Some pairs of a task, the hooks that hold on them, and the streams recorded under these."""
 
     model: SparseTransformer
     packed: PackedPairs
-    correct_token: Int[Tensor, "pair 2"]
-    """Ids of the correct next tokens of A and B."""
-    incorrect_token: Int[Tensor, "pair 2"]
+    correct_token: Int[Tensor, "pair member"] | None = None
+    """Ids of the correct next tokens of A and B; None where only logits are asked for."""
+    incorrect_token: Int[Tensor, "pair member"] | None = None
     """Ids of the incorrect ones."""
     hooks: tuple[FwdHook, ...] = ()
     """What holds in every run, such as a circuit's ablation; of any number of positions."""
@@ -39,6 +55,8 @@ class PartialForward:
     """Norm scales to hold, by hook; none: norms are free."""
     seen: Mapping[str, Tensor] = field(default_factory=dict)
     """Recorded activations by hook: sites before ``hooks``, and the streams of every block."""
+    prefix: tuple[Prefix, ...] = ()
+    """Of every layer what stands before the rows' tokens; none: the rows are whole prompts."""
 
     @classmethod
     def of(
@@ -46,7 +64,8 @@ class PartialForward:
     ) -> PartialForward:
         """Pairs of a batch, without hooks; norms held at the full model's scales if asked for."""
         correct, incorrect = (
-            x[packed.prompts].view(-1, 2) for x in (batch.correct_token, batch.incorrect_token)
+            x[packed.prompts].view_as(packed.last)
+            for x in (batch.correct_token, batch.incorrect_token)
         )
         run = cls(model, packed, correct, incorrect)
         if not freeze_norm:
@@ -63,17 +82,25 @@ class PartialForward:
         self, hooks: Sequence[FwdHook], index: NodeIndex
     ) -> tuple[PartialForward, Float[Tensor, " prompt"]]:
         """The same pairs under hooks, sites and residual streams recorded; their logit_diffs."""
+        run, final = self.recording(hooks, index.slices)
+        return run, run.logit_diffs(final)[0]
+
+    def recording(
+        self, hooks: Sequence[FwdHook], at: Collection[str]
+    ) -> tuple[PartialForward, Float[Tensor, "row member channel"]]:
+        """The same prompts under hooks, with these hooks' activations and the residual streams
+        recorded; the last block's output at the last tokens."""
         points = self.model.hook_dict
         streams = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", PLACE]
         layers = range(self.model.config.n_layers)
         names = [f"blocks.{layer}.{name}" for layer in layers for name in streams]
-        names = [name for name in (*index.slices, *names) if name in points]
+        names = [name for name in (*at, *names) if name in points]
         seen: dict[str, Tensor] = {}
         run = replace(self, hooks=tuple(hooks), seen=seen)
         readers = [(name, partial(_record, seen, name)) for name in dict.fromkeys(names)]
         with self.model.hooks(fwd_hooks=readers):
             final = run._blocks(run._embedded(1, []), 0, [], cut=False)
-        return run, run.logit_diffs(final)[0]
+        return run, final
 
     @staticmethod
     def can_start_at(index: NodeIndex) -> bool:
@@ -83,22 +110,33 @@ class PartialForward:
     def changed(self, change: FwdHook, copies: int) -> Float[Tensor, "copy prompt"]:
         """Logit differences of the pairs' prompts, so many copies of them side by side, with one
         more hook. A and B of each pair stand side by side, as in ``packed.prompts``."""
-        start, layer, late = self._start(change[0])
+        return self.logit_diffs(self.changed_stream([change], copies))
+
+    def changed_stream(
+        self, changes: Sequence[FwdHook], copies: int, cut: bool = True
+    ) -> Float[Tensor, "row_of_copy member channel"]:
+        """The last block's output at the last tokens, so many copies of the prompts one after the
+        other, with more hooks, of which the first to run stands first.
+
+        Hooks behind the last attention see the last tokens alone, unless ``cut`` is off.
+        """
+        start, layer, late = self._start(changes[0][0])
+        late = late and cut
         if start == "embed":
-            return self.logit_diffs(self._blocks(self._embedded(copies, [change]), 0, []))
+            return self._blocks(self._embedded(copies, changes), 0, changes, cut)
         if start == "attn":
             resid = self._tiled(self._seen(layer, "hook_resid_pre"), copies)
-            return self.logit_diffs(self._blocks(resid, layer, [change]))
+            return self._blocks(resid, layer, changes, cut)
         hook = "hook_resid_mid" if start == "mlp" else "hook_resid_post"
         resid = self._seen(layer, hook)
         resid = self._tiled(self.packed.at_last(resid) if late else resid, copies)
-        resid = self._rest_of_block(resid, layer, f"blocks.{layer}.{hook}", change)
-        return self.logit_diffs(resid if late else self._blocks(resid, layer + 1, []))
+        resid = self._rest_of_block(resid, layer, f"blocks.{layer}.{hook}", changes, late)
+        return resid if late else self._blocks(resid, layer + 1, changes, cut)
 
     def slots(self, hook: str) -> int:
         """Slots that a copy takes in :meth:`changed`."""
         _, _, late = self._start(hook)
-        return 2 * len(self.packed.pairs) if late else self.packed.tokens.numel()
+        return self.packed.last.numel() if late else self.packed.tokens.numel()
 
     def _start(self, hook: str) -> tuple[Part, int, bool]:
         """Where the run begins after a change at a hook: before the embedding, at the layer's input
@@ -109,13 +147,24 @@ class PartialForward:
         start: Part = "attn" if row is None else row.part
         return start, layer, layer == n_layers - 1 and start in ("mlp", "final")
 
-    def logit_diffs(self, resid: Float[Tensor, "row 2 channel"]) -> Float[Tensor, "copy prompt"]:
-        """logit(correct) - logit(incorrect) from the last block's output at the last tokens."""
-        copies = len(resid) // len(self.correct_token)
+    def last_logits(
+        self, resid: Float[Tensor, "row member channel"]
+    ) -> Float[Tensor, "row member d_vocab"]:
+        """The logits from the last block's output at the last tokens."""
+        copies = len(resid) // len(self.packed.tokens)
         tokens = self.packed.at_last(self.packed.tokens).repeat(copies, 1)
         # the final norm's scale was recorded at the last tokens
         with self.model.hooks(fwd_hooks=self._norms("ln_final.")):
-            logits = self.model.output_logits(resid, tokens).float()
+            return self.model.output_logits(resid, tokens).float()
+
+    def logit_diffs(
+        self, resid: Float[Tensor, "row member channel"]
+    ) -> Float[Tensor, "copy prompt"]:
+        """logit(correct) - logit(incorrect) from the last block's output at the last tokens."""
+        assert self.correct_token is not None
+        assert self.incorrect_token is not None
+        copies = len(resid) // len(self.packed.tokens)
+        logits = self.last_logits(resid)
         correct, incorrect = (
             logits.gather(2, ids.repeat(copies, 1)[..., None])
             for ids in (self.correct_token, self.incorrect_token)
@@ -124,18 +173,19 @@ class PartialForward:
 
     # ----------------------------------------------------------------------------------------------
 
-    def _embedded(self, copies: int, change: Sequence[FwdHook]) -> Tensor:
+    def _embedded(self, copies: int, changes: Sequence[FwdHook]) -> Tensor:
         tokens = self.packed.tokens.repeat(copies, 1)
-        hooks = [*change, *self._of("hook_embed")]
+        hooks = [*within(changes, "hook_embed"), *within(self.hooks, "hook_embed")]
         with self.model.hooks(fwd_hooks=hooks):
             return self.model.embed_tokens(tokens, self.packed.positions)
 
     def _blocks(
-        self, resid: Tensor, first: int, change: Sequence[FwdHook], cut: bool = True
+        self, resid: Tensor, first: int, changes: Sequence[FwdHook], cut: bool = True
     ) -> Tensor:
         """The last block's output at the last tokens, from the stream before block ``first``."""
-        last = self.model.config.n_layers - 1
-        mask = self.packed.mask.repeat(len(resid) // len(self.correct_token), 1, 1)
+        last, cuts = self.model.config.n_layers - 1, False
+        mask = self.packed.mask
+        mask = None if mask is None else self._tiled(mask, len(resid) // len(self.packed.tokens))
         for layer in range(first, last + 1):
             name = f"blocks.{layer}."
             middle, place = f"{name}hook_resid_mid", f"{name}{PLACE}"
@@ -144,8 +194,8 @@ class PartialForward:
             hooks = [
                 *self._norms(f"{name}ln1."),
                 *self._norms(f"{name}ln2.", at_last=cuts),
-                *(change if layer == first else ()),
-                *self._of(name),
+                *within(changes, name),
+                *within(self.hooks, name),
             ]
             if cuts:
                 found = [at for at in (middle, place) if at in self.model.hook_dict]
@@ -154,11 +204,12 @@ class PartialForward:
                 resid = self._run(resid, layer, self.packed.positions, mask)
         return resid if cuts else self.packed.at_last(resid)
 
-    def _rest_of_block(self, resid: Tensor, layer: int, at: str, change: FwdHook) -> Tensor:
+    def _rest_of_block(
+        self, resid: Tensor, layer: int, at: str, changes: Sequence[FwdHook], cut: bool
+    ) -> Tensor:
         """A block's output from the stream at one of its hooks: what comes before runs on a single
-        position, whose outcome ``resid`` replaces."""
-        name, copies = f"blocks.{layer}.", len(resid) // len(self.correct_token)
-        cut = layer == self.model.config.n_layers - 1
+        position, whose outcome ``resid`` replaces; ``cut``: which is of the last tokens alone."""
+        name, copies = f"blocks.{layer}.", len(resid) // len(self.packed.tokens)
         hooks: list[FwdHook] = [(at, _put(resid))]
         if at.endswith("hook_resid_mid"):
             hooks += self._norms(f"{name}ln2.", at_last=cut)
@@ -166,16 +217,15 @@ class PartialForward:
                 place = self.seen[f"{name}{PLACE}"]
                 place = self.packed.at_last(place) if cut else place
                 hooks.append((f"{name}{PLACE}", _put(self._tiled(place, copies))))
-        hooks += [change, *self._of(name)]
+        hooks += [*within(changes, name), *within(self.hooks, name)]
         with self.model.hooks(fwd_hooks=hooks):
-            return self._run(resid[:1, :1], layer, self.packed.positions[:1, :1], None)
+            pos_channels = self.model.pos_channels(self.packed.positions[:1, :1], 1)
+            return self.model.blocks[layer](resid[:1, :1], pos_channels)
 
     def _run(self, resid: Tensor, layer: int, positions: Tensor, mask: Tensor | None) -> Tensor:
         pos_channels = self.model.pos_channels(positions, len(resid))
-        return self.model.blocks[layer](resid, pos_channels, attention_mask=mask)
-
-    def _of(self, prefix: str) -> list[FwdHook]:
-        return [(name, fn) for name, fn in self.hooks if name.startswith(prefix)]
+        before = self.prefix[layer] if self.prefix else None
+        return self.model.blocks[layer](resid, pos_channels, before, mask)
 
     def _norms(self, prefix: str, at_last: bool = False) -> list[FwdHook]:
         return [
@@ -193,6 +243,11 @@ class PartialForward:
 
 
 PLACE = "ln2_pos.hook_normalized"
+
+
+def within(hooks: Sequence[FwdHook], prefix: str) -> list[FwdHook]:
+    """Those of some hooks whose names begin so."""
+    return [(name, fn) for name, fn in hooks if name.startswith(prefix)]
 
 
 def _record(seen: dict[str, Tensor], name: str, x: Tensor, hook: Any = None) -> None:

@@ -28,20 +28,23 @@ class PackedPairs:
     """Ids; slots past a row's end repeat its first token."""
     positions: Int[Tensor, "pair slot"]
     """Where each slot's token stands in its prompt."""
-    mask: Bool[Tensor, "pair slot slot"]
-    """[pair, dest, src]: what a slot attends to. Slots past a row's end see themselves alone."""
-    last: Int[Tensor, "pair 2"]
-    """The slots of A's and B's last tokens."""
+    mask: Bool[Tensor, "pair slot src"] | None
+    """[pair, dest, src]: what a slot attends to. Slots past a row's end see themselves alone. None:
+    each slot attends to itself and those before it."""
+    last: Int[Tensor, "pair member"]
+    """The slots of A's and B's last tokens; of the last token alone where a row is one prompt."""
     real: Bool[Tensor, "pair slot"]
     """Which slots hold a token of a prompt."""
 
     @property
     def prompts(self) -> Int[Tensor, " prompt"]:
         """The rows of the batch that these pairs are, A and B in turn."""
-        return (2 * self.pairs[:, None] + torch.tensor([0, 1], device=self.pairs.device)).flatten()
+        members = self.last.shape[1]
+        member = torch.arange(members, device=self.pairs.device)
+        return (members * self.pairs[:, None] + member).flatten()
 
-    def at_last(self, x: Shaped[Tensor, "row slot ..."]) -> Shaped[Tensor, "row 2 ..."]:
-        """``x`` at both members' last slots; its rows are these pairs any number of times over."""
+    def at_last(self, x: Shaped[Tensor, "row slot ..."]) -> Shaped[Tensor, "row member ..."]:
+        """``x`` at all members' last slots; its rows are these pairs any number of times over."""
         copies = x.shape[0] // len(self.last)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         return x[rows, self.last.repeat(copies, 1)]

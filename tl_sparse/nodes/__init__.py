@@ -12,6 +12,15 @@ from tl_sparse.nodes.example_results import Examples as Examples
 from tl_sparse.nodes.example_results import TopExamples as TopExamples
 from tl_sparse.nodes.graph import Direction as Direction
 from tl_sparse.nodes.graph import NodeGraph as NodeGraph
+from tl_sparse.nodes.patching import Patch as Patch
+from tl_sparse.nodes.patching import PatchingResult as PatchingResult
+from tl_sparse.nodes.patching import patch_nodes as patch_nodes
+from tl_sparse.nodes.path_patching import PathPatchResult as PathPatchResult
+from tl_sparse.nodes.path_patching import path_patch as path_patch
+from tl_sparse.nodes.pathway import Pathway as Pathway
+from tl_sparse.nodes.pathway_report import PathwayReport as PathwayReport
+from tl_sparse.nodes.prompts import Prompts as Prompts
+from tl_sparse.nodes.prompts import prompts_of as prompts_of
 from tl_sparse.nodes.qk import QKChannels as QKChannels
 from tl_sparse.nodes.qk import qk_channels as qk_channels
 from tl_sparse.nodes.tokens import bigram_row as bigram_row
