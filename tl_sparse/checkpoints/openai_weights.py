@@ -143,10 +143,11 @@ def norm_layout(
 
 
 def tensors_from_openai(
-    config: SparseTransformerConfig, state: Mapping[str, Tensor], origin: str, strict: bool = True
+    config: SparseTransformerConfig, state: dict[str, Tensor], origin: str, strict: bool = True
 ) -> tuple[SparseTransformerConfig, dict[str, Tensor]]:
     """The config and our tensors from a state dict, every tensor of which is used exactly once.
 
+    The state dict is emptied on the way, so that no more than one tensor is in memory twice.
     The config is the given one, but without positions where the table to add is zero. A missing
     ``final_logits_bias``, which older files lack, is zero, as in the released code.
 
@@ -157,7 +158,7 @@ def tensors_from_openai(
     """
     if config.n_layers > MAX_LAYERS:
         raise ValueError(f"{config.n_layers} layers; at most {MAX_LAYERS} are read")
-    left = dict(state)
+    left = state
     if EMBED in left:
         zeros = torch.zeros(len(left[EMBED]) if left[EMBED].ndim else 0, dtype=left[EMBED].dtype)
         left.setdefault(FINAL_BIAS, zeros)
@@ -167,11 +168,12 @@ def tensors_from_openai(
             raise ValueError(f"{origin} lacks {entry.name}")
         theirs = left.pop(entry.name)
         check_shape(entry.name, theirs, entry.shape, origin)
-        if entry.name == UNEMBED and not entry.ours and not torch.equal(theirs, state[EMBED]):
+        if entry.name == UNEMBED and not entry.ours and not torch.equal(theirs, ours["embed.W_E"]):
             raise ValueError(f"{origin}: {UNEMBED} is not tied to {EMBED}, as its config says")
         if entry.ours:
             parts = (part.contiguous() for part in entry.read(theirs))
             ours |= zip(entry.ours, parts, strict=True)
+        del theirs
     drop_causal_masks(config, left)
     check_leftovers(config, left, origin, strict)
     if config.positional_embedding_type == "standard" and all_zero(ours["pos_embed.W_pos"]):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -19,6 +18,10 @@ from tl_sparse.model.layers import Layer, Resid
 class Attention(Layer):
     """Multi-head attention: reads the normalised residual stream, writes one delta to it."""
 
+    MATRICES: ClassVar = {
+        "QKV": ("W_Q", "W_K", "W_V", "W_Q_pos", "W_K_pos", "W_V_pos"),
+        "O": ("W_O",),
+    }
     hook_out_is_single_residual_stream = True
     W_Q: Tensor
     W_K: Tensor
@@ -81,19 +84,33 @@ class Attention(Layer):
 
     def project(self, *inputs: Tensor) -> list[Tensor]:
         """Queries, keys and values [batch, pos, head, d_head], before AbsTopK."""
-        weights = [self.read_weight(name) for name in "QKV"]
         biases = [self.b_Q, self.b_K, self.b_V]
         if inputs[0].ndim == 4:  # every head reads a stream of its own: use_split_qkv_input
+            weights = [self.read_weight(name) for name in "QKV"]
             reads = (self.hook_act_in(self.topk_in(x)) for x in inputs)
             return [
                 torch.einsum("bphd,hde->bphe", read, weight) + bias
                 for read, weight, bias in zip(reads, weights, biases, strict=True)
             ]
         read = self.hook_act_in(self.topk_in(inputs[0]))
-        joint = torch.cat([w.permute(1, 0, 2).flatten(1) for w in weights], dim=1)
-        bias = torch.cat([b.flatten() for b in biases])
-        qkv = F.linear(read, joint.T, bias)
-        return [x.unflatten(-1, self.W_Q.shape[::2]) for x in qkv.chunk(3, dim=-1)]
+        qkv = self.multiply("QKV", read, torch.cat([b.flatten() for b in biases]))
+        return [x.unflatten(-1, self.b_Q.shape) for x in qkv.chunk(3, dim=-1)]
+
+    def matrix(self, name: str) -> Float[Tensor, "d_in d_out"]:
+        """Queries', keys' and values' matrices beside each other, or what heads write by."""
+        if name == "O":
+            return self.W_O.flatten(0, 1)
+        weights = [self.read_weight(name) for name in "QKV"]
+        return torch.cat([w.permute(1, 0, 2).flatten(1) for w in weights], dim=1)
+
+    def part(self, name: str, matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "..."]:
+        """A weight [head, d_in, d_head] (or [head, d_head, d_model]) out of its matrix."""
+        heads, d_model = self.b_Q.shape[0], self.config.d_model
+        if name == "W_O":
+            return matrix.unflatten(0, (heads, -1))
+        mine = matrix.chunk(3, dim=1)["QKV".index(name[2])]
+        mine = mine[d_model:] if name.endswith("_pos") else mine[:d_model]
+        return mine.unflatten(1, (heads, -1)).permute(1, 0, 2)
 
     def read_weight(self, name: str) -> Float[Tensor, "head d_in d_head"]:
         """W_Q, W_K or W_V with the rows that read concatenated positions, if there are any."""
@@ -113,7 +130,7 @@ class Attention(Layer):
         each head's part is masked by the channels that the sum keeps and carries 1/n_heads of b_O.
         Without AbsTopK on attn_out it is TransformerLens' own: the head's write without b_O.
         """
-        total = F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+        total = self.multiply("O", z.flatten(-2), self.b_O)
         out = self.topk_out(total)
         if not self.cfg.use_attn_result:
             return out
@@ -131,7 +148,7 @@ class Attention(Layer):
     def mask(self) -> Bool[Tensor, "n_ctx n_ctx"]:
         """TransformerLens' causal mask, for tools that ask for it; made anew at each call."""
         n_ctx = self.config.n_ctx
-        return torch.ones(n_ctx, n_ctx, dtype=torch.bool, device=self.W_Q.device).tril()
+        return torch.ones(n_ctx, n_ctx, dtype=torch.bool, device=self.b_Q.device).tril()
 
     @property
     def OV(self) -> Any:

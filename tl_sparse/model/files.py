@@ -26,6 +26,7 @@ from tl_sparse.checkpoints.transformer_lens import (
     to_transformer_lens,
 )
 from tl_sparse.model.parts import ModelParts
+from tl_sparse.model.sparse_weights import hold_sparse
 from tl_sparse.model.weights import HALF
 from tl_sparse.storage.finite import check_finite, check_weights
 from tl_sparse.storage.hub import CONFIG, find_model, upload
@@ -38,14 +39,20 @@ class FileMixin(ModelParts):
     """Loading, saving and converting."""
 
     @classmethod
-    def from_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
-        """A model built from a checkpoint, with copies of its tensors, in eval mode on the CPU.
+    def from_checkpoint(cls: type[Model], checkpoint: Checkpoint, copy: bool = True) -> Model:
+        """A model built from a checkpoint, in eval mode on the CPU.
+
+        Args:
+            checkpoint: Config, tensors and tokenizer.
+            copy: Whether the model gets copies of the tensors. False: it takes the tensors
+                themselves, which nobody else may use or change then, so that a big model needs its
+                memory once.
 
         Raises:
             ValueError: tensors are missing, unexpected, or of another shape than the config's.
         """
-        model = cls(checkpoint.config, checkpoint.tokenizer)
-        load_tensors(model, checkpoint.tensors, checkpoint.origin)
+        model = cls(checkpoint.config, checkpoint.tokenizer, device="meta")
+        assign_tensors(model, checkpoint.tensors, checkpoint.origin, copy)
         return model.eval()
 
     def to_checkpoint(self) -> Checkpoint:
@@ -146,6 +153,7 @@ class FileMixin(ModelParts):
         progress: bool = True,
         base_url: str | Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
+        sparse_weights: bool = False,
     ) -> Model:
         """Load a released model by name, or any in openai/circuit_sparsity's format, in eval mode.
 
@@ -156,17 +164,23 @@ class FileMixin(ModelParts):
         positions are those of the published circuits; and in half precision (``dtype``, default
         float32) AbsTopK keeps other channels here and there, which gives a warning
         (:func:`tl_sparse.analyses.changed_selections` counts them).
+
+        A model needs its memory once while it is loaded. With ``sparse_weights`` it then holds its
+        nonzeros alone; see :meth:`sparse_weights`.
         """
         if dtype is not None:
             check_dtype(dtype)
-        checkpoint = read_openai(place, strict, tokenizer, progress, base_url)
-        return cls._from_openai_checkpoint(checkpoint).to(device or "cpu", dtype)
+        model = cls._from_openai_checkpoint(
+            read_openai(place, strict, tokenizer, progress, base_url)
+        )
+        if sparse_weights:
+            hold_sparse(model)
+        return model.to(device or "cpu", dtype)
 
     @classmethod
     def _from_openai_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
-        model = cls.from_checkpoint(checkpoint)
         check_finite(checkpoint.tensors, checkpoint.origin)
-        return model
+        return cls.from_checkpoint(checkpoint, copy=False)  # just read, and nobody else's
 
     def to_openai(self, directory: str | Path, with_tokenizer: bool = True) -> None:
         """Write the model in openai/circuit_sparsity's format atomically.
@@ -239,3 +253,38 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     nn.Module.to(model, widest)  # not the model's own, which warns of half precision: it is stored
     model.load_state_dict(dict(tensors), strict=True)
+
+
+def assign_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, copy: bool
+) -> None:
+    """Make tensors the weights of a model that has none yet (on ``"meta"``), strictly.
+
+    The model takes the widest dtype among them. Each weight is a tensor of its own in memory, as
+    after :func:`load_tensors`: what shares memory with another, or is a view of more, is copied.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of the wrong shape, or no plain floats.
+    """
+    check_tensors(tensors, model.state_dict(), origin)
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    taken: set[int] = set()
+    state = {}
+    for name, given in tensors.items():
+        tensor = given.detach().to("cpu", widest)
+        storage = tensor.untyped_storage()
+        own = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+        if (
+            (copy and tensor.data_ptr() == given.data_ptr())
+            or not own
+            or storage.data_ptr() in taken
+        ):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.untyped_storage().data_ptr())
+        state[name] = tensor
+    model.load_state_dict(state, strict=True, assign=True)
+    for module in model.modules():  # the biases of models without any, which no file has
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=widest)
+    nn.Module.to(model, "cpu")

@@ -6,7 +6,7 @@ Each part that owns parameters is a :class:`Layer`, which can draw them anew.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ Logits = Float[Tensor, "batch pos d_vocab"]
 
 class Layer(nn.Module):
     """A part of the model with parameters of its own."""
+
+    MATRICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The matrices that the forward pass multiplies by → the parameters that each is made of."""
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__()
@@ -44,6 +47,20 @@ class Layer(nn.Module):
                     parameter.copy_(noise * (shrunk if name in ("W_O", "W_out") else std))
                 else:
                     parameter.fill_(1.0 if name == "w" else 0.0)
+
+    def multiply(
+        self, name: str, x: Float[Tensor, "... d_in"], bias: Float[Tensor, " d_out"]
+    ) -> Float[Tensor, "... d_out"]:
+        """``x`` times one of the matrices, plus a bias: the one place where this is done."""
+        return F.linear(x, self.matrix(name).T, bias)
+
+    def matrix(self, name: str) -> Float[Tensor, "d_in d_out"]:
+        """One of the matrices, as it is multiplied by."""
+        raise NotImplementedError(f"{type(self).__name__} has no matrix {name!r}")
+
+    def part(self, name: str, matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "..."]:
+        """The values of a parameter out of the matrix that it is a part of."""
+        raise NotImplementedError(f"{type(self).__name__} has no weight {name!r}")
 
     def add_bias(self, name: str, *shape: int) -> None:
         """A zero bias: a parameter, or a constant that TransformerLens' tools can still read."""
@@ -78,7 +95,9 @@ class PosEmbed(Layer):
         super().__init__(config)
         width = config.d_pos if config.concat_positions else config.d_model
         if config.positional_embedding_type == "sinusoidal_concat":
-            self.register_buffer("W_pos", sinusoids(config.n_ctx, width))
+            without_data = torch.empty(0).is_meta
+            table = torch.empty if without_data else sinusoids
+            self.register_buffer("W_pos", table(config.n_ctx, width))
         else:
             self.W_pos = nn.Parameter(torch.empty(config.n_ctx, width))
 
@@ -157,6 +176,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class MLP(Layer):
     """Two-layer MLP: reads the normalised residual stream, writes one delta to it."""
 
+    MATRICES: ClassVar = {"in": ("W_in", "W_in_pos"), "out": ("W_out",)}
     b_in: Tensor
     b_out: Tensor
 
@@ -176,9 +196,20 @@ class MLP(Layer):
     def forward(self, x: Float[Tensor, "batch pos d_in"]) -> Resid:
         """What the block adds to the residual stream."""
         read = self.hook_act_in(self.topk_in(x))
-        pre = self.hook_pre(F.linear(read, self.read_weight().T, self.b_in))
+        pre = self.hook_pre(self.multiply("in", read, self.b_in))
         post = hooked(self.hook_post, self.topk_neuron(self.act(pre)))
-        return self.topk_out(F.linear(post, self.W_out.T, self.b_out))
+        return self.topk_out(self.multiply("out", post, self.b_out))
+
+    def matrix(self, name: str) -> Float[Tensor, "d_in d_out"]:
+        """``in`` with the rows that read positions, or ``out``."""
+        return self.read_weight() if name == "in" else self.W_out
+
+    def part(self, name: str, matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "..."]:
+        """A weight out of its matrix."""
+        if name == "W_out":
+            return matrix
+        d_model = self.config.d_model
+        return matrix[:d_model] if name == "W_in" else matrix[d_model:]
 
     def read_weight(self) -> Float[Tensor, "d_in d_mlp"]:
         """W_in with the rows that read concatenated positions, if there are any."""
@@ -188,6 +219,7 @@ class MLP(Layer):
 class Unembed(Layer):
     """Residual stream to logits; tied, it holds no matrix of its own."""
 
+    MATRICES: ClassVar = {"U": ("W_U",)}
     b_U: Tensor
 
     def __init__(self, config: SparseTransformerConfig, embed: Embed) -> None:
@@ -207,7 +239,15 @@ class Unembed(Layer):
 
     def forward(self, resid: Resid) -> Logits:
         """Logits of the normalised residual stream."""
-        return F.linear(resid, self.W_U.T, self.b_U)
+        return self.multiply("U", resid, self.b_U)
+
+    def matrix(self, name: str) -> Float[Tensor, "d_in d_out"]:
+        """W_U."""
+        return self.W_U
+
+    def part(self, name: str, matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "..."]:
+        """W_U."""
+        return matrix
 
 
 class Bigram(Layer):

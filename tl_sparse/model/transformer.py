@@ -8,6 +8,7 @@ model besides is in the mixins.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -161,7 +162,8 @@ class SparseTransformer(
             tokenizer: A Hugging Face tokenizer; None: the model takes token ids only.
             move_to_device: False leaves the model on the CPU.
             default_padding_side: Where strings are padded; None: the tokenizer's own side.
-            device: Where the model is put, by default the CPU.
+            device: Where the model is put, by default the CPU. On ``"meta"`` it has sizes but no
+                weights, until ``load_state_dict(..., assign=True)`` brings them.
 
         Raises:
             TypeError: ``cfg`` is neither.
@@ -174,6 +176,16 @@ class SparseTransformer(
         self.is_caching, self.context_level = False, 0  # what HookedRootModule's hooks() expects
         self.config = config
         self.cfg = runtime_config(config)
+        without_weights = device is not None and torch.device(device).type == "meta"
+        with torch.device("meta") if without_weights else nullcontext():
+            self._add_parts(config)
+        self.set_tokenizer(tokenizer, default_padding_side)
+        self.setup()
+        if not without_weights:
+            self.init_weights()
+            self.to(device or "cpu")
+
+    def _add_parts(self, config: SparseTransformerConfig) -> None:
         self.hook_tokens = HookPoint()
         self.embed = Embed(config)
         self.hook_embed = HookPoint()
@@ -190,10 +202,6 @@ class SparseTransformer(
             self.bigram = Bigram(config)
             self.hook_bigram = HookPoint()
             self.adapter = NoBareReadout()
-        self.set_tokenizer(tokenizer, default_padding_side)
-        self.setup()
-        self.init_weights()
-        self.to(device or "cpu")
 
     def init_weights(self) -> None:
         """Draw every parameter anew from the config's seed; see ``Layer.reset_parameters``."""

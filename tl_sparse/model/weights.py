@@ -145,14 +145,53 @@ class WeightMixin(ModelParts):
         follow_weights(self.cfg, self.config, self.unembed.b_U.device, runtime_dtype(self))
         return self
 
+    def sparse_weights(self, max_density: float = 0.1) -> Any:
+        """Hold every matrix of the blocks, and the unembedding, as its nonzeros alone; returns
+        the model, which is changed in place.
+
+        For running and looking at big models in little memory: 8 bytes a nonzero (float32), in
+        place of 4 an entry. Hooks, caches, gradients of activations and saving work as before;
+        logits agree to rounding, by which AbsTopK may choose another of two nearly equal channels.
+        Weights cannot be changed or trained; reading one (``model.W_in``) makes it dense for the
+        moment. :meth:`dense_weights` is the way back.
+
+        Args:
+            max_density: Matrices with a larger share of nonzeros stay as they are.
+
+        Raises:
+            ValueError: ``max_density`` is no share.
+        """
+        from tl_sparse.model.sparse_weights import hold_sparse
+
+        hold_sparse(self, max_density)
+        return self
+
+    def dense_weights(self) -> Any:
+        """Hold every matrix with its zeros again: the inverse of :meth:`sparse_weights`."""
+        from tl_sparse.model.sparse_weights import hold_dense
+
+        hold_dense(self)
+        return self
+
     @property
     def n_params_total(self) -> int:
         """Entries of all parameters."""
-        return sum(p.numel() for p in self.parameters())
+        held = [x for m in self.modules() for x in vars(m).get("sparse", {}).values()]
+        return sum(p.numel() for p in self.parameters()) + sum(
+            x.shape[0] * x.shape[1] for x in held
+        )
+
+    def all_parameters(self) -> dict[str, Tensor]:
+        """Parameters by name, those held sparsely made dense."""
+        found: dict[str, Tensor] = dict(self.named_parameters())
+        for part, module in self.named_modules():
+            if "sparse" in vars(module):
+                found |= {f"{part}.{name}": x for name, x in module.weights().items()}
+        return found
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters by TransformerLens name, the tied unembedding included."""
-        parameters: dict[str, Tensor] = dict(self.named_parameters())
+        parameters = self.all_parameters()
         return parameters | {"unembed.W_U": self.unembed.W_U, "unembed.b_U": self.unembed.b_U}
 
     def blocks_with(self, submodule: str) -> list[tuple[int, Any]]:
@@ -201,7 +240,7 @@ class WeightMixin(ModelParts):
 
     def n_nonzero(self) -> dict[str, int]:
         """Exact L0 of every parameter, by name."""
-        return {name: int(torch.count_nonzero(p)) for name, p in self.named_parameters()}
+        return {name: int(torch.count_nonzero(p)) for name, p in self.all_parameters().items()}
 
     fold_layer_norm = refused("fold_layer_norm", PROCESSING)
     fold_value_biases = refused("fold_value_biases", PROCESSING)
