@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -117,17 +118,19 @@ def selected(
 @contextmanager
 def recorded(model: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
     """Inside the block, what AbsTopK lets pass is written down by its name."""
-    modules = dict(model.named_modules())
-
-    def keep(name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            found[name] = (output != 0).cpu()
-
-        return look
-
-    handles = [modules[name].register_forward_hook(keep(name)) for name in places(model)]
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(write_down, found, name))
+        for name in places(model)
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def write_down(
+    found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor
+) -> None:
+    """A forward hook of an AbsTopK: which channels are not zero behind it."""
+    found[name] = (output != 0).cpu()

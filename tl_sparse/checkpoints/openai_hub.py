@@ -37,9 +37,10 @@ with which both mean the same model."""
 SAME = {
     "hidden_size": "d_model", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
     "head_dim": "d_head", "intermediate_size": "d_mlp", "max_position_embeddings": "block_size",
-    "n_positions": "block_size", "n_ctx": "block_size",
+    "n_positions": "block_size", "n_ctx": "block_size", "hidden_act": "activation_type",
+    "activation_function": "activation_type",
 }  # fmt: skip
-"""Names that ``transformers`` has for sizes."""
+"""Names that ``transformers`` has for the same."""
 NEEDED = ("n_layer", "n_head", "d_model", "block_size", "vocab_size", "rms_norm", "activation_type",
           "afrac")  # fmt: skip
 """Keys without which a model could be loaded as another one: nobody published this layout's
@@ -47,9 +48,10 @@ defaults."""
 LIBRARY = {
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
     "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "prefix",
-    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tf_legacy_loss",
+    "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label",
+    "initializer_range", "is_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pad_token_id", "prefix", "problem_type", "return_dict",
+    "sep_token_id", "task_specific_params", "tf_legacy_loss",
     "tie_word_embeddings", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
     "use_bfloat16", "use_cache",
     # how text is generated
