@@ -22,6 +22,7 @@ from tl_sparse.circuits import (
     node_activations,
 )
 from tl_sparse.node import Node, node_mask
+from tl_sparse.nodes import top_examples
 
 SITES = (
     "attn_in",
@@ -242,6 +243,55 @@ def test_numbers_of_features(exported, circuit, activations):
     assert sum(line["freq_hist_data_bar_heights"]) == int((values != 0).sum())
     assert line["hookName"] == row.hook
     assert line["vectorLabel"] == row.name
+
+
+def test_examples_may_come_from_a_corpus(circuit, model, make_tokenizer, tmp_path):
+    corpus = torch.randint(3, 30, (12, 9), generator=torch.Generator().manual_seed(4))
+    names = circuit.nodes["name"].tolist()
+    found = top_examples(model, corpus, names, k=3, index=circuit.index, progress=False)
+    export_neuronpedia(circuit, tmp_path, "m", make_tokenizer(), found, top=2)
+    features = of_kind(tmp_path / "m", "features", "feature")
+    shown = of_kind(tmp_path / "m", "activations", "activation")
+    assert len(features) == circuit.n_nodes
+    by_node = {}
+    for line in shown:
+        by_node.setdefault((line["layer"], line["index"]), []).append(line)
+    row = circuit.nodes[circuit.nodes["site"] == "mlp_neuron"].iloc[0]
+    seen = {}
+    model.run_with_hooks(corpus, fwd_hooks=[(row.hook, lambda x, hook: seen.update(x=x.detach()))])
+    values = seen["x"][..., row.channel]
+    lines = by_node[f"{row.layer}-mlp", str(row.channel)]
+    assert max(line["maxValue"] for line in lines) == pytest.approx(float(values.max()))
+    assert min(line["minValue"] for line in lines) == pytest.approx(float(values.min()))
+    (feature,) = [f for f in features if f["vectorLabel"] == row["name"]]
+    assert feature["frac_nonzero"] == pytest.approx(float((values != 0).double().mean()))
+    assert sum(feature["freq_hist_data_bar_heights"]) == values.numel()
+    other = replace(found, run={**found.run, "model": "another"})
+    with pytest.raises(ValueError, match="of another model"):
+        export_neuronpedia(circuit, tmp_path / "x", "m", make_tokenizer(), other)
+
+
+def test_examples_may_be_a_table_such_as_a_payloads(circuit, make_tokenizer, tmp_path):
+    names = circuit.nodes["name"].tolist()
+    table = pd.DataFrame(
+        {
+            "node": [names[0], names[0], names[0], names[1]],
+            "tokens": [torch.tensor([3, 4]), torch.tensor([5, 6, 7]), [8], [9]],
+            "activations": [torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 0.0, 1.0]), [1.5], [0.0]],
+        }
+    )
+    export_neuronpedia(circuit, tmp_path, "m", make_tokenizer(), table, top=1)
+    shown = of_kind(tmp_path / "m", "activations", "activation")
+    assert [(x["tokens"], x["values"]) for x in shown] == [
+        (["w3", "w4"], [0.5, 2.0]), (["w5", "w6", "w7"], [-3.0, 0.0, 1.0]), (["w9"], [0.0]),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="lacks activations"):
+        export_neuronpedia(
+            circuit, tmp_path / "x", "m", make_tokenizer(), table.drop(columns="activations")
+        )
+    uneven = table.assign(tokens=[[1]] * 4)
+    with pytest.raises(ValueError, match="1 tokens and 2 activations"):
+        export_neuronpedia(circuit, tmp_path / "x", "m", make_tokenizer(), uneven)
 
 
 def test_the_same_circuit_gives_the_same_bytes(

@@ -14,24 +14,21 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.export import NodeActivations, check_activations, edge_table, node_table
+from tl_sparse.circuits.export import edge_table, node_table
+from tl_sparse.circuits.shown_activations import Shown, ShownExamples, shown_by
 from tl_sparse.sites import SITE_NAMES
 from tl_sparse.storage.atomic_write import atomic_folder
 
 BATCH = 1024
 """Features in a file, as Neuronpedia has them."""
-BINS = 50
 SETS = {name: "mlp" if name == "mlp_neuron" else name for name in SITE_NAMES}
 """Site → the second part of its sources' names."""
 MODEL_ID = re.compile(r"[a-z0-9._-]{1,128}")
@@ -42,7 +39,7 @@ def export_neuronpedia(
     folder: str | Path,
     model_id: str,
     tokenizer: PreTrainedTokenizerBase,
-    activations: NodeActivations | None = None,
+    examples: ShownExamples | None = None,
     top: int = 10,
     creator_id: str = "",
     set_suffix: str = "",
@@ -50,8 +47,8 @@ def export_neuronpedia(
     """Write a circuit's nodes, examples and edges as Neuronpedia's JSON lines.
 
     ``<folder>/<model_id>/<source>/features/batch-0.jsonl.gz`` has a line per kept node;
-    ``activations/batch-0.jsonl.gz`` the prompts with its largest and its smallest (for these
-    models: most negative) activations, as both signs mean something; and
+    ``activations/batch-0.jsonl.gz`` examples with its largest and with its most negative
+    activations, as both signs mean something; and
     ``<folder>/<model_id>/connections.jsonl`` a line per edge. What there is no number for is left
     empty. The folder appears when it is complete.
 
@@ -60,14 +57,16 @@ def export_neuronpedia(
         folder: Where to; an earlier export there is replaced.
         model_id: The model's name on Neuronpedia, such as "circuitgpt-python".
         tokenizer: Writes tokens as text.
-        activations: What :func:`~tl_sparse.circuits.node_activations` recorded of this circuit.
-        top: Prompts with the largest and with the smallest activations, at most so many of each.
+        examples: Where the nodes are active: what :func:`~tl_sparse.circuits.node_activations` or
+            ``nodes.top_examples`` recorded, or a table such as ``payload.samples``.
+        top: Examples with the largest and with the most negative activations, at most so many of
+            each.
         creator_id: Neuronpedia's id of whoever the lines are by.
         set_suffix: What is added to the sources' names, to tell circuits of one model apart.
 
     Raises:
-        ValueError: no such model name, activations of another circuit, a circuit over other hooks
-            than sites, or ``top`` below 1.
+        ValueError: no such model name, examples of another circuit or model or without its nodes, a
+            circuit over other hooks than sites, or ``top`` below 1.
         OSError: there is no room for it on the disk.
     """
     if not MODEL_ID.fullmatch(model_id):
@@ -76,7 +75,6 @@ def export_neuronpedia(
         raise ValueError(f"set_suffix={set_suffix!r:.80} must be of letters, digits, '_', '.', '-'")
     if top < 1:
         raise ValueError(f"top={top} must be at least 1")
-    check_activations(circuit, activations)
     nodes = node_table(circuit)
     other = sorted(set(nodes["site"]) - set(SETS))
     if other:
@@ -84,16 +82,29 @@ def export_neuronpedia(
                          f"are {', '.join(SETS)}")  # fmt: skip
     nodes["set"] = nodes["site"].map(SETS) + set_suffix
     nodes["source"] = nodes["layer"].astype(str) + "-" + nodes["set"]
+    look = shown_by(circuit, examples, top)
+
+    @cache
+    def text_of(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
     base = {"modelId": model_id} | ({"creatorId": creator_id} if creator_id else {})
     with atomic_folder(folder) as work:
         root = work / model_id
         for source, part in nodes.groupby("source", sort=False):
             for batch in range(0, len(part), BATCH):
-                some = part[batch : batch + BATCH]
+                rows = list(part[batch : batch + BATCH].itertuples())
+                found = [look(row.Index, row.name) for row in rows]
+                both = list(zip(rows, found, strict=True))
                 name = f"batch-{batch // BATCH}.jsonl.gz"
-                write_gzip(root / source / "features" / name, features(some, base, activations))
-                if activations is not None:
-                    lines = examples(some, base, activations, tokenizer, top)
+                lines = (feature(row, base, shown) for row, shown in both)
+                write_gzip(root / source / "features" / name, lines)
+                if any(shown.stretches for shown in found):
+                    lines = (
+                        line
+                        for row, shown in both
+                        for line in examples_of(row, base, shown, text_of, circuit.task)
+                    )
                     write_gzip(root / source / "activations" / name, lines)
         root.mkdir(exist_ok=True)
         with (root / "connections.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -101,66 +112,30 @@ def export_neuronpedia(
                 file.write(as_line(line))
 
 
-def features(
-    nodes: pd.DataFrame, base: dict[str, str], activations: NodeActivations | None
+def feature(row: Any, base: dict[str, str], shown: Shown) -> dict[str, Any]:
+    """A line of Neuronpedia's table Neuron."""
+    return base | {
+        "layer": row.source, "index": str(row.channel), "sourceSetName": row.set,
+        "hookName": row.hook, "vectorLabel": row.name, "hasVector": False, "vector": [],
+        "neg_str": [], "neg_values": [], "pos_str": [], "pos_values": [],
+        "maxActApprox": shown.largest, "frac_nonzero": shown.active,
+        "freq_hist_data_bar_heights": list(shown.counts),
+        "freq_hist_data_bar_values": list(shown.middles),
+    }  # fmt: skip
+
+
+def examples_of(
+    row: Any, base: dict[str, str], shown: Shown, text_of: Callable[[int], str], source: str
 ) -> Iterator[dict[str, Any]]:
-    """A line of Neuronpedia's table Neuron per node."""
-    for row in nodes.itertuples():
-        values = None if activations is None else activations.values[row.Index][activations.real]
-        yield base | {
-            "layer": row.source, "index": str(row.channel), "sourceSetName": row.set,
-            "hookName": row.hook, "vectorLabel": row.name, "hasVector": False, "vector": [],
-            "neg_str": [], "neg_values": [], "pos_str": [], "pos_values": [], **measured(values),
+    """Lines of Neuronpedia's table Activation."""
+    for number, (ids, values) in enumerate(shown.stretches):
+        line = base | {
+            "layer": row.source, "index": str(row.channel), "tokens": [text_of(i) for i in ids],
+            "values": values, "maxValue": max(values), "minValue": min(values),
+            "maxValueTokenIndex": values.index(max(values)), "dataSource": source,
         }  # fmt: skip
-
-
-def measured(values: Float[Tensor, " token"] | None) -> dict[str, Any]:
-    """Largest activation, share of tokens where it is not zero, and a histogram of the others."""
-    if values is None:
-        return {"maxActApprox": None, "frac_nonzero": 0.0, "freq_hist_data_bar_heights": [],
-                "freq_hist_data_bar_values": []}  # fmt: skip
-    active = values[values != 0].double()
-    heights, edges = torch.zeros(0), torch.zeros(1)
-    if len(active) and bool(active.max() > active.min()):
-        heights, edges = torch.histogram(active, BINS)
-    elif len(active):
-        heights, edges = torch.tensor([float(len(active))]), active[0].repeat(2)
-    return {
-        "maxActApprox": float(values.max()),
-        "frac_nonzero": float((values != 0).double().mean()),
-        "freq_hist_data_bar_heights": heights.tolist(),
-        "freq_hist_data_bar_values": ((edges[:-1] + edges[1:]) / 2).tolist(),
-    }
-
-
-def examples(
-    nodes: pd.DataFrame,
-    base: dict[str, str],
-    activations: NodeActivations,
-    tokenizer: PreTrainedTokenizerBase,
-    top: int,
-) -> Iterator[dict[str, Any]]:
-    """A line of Neuronpedia's table Activation per node and chosen prompt, each once: the largest
-    first, then the most negative."""
-    lengths = (activations.last + 1).tolist()
-    prompts = zip(activations.tokens.tolist(), lengths, strict=True)
-    texts = [[str(tokenizer.decode([i])) for i in row[:length]] for row, length in prompts]
-    for row in nodes.itertuples():
-        values = activations.values[row.Index]
-        most = values.masked_fill(~activations.real, -torch.inf).amax(1)
-        least = values.masked_fill(~activations.real, torch.inf).amin(1)
-        positive = most.argsort(descending=True, stable=True)[:top].tolist()
-        negative = least.argsort(stable=True)[:top].tolist()
-        for prompt in dict.fromkeys([*positive, *(i for i in negative if least[i] < 0)]):
-            found = values[prompt, : lengths[prompt]]
-            line = base | {
-                "layer": row.source, "index": str(row.channel), "tokens": texts[prompt],
-                "values": found.tolist(), "maxValue": float(found.max()),
-                "minValue": float(found.min()), "maxValueTokenIndex": int(found.argmax()),
-                "dataSource": activations.circuit.task,
-            }  # fmt: skip
-            digest = hashlib.sha256(json.dumps([line, prompt]).encode()).hexdigest()
-            yield {"id": f"c{digest[:24]}"} | line  # of a cuid's length
+        digest = hashlib.sha256(json.dumps([line, number]).encode()).hexdigest()
+        yield {"id": f"c{digest[:24]}"} | line  # of a cuid's length
 
 
 def connections(circuit: Circuit, model_id: str, set_suffix: str) -> Iterator[dict[str, Any]]:
