@@ -61,4 +61,6 @@ def test_curves_are_found_by_the_models_name(container):
     (root / "train_curves" / "csp_yolo2" / "progress.json").write_text('{"step": 3}\n')
     for place in ("csp_yolo2", "train_curves/csp_yolo2", "train_curves/csp_yolo2/progress.json"):
         assert train_curves(place, progress=False, base_url=base)["step"].tolist() == [3]
+    with pytest.raises(FileNotFoundError, match="did you mean csp_yolo2"):
+        train_curves("csp_yola2")
     assert train_curves(f"{base}/train_curves/csp_yolo2", progress=False)["step"].tolist() == [3]

@@ -155,6 +155,8 @@ def test_padding_is_cut_and_a_zero_within_a_prompt_is_kept(saved):
     ]  # fmt: skip
     assert read.lengths.tolist() == [3, 4, 3, 5]
     assert read_payload(saved(set_at("importances", "task_samples", None))).prompts == ()
+    empty = {"task_samples": (torch.zeros(2, 0).long(), {})}
+    assert parse_payload({"circuit_data": {}, "importances": empty}).lengths.tolist() == [0, 0]
 
 
 def test_prompts_are_decoded_on_demand(saved, tmp_path):

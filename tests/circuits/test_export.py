@@ -149,6 +149,9 @@ def test_what_cannot_be_exported(circuit, model, tokens, activations, tmp_path, 
     other = circuit_of_nodes(model, "marked", ~circuit.kept, circuit.means)
     with pytest.raises(ValueError, match="activations are of another circuit"):
         export_circuit(other, tmp_path, "csv", activations)
+    for last in (torch.tensor([8, 1]), torch.tensor([-1, 1]), torch.tensor([1])):
+        with pytest.raises(ValueError, match="last must be a place in each of the 2 prompts"):
+            node_activations(circuit, model, tokens, last=last)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         export_circuit(circuit, tmp_path / "out", "parquet")

@@ -205,6 +205,15 @@ def test_of_a_tied_pair_both_are_excluded(planted, marks, random_tokens):
     assert torch.nonzero(tied.exclude).flatten().tolist() == [q + 2, k + 2, v + 1]
 
 
+def test_excluded_nodes_may_be_named(planted, marks, random_tokens):
+    model, _ = planted()
+    means = activation_means(model, random_tokens)
+    run = set_up(model, marks, SEARCH, means=means, exclude=["0.attn.v:1", (1, "mlp_out", 2)])
+    assert torch.nonzero(run.exclude).flatten().tolist() == places_of(
+        means.index, {(0, "attn_v", 1), (1, "mlp_out", 2)}
+    )
+
+
 def test_exclusion_is_an_entry_a_node(planted, marks, random_tokens):
     model, _ = planted()
     means = activation_means(model, random_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from tl_sparse.checkpoints.openai_files import local_folder
-from tl_sparse.checkpoints.openai_models import FOLDERS, released_name
+from tl_sparse.checkpoints.openai_models import FOLDERS, places
 from tl_sparse.sites import NodeIndex, site
 from tl_sparse.storage.json_files import parse_json
 from tl_sparse.storage.read_file import read_lines
@@ -43,8 +44,9 @@ def local_file(
     """
     path = Path(place)
     if isinstance(place, str) and not path.exists():
-        if below and (model := released_name(place)) is not None:
-            place = f"{below}/{model}"
+        if below and re.fullmatch(r"[\w.-]+", place) and not place.endswith((".pt", ".json")):
+            (model, *_) = places(place, base_url)  # or says which models there are
+            place = f"{below}/{model.rpartition('/')[2]}"
         if "://" in place or place.split("/")[0] in FOLDERS:
             folder = place.removesuffix(f"/{name}")
             return local_folder(folder, (name,), (), progress, base_url) / name

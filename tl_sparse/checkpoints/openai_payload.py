@@ -129,8 +129,9 @@ class CircuitPayload:
         ``activation_means(model, payload.task_tokens, last=...)`` needs."""
         if self.task_tokens is None:
             return torch.zeros(0, dtype=torch.int64)
-        places = torch.arange(1, self.task_tokens.shape[1] + 1)
-        return torch.where(self.task_tokens != 0, places, 0).amax(1, keepdim=True).flatten()
+        n_prompts, width = self.task_tokens.shape
+        ends = torch.where(self.task_tokens != 0, torch.arange(1, width + 1), 0)
+        return torch.cat([torch.zeros(n_prompts, 1, dtype=torch.int64), ends], 1).amax(1)
 
     @property
     def prompts(self) -> tuple[Int[Tensor, " _"], ...]:

@@ -100,10 +100,16 @@ def node_activations(
         batch_size: Prompts of one forward pass.
 
     Raises:
-        ValueError: another model than the circuit's, no tokens, or a circuit whose hooks depend on
-            the prompts (see ``Circuit.hooks``) with ``alone``.
+        ValueError: another model than the circuit's, no tokens, a ``last`` that is no place in its
+            prompt, or a circuit whose hooks depend on the prompts (see ``Circuit.hooks``) with
+            ``alone``.
     """
     circuit.check_model(model)
+    if last is None:
+        last = torch.full((len(tokens),), tokens.shape[1] - 1)
+    if last.shape != tokens.shape[:1] or bool(((last < 0) | (last >= tokens.shape[1])).any()):
+        raise ValueError(f"last must be a place in each of the {len(tokens)} prompts, from 0 to "
+                         f"{tokens.shape[1] - 1}")  # fmt: skip
     index = circuit.index
     pieces = {hook: torch.nonzero(circuit.kept[piece].cpu()).flatten()
               for hook, piece in index.slices.items()}  # fmt: skip
@@ -119,8 +125,6 @@ def node_activations(
 
     with circuit.applied(model) if alone else nullcontext():
         each_activation(model, tokens, index, keep, batch_size)
-    if last is None:
-        last = torch.full((len(tokens),), tokens.shape[1] - 1)
     return NodeActivations(circuit, tokens.cpu(), last.cpu(), values, alone)
 
 
