@@ -247,6 +247,46 @@ def test_a_payload_of_little_is_shown(tmp_path):
     assert math.isnan(read.circuit_loss)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_at("circuit_data", None), "circuit_data must be a dict, not a NoneType"),
+        (set_at("circuit_data", {3: torch.zeros(1)}), "circuit_data must be a dict"),
+        (
+            set_at("circuit_data", "0.attn.q", torch.tensor([1, 1])),
+            "0.attn.q keeps a channel twice",
+        ),
+        (set_at("circuit_data", "0.attn.q", torch.tensor([1, -1])), "one below 0"),
+        (set_at("circuit_data", "0.attn.q", torch.tensor([1.0, 2.0])), "list of channels"),
+        (set_at("circuit_data", "0.attn.q", torch.zeros(2, 1).long()), "list of channels"),
+        (set_at("circuit_data", "0.attn.q", torch.zeros(1).long().expand(10**9)), "repeats"),
+        (set_at("circuit_data", "0.attn.q", [1, 2]), "0.attn.q must be a tensor, not a list"),
+        (set_at("importances", "ch_interv_losses", "0.attn.q", [1.0]), "do not fit its nodes"),
+        (set_at("importances", "ch_interv_losses", "0.attn.q", 1.0), "do not fit its nodes"),
+        (set_at("importances", "ch_interv_losses", "0.attn.q", ["a", "b"]), "must be a number"),
+        (set_at("importances", "loss", "low"), "loss must be a number, not 'low'"),
+        (set_at("importances", "loss", torch.zeros(3)), "loss must be a number"),
+        (set_at("importances", "loss", 10**400), "loss must be a number"),
+        (set_at("importances", "task_samples", (torch.zeros(3),)), r"must be tokens \[prompt, pos"),
+        (
+            set_at("importances", "task_samples", (torch.rand(2, 3),)),
+            r"must be tokens \[prompt, pos\], not torch.float32",
+        ),
+        (set_at("importances", []), "importances must be a dict, not a list"),
+        (set_at("all_loss", [1.0]), "all_loss must hold pairs"),
+        (set_at("all_loss", [(math.nan, 1.0)]), "cannot convert float NaN"),
+        (set_at("num_total_nodes", "many"), "num_total_nodes must be a number"),
+        (set_at("prune_config", [3]), "prune_config must be a dict"),
+        (set_at("prune_config", {"a": [[[[[[[[[[1]]]]]]]]]]}), "nested more than 8 deep"),
+    ],
+)
+def test_broken_payloads_are_one_clear_error(saved, change, message):
+    path = saved(change)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_payload(path)
+    assert "\n" not in str(caught.value)
+
+
 def entry(values):
     return values["importances"]["pair_data_connections"][0]
 
