@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,7 +309,7 @@ def test_a_model_is_fetched_to_a_folder_with_its_tokenizer(container, tmp_path):
     with pytest.raises(ValueError, match=r"final_model.pt has .* bytes, and had .* fetch it again"):
         SparseTransformer.from_openai(tmp_path / "out")
     with pytest.raises(ValueError, match="nothing to fetch"):
-        fetch_model(str(tmp_path / "out"))
+        fetch_model(str(root / "models" / "csp_yolo2"))
     with pytest.raises(ValueError, match=r"'\.\./x' is no name of a file"):
         fetch_model("csp_yolo2", tmp_path / "out", ["../x"], base, False)
     (tmp_path / "out" / "tl_sparse_manifest.json").unlink()
@@ -316,6 +317,20 @@ def test_a_model_is_fetched_to_a_folder_with_its_tokenizer(container, tmp_path):
         ValueError, match=r"holds beeg_config.json.* not fetched by tl_sparse: move"
     ):
         fetch_model("csp_yolo2", tmp_path / "out", (), base, False)
+
+
+def test_folders_that_a_model_cannot_be_fetched_to(container, tmp_path, monkeypatch):
+    base, _, _ = container
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; choose a folder"):
+        fetch_model("csp_yolo2", tmp_path / "file", (), base, False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "empty").mkdir()
+    fetch_model("csp_yolo2", Path(), (), [str(tmp_path / "empty"), base], False)
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {
+        *MODEL, "vocab.bpe", "encoder.json", "tl_sparse_manifest.json",
+    }  # fmt: skip
 
 
 def test_mirrors_are_tried_in_turn(container, tmp_path, monkeypatch):

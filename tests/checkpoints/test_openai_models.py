@@ -68,6 +68,7 @@ LIST = "<EnumerationResults><Blobs>{}</Blobs><NextMarker>{}</NextMarker></Enumer
         (LIST.format(ENTRY.format("9" * 5000), ""), "of '9999"),
         (LIST.format("<Blob/>", ""), "a file '' of '' bytes"),
         (LIST.format("", "again"), "leads in a circle"),
+        (LIST.format("<Blob><Name>a&#13;b</Name></Blob>", ""), "a file 'a.rb' of"),
         ("\x00", "no list of a container"),
     ],
 )  # fmt: skip

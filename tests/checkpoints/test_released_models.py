@@ -145,6 +145,11 @@ def test_causal_masks_of_models_that_were_saved_again_are_no_surplus(write, prom
             load(write(YOLO2, state | wrong, f"wrong{i}"))
 
 
+def test_a_long_context_asks_for_no_mask_that_the_file_does_not_hold(write):
+    config = BASE | {"block_size": 200_000, "d_model": 4, "n_layer": 1, "vocab_size": 3}
+    assert load(write(config, random_state(config))).config.n_ctx == 200_000
+
+
 def test_files_in_double_precision_become_float32(write, prompts):
     state = random_state(YOLO2)
     model = load(write(YOLO2, {name: tensor.double() for name, tensor in state.items()}))

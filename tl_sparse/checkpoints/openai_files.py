@@ -26,6 +26,7 @@ from tl_sparse.storage.manifest import changed_files, check_name, read_manifest,
 from tl_sparse.storage.tokenizer_files import read_tokenizer
 from tl_sparse.storage.torch_files import archive_fault
 
+LOCK = ".tl_sparse.lock"
 TOKENIZER_FOLDER = "tinypython"
 """Where the released models' tokenizer lies, beside ``models``."""
 TOKENIZER_VARIABLE = "TINYPYTHON_TOK_DIR"
@@ -134,12 +135,14 @@ def download(
         FileNotFoundError: a required file is not there, or the server does not answer.
         BrokenAtSource: a required file is broken on the server itself.
     """
-    with wait_for_lock(folder.with_name(f".{folder.name}.lock"), progress):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_drafts(folder, r".*\.json")
-        for name in changed_files(folder) if again else ():
-            (folder / name).unlink(missing_ok=True)
-        try:
+    in_cache = folder.parent == default_cache_dir() / "openai"
+    lock = folder.with_name(f".{folder.name}.lock") if in_cache else folder / LOCK
+    try:
+        with wait_for_lock(lock, progress):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_drafts(folder, r".*\.json")
+            for name in changed_files(folder) if again else ():
+                (folder / name).unlink(missing_ok=True)
             for name in (*required, *optional):
                 manifest = read_manifest(folder)
                 known = name in manifest.faults or name in set(manifest.absent) - set(required)
@@ -149,9 +152,9 @@ def download(
                     if name in required:
                         raise BrokenAtSource(f"{fault} (delete {folder} to fetch it all the same)")
                     warnings.warn(fault, stacklevel=2)
-        finally:
-            with suppress(OSError):
-                folder.rmdir()  # if nothing has come
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing has come
     return folder
 
 
@@ -295,16 +298,20 @@ def fetch_model(
     for name in files:
         check_name(name)
     if out is not None:
+        out = out.resolve()
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; choose a folder")
         known = read_manifest(out).files
         mine = [n for n in (*required, *FILES) if (out / n).exists() and n not in known]
         if mine:
             raise ValueError(f"{out} holds {', '.join(mine)}, not fetched by tl_sparse: move them")
     errors: list[Exception] = []
     for address in places(place, base_url):
-        if "://" not in address:
-            raise ValueError(f"{address} is a folder of this machine: there is nothing to fetch")
-        folder = cache_of(address) if out is None else out
         try:
+            if "://" not in address:
+                here = checked_folder(Path(address), required)
+                raise ValueError(f"{here} is a folder of this machine: there is nothing to fetch")
+            folder = cache_of(address) if out is None else out
             download(address, folder, required, FILES, progress, again=True)
             base, _, kind = address.rpartition("/")[0].rpartition("/")
             if kind == "models" and not (folder / FILES[0]).is_file():

@@ -72,7 +72,13 @@ def page(text: bytes, origin: str) -> tuple[dict[str, int], str]:
         for blob in root.iterfind("Blobs/Blob"):
             name = blob.findtext("Name") or ""
             size = blob.findtext("Properties/Content-Length") or ""
-            if not name or not size.isascii() or not size.isdigit() or len(size) > 15:
+            if (
+                not name
+                or not name.isprintable()
+                or not size.isascii()
+                or not size.isdigit()
+                or len(size) > 15
+            ):
                 raise ValueError(f"a file {name!r:.80} of {size!r:.80} bytes")
             files[name] = int(size)
     except (ValueError, ET.ParseError) as error:

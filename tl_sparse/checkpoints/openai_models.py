@@ -180,7 +180,7 @@ def openai_models(
     found: dict[str, dict[str, int]] = {}
     for path, size in listed(bases(base_url), "models/").items():
         _, model, *rest = path.split("/", 2)
-        if rest:
+        if rest and rest[0]:
             found.setdefault(model, {})[rest[0]] = size
     return OpenAIModels(listed=found)
 

@@ -185,10 +185,12 @@ def tensors_from_openai(
 def drop_causal_masks(config: SparseTransformerConfig, left: dict[str, Tensor]) -> None:
     """Remove the causal masks from tensors: models that were saved again with ``flash=False`` hold
     one a layer, [1, 1, n_ctx, n_ctx]. Anything else of that name stays."""
-    expected = torch.ones(1, 1, config.n_ctx, config.n_ctx).tril()
-    for layer in range(config.n_layers):
-        name = f"transformer.h.{layer}.attn.bias"
-        if name in left and torch.equal(left[name].float(), expected):
+    names = [f"transformer.h.{layer}.attn.bias" for layer in range(config.n_layers)]
+    for name in names:
+        mask = left.get(name)
+        # the shape first: a causal mask is large, and is made only where the file holds one
+        fits = mask is not None and mask.shape == (1, 1, config.n_ctx, config.n_ctx)
+        if mask is not None and fits and torch.equal(mask.float(), torch.ones(mask.shape).tril()):
             del left[name]
 
 

@@ -17,7 +17,7 @@ import shutil
 import socket
 import ssl
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -147,7 +147,9 @@ def attempt(address: str, path: Path, progress: bool) -> Fetched:
             elif first_byte(response) != have or not found.same_as(version):
                 forget(path)
                 raise BrokeOff("the server gave another part than the one that is missing")
-            version = found
+            # for a part the server may not state it again
+            md5 = found.md5 or (version.md5 if have and version is not None else "")
+            version = replace(found, md5=md5)
             receive(response, part, have, version.bytes, progress)
     size = size_of(part)
     if version.bytes is not None and size < version.bytes:
