@@ -79,6 +79,8 @@ def test_a_model_without_the_final_streams_means(model, released, save):
     assert means_from_openai(save(released), model).index.sites == BLOCK_SITES
     with pytest.raises(ValueError, match="it has no means at final_resid"):
         means_from_openai(save(released), model, sites=ALL)
+    with pytest.raises(ValueError, match="no means of embed; choose from attn_in"):
+        means_from_openai(save(released), model, sites=("embed", "attn_in"))
 
 
 def test_locations_that_do_not_fit_are_named(model, released, save):

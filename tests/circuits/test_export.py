@@ -292,6 +292,9 @@ def test_examples_may_be_a_table_such_as_a_payloads(circuit, make_tokenizer, tmp
         export_neuronpedia(
             circuit, tmp_path / "x", "m", make_tokenizer(), table.drop(columns="activations")
         )
+    nan = table.assign(activations=[[float("nan")] * len(x) for x in table["activations"]])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        export_neuronpedia(circuit, tmp_path / "x", "m", make_tokenizer(), nan)
     uneven = table.assign(tokens=[[1]] * 4)
     with pytest.raises(ValueError, match="1 tokens and 2 activations"):
         export_neuronpedia(circuit, tmp_path / "x", "m", make_tokenizer(), uneven)

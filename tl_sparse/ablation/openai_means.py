@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation.means import ActivationMeans
 from tl_sparse.checkpoints.openai_artifacts import local_file, locations
-from tl_sparse.sites import BLOCK_SITES, SITES, NodeIndex
+from tl_sparse.sites import BLOCK_SITES, SITES, NodeIndex, site
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.read_file import read_bytes
 from tl_sparse.storage.torch_files import MAX_BYTES, check_plain, read_pt
@@ -56,6 +56,11 @@ def means_from_openai(
         raise ValueError(f"{path} must hold a dict of means by location")
     if sites is None:
         sites = BLOCK_SITES + tuple(s.name for s in SITES if s.optional and s.openai in values)
+    if unnamed := [name for name in sites if not site(name).openai]:
+        raise ValueError(
+            f"the release has no means of {', '.join(unnamed)}; choose from "
+            f"{', '.join(row.name for row in SITES if row.openai)}"
+        )
     index = NodeIndex.of(model, sites)
     places = locations(index)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -135,4 +136,6 @@ def as_lists(table: pd.DataFrame) -> Iterator[Stretch]:
         ids, values = [int(i) for i in tokens], [float(x) for x in activations]
         if not ids or len(ids) != len(values):
             raise ValueError(f"an example has {len(ids)} tokens and {len(values)} activations")
+        if not all(map(math.isfinite, values)):
+            raise ValueError("an example has activations that are NaN or infinite")
         yield ids, values
