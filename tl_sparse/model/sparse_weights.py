@@ -6,6 +6,8 @@ multiplies sparsely. Embedding, bigram table, norms and biases stay as they are.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,6 +179,14 @@ def hold_sparse(model: nn.Module, max_density: float = 0.1) -> None:
         if held:
             module.__class__ = kind
             vars(module)["sparse"] = held
+    return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the system: glibc keeps pieces of less than 32 MB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 @torch.no_grad()

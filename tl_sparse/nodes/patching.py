@@ -206,8 +206,8 @@ def patch_nodes(
 
     Patches share forward passes. In a ``SparseTransformer`` a run begins at its first patched node,
     and where only the ends of prompts are patched, these alone are run, on the recorded keys and
-    values of the rest; results agree with single runs to rounding. Every other model of
-    TransformerLens runs in full.
+    values of the rest; results agree with single runs to rounding, by which AbsTopK may choose
+    another of two nearly equal channels. Every other model of TransformerLens runs in full.
 
     Args:
         model: A ``SparseTransformer``, ``HookedTransformer`` or ``TransformerBridge``.

@@ -17,9 +17,12 @@ class NotFinite(ValueError):
 
 def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Name → how many of its values are NaN or infinite, of the tensors that have any."""
-    return {
-        name: int((~x.isfinite()).sum()) for name, x in tensors.items() if not x.isfinite().all()
-    }
+    return {name: int((~x.isfinite()).sum()) for name, x in tensors.items() if not all_finite(x)}
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite; in one pass, without another tensor of that size."""
+    return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
 @torch.no_grad()
