@@ -7,7 +7,7 @@ from tests.conformance.models import build, theirs
 from tests.nodes.weights_by_hand import every_weight, later_reads
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.nodes import NodeGraph
+from tl_sparse.nodes import NodeGraph, readers, trace
 
 
 def test_every_nonzero_weight_is_one_edge(sparse_model):
@@ -56,9 +56,11 @@ def test_a_graph_of_other_weights_is_refused(small_model):
     with torch.no_grad():
         model.blocks[1].mlp.W_in[3, 4] = 1.0
     with pytest.raises(ValueError, match=r"changed since .*mlp\.W_in was written.*NodeGraph\.of"):
-        graph.step(np.array([0]), "forward")
+        readers(graph, "token:0")
     with pytest.raises(ValueError, match="changed since"):
         graph.to_networkx()
+    with pytest.raises(ValueError, match="changed since"):
+        trace(graph, "token:0")
     graph = NodeGraph.of(model)
     model.double()
     with pytest.raises(ValueError, match="changed since"):

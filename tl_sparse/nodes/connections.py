@@ -84,7 +84,8 @@ def connections(
 def asked_for(
     graph: NodeGraph, node: Nodes | int, direction: Direction
 ) -> tuple[Vertices, np.ndarray]:
-    """The vertices asked for, and their names (OpenAI's, then ours)."""
+    """The vertices asked for, and their names (OpenAI's, then ours), of a graph that is checked."""
+    graph.check()
     if is_channel(node):
         node = int(node)  # type: ignore[arg-type]
         # whatever reads a channel reads what is written first; whatever writes it is read last

@@ -268,10 +268,8 @@ class NodeGraph:
     def step(self, vertices: Vertices, direction: Direction) -> Connections:
         """Every weight that leads from these vertices (or back, to them), also through the stream.
 
-        Raises:
-            ValueError: the model changed.
+        Whether the model is still the same is not checked here: see :meth:`check`.
         """
-        self.check()
         which, near = self.linked(vertices, direction)
         first = self.first_out if direction == "forward" else self.first_in
         counts = first[near + 1] - first[near]
