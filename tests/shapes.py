@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 CHECKED = 2
-"""Calls of a function in a test whose shapes are checked: later turns of a loop are like its first."""
+"""Calls of a function in a test whose shapes are checked: the turns of a loop are alike."""
 CALLS: Counter[int] = Counter()
 """Function's id -> its calls in this test."""
 
