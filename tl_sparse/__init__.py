@@ -2,8 +2,19 @@
 
 from importlib.metadata import version
 
-from tl_sparse import analyses, circuits, data, faithfulness, ground_truth, nodes, studies, tasks
+from tl_sparse import (
+    analyses,
+    bridges,
+    circuits,
+    data,
+    faithfulness,
+    ground_truth,
+    nodes,
+    studies,
+    tasks,
+)
 from tl_sparse.ablation import ActivationMeans, ablation_hooks, activation_means, resample_sources
+from tl_sparse.bridges import BridgedPair, Bridges
 from tl_sparse.checkpoints.openai_models import openai_models
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune, prune_many
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
@@ -22,10 +33,11 @@ from tl_sparse.training.trainer import Trainer, TrainingResult
 __version__ = version("tl-sparse")
 
 __all__ = [
-    "ActivationDensity", "ActivationMeans", "Circuit", "FaithfulnessReport", "Node", "NodeIndex",
-    "PruningConfig", "PruningFailed", "SparseActivationCache", "SparseTransformer",
-    "SparseTransformerConfig", "SparsityConfig", "Trainer", "TrainingConfig", "TrainingResult",
-    "WeightMasks", "WeightProjector", "ablation_hooks", "activation_means", "analyses", "circuits",
-    "data", "evaluate", "faithful_prune", "faithfulness", "ground_truth", "nodes", "openai_models",
-    "prune", "prune_many", "resample_sources", "sparsify", "studies", "tasks",
+    "ActivationDensity", "ActivationMeans", "BridgedPair", "Bridges", "Circuit",
+    "FaithfulnessReport", "Node", "NodeIndex", "PruningConfig", "PruningFailed",
+    "SparseActivationCache", "SparseTransformer", "SparseTransformerConfig", "SparsityConfig",
+    "Trainer", "TrainingConfig", "TrainingResult", "WeightMasks", "WeightProjector",
+    "ablation_hooks", "activation_means", "analyses", "bridges", "circuits", "data", "evaluate",
+    "faithful_prune", "faithfulness", "ground_truth", "nodes", "openai_models", "prune",
+    "prune_many", "resample_sources", "sparsify", "studies", "tasks",
 ]  # fmt: skip

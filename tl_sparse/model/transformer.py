@@ -80,9 +80,27 @@ class Block(nn.Module):
         attention_mask: Bool[Tensor, "batch dest src"] | None = None,
     ) -> Float[Tensor, "row slot d_model"]:  # hooks may cut or put in positions
         """The residual stream after attention and MLP; ``pos_channels`` they read beside it."""
+        resid = self.attn_half(resid, pos_channels, past_kv_cache_entry, attention_mask)
+        return self.mlp_half(resid, pos_channels)
+
+    def attn_half(
+        self,
+        resid: Resid,
+        pos_channels: Float[Tensor, "batch pos d_pos"] | None = None,
+        past_kv_cache_entry: Any = None,
+        attention_mask: Bool[Tensor, "batch dest src"] | None = None,
+    ) -> Float[Tensor, "row slot d_model"]:
+        """The residual stream after attention: what goes to ``hook_resid_mid``."""
         resid = hooked(self.hook_resid_pre, resid)
         out = self.attn(*self.read_attn(resid, pos_channels), past_kv_cache_entry, attention_mask)
-        resid = self.add(resid, self.hook_attn_out(out), self.topk_resid_mid)
+        return self.add(resid, self.hook_attn_out(out), self.topk_resid_mid)
+
+    def mlp_half(
+        self,
+        resid: Float[Tensor, "row slot d_model"],
+        pos_channels: Float[Tensor, "batch pos d_pos"] | None = None,
+    ) -> Float[Tensor, "row slot d_model"]:
+        """The residual stream after the block, from that after its attention."""
         if not self.attn_only:
             resid = hooked(self.hook_resid_mid, resid)
             out = self.mlp(self.read_mlp(resid, pos_channels))

@@ -1,0 +1,8 @@
+"""Bridges between a dense and a sparse model's residual streams, and hybrids of the two."""
+
+from tl_sparse.bridges.bridges import Bridges as Bridges
+from tl_sparse.bridges.config import BridgesConfig as BridgesConfig
+from tl_sparse.bridges.pair import BridgedPair as BridgedPair
+from tl_sparse.bridges.pair import HybridPath as HybridPath
+from tl_sparse.bridges.pair import Streams as Streams
+from tl_sparse.bridges.places import BridgeSite as BridgeSite

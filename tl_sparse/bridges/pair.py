@@ -1,0 +1,343 @@
+"""``BridgedPair``: a dense and a sparse model that share their residual streams through bridges."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_sparse.bridges.bridges import Bridges
+from tl_sparse.bridges.config import BridgesConfig
+from tl_sparse.bridges.places import START
+from tl_sparse.bridges.segments import Hook, Segments
+from tl_sparse.storage.fingerprint import fingerprint
+
+Side = Literal["dense", "sparse"]
+OTHER: dict[Side, Side] = {"dense": "sparse", "sparse": "dense"}
+
+
+def check_side(side: str) -> None:
+    """ValueError unless it is one of the two models."""
+    if side not in OTHER:
+        raise ValueError(f"side={side!r} is unknown; choose from dense, sparse")
+
+
+@dataclass(frozen=True)
+class HybridPath:
+    """A way through the two models: where it starts, and at which sites it changes over."""
+
+    start: Side
+    """The model that reads the tokens."""
+    changes: tuple[str, ...] = ()
+    """Names of the sites at which the stream goes on in the other model, in order."""
+
+    def __post_init__(self) -> None:
+        check_side(self.start)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The models, in order: one more than ``changes``."""
+        return tuple(self.start if i % 2 == 0 else OTHER[self.start]
+                     for i in range(len(self.changes) + 1))  # fmt: skip
+
+    def __str__(self) -> str:
+        if not self.changes:
+            return self.start
+        letters = "→".join(side[0] for side in self.sides)
+        return f"{letters} at {', '.join(self.changes)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """One model's residual streams at every site, and its logits."""
+
+    resid: dict[str, Float[Tensor, "batch pos channel"]]
+    """By the site's name."""
+    logits: Float[Tensor, "batch pos d_vocab"]
+    """Of every next token."""
+
+
+class BridgedPair(nn.Module):
+    """Two models, bridges between them, and every hybrid of the two.
+
+    A hybrid forward pass runs one model up to a site, bridges its residual stream, and goes on in
+    the other one; it may change over again at later sites. Hooks of both models are reached under
+    ``dense.`` and ``sparse.``. Neither model is changed, and gradients flow through all of it: who
+    trains decides what is frozen.
+
+    Source: Gao et al. 2025 (arXiv 2511.13653), §2.3 and appendix A.3.
+    """
+
+    def __init__(self, dense: nn.Module, sparse: nn.Module, bridges: Bridges) -> None:
+        """Join two models.
+
+        Args:
+            dense: A SparseTransformer, HookedTransformer or TransformerBridge.
+            sparse: The same; usually a SparseTransformer.
+            bridges: Bridges made for models of these sizes.
+
+        Raises:
+            TypeError: a model is none of these.
+            ValueError: the models' vocabularies differ, the bridges are of other sizes, or they
+                say that they were made for other models.
+        """
+        super().__init__()
+        check_vocabularies(dense, sparse)
+        self.dense, self.sparse, self.bridges = dense, sparse, bridges
+        self._segments: dict[Side, Segments] = {
+            "dense": Segments(dense),
+            "sparse": Segments(sparse),
+        }
+        check_sizes(self._segments, bridges.config)
+        for side, expected in bridges.made_for.items():
+            if fingerprint(getattr(self, side)) != expected:
+                raise ValueError(
+                    f"these bridges were made for another {side} model, or it has changed since "
+                    "(weights, config or dtype); set bridges.made_for = {} to use them all the same"
+                )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, in the order of computation."""
+        return self.bridges.names
+
+    def model(self, side: Side) -> Any:
+        """The model of a side.
+
+        Raises:
+            ValueError: no such side.
+        """
+        check_side(side)
+        return getattr(self, side)
+
+    def hook(self, side: Side, site: str) -> str:
+        """Name of a model's hook that sees the residual stream at a site."""
+        found = self.bridges.site(site)
+        return found.dense_hook if side == "dense" else found.sparse_hook
+
+    def encode(self, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The dense model's streams in a cache as the sparse model's, by the sparse hooks' names.
+
+        Raises:
+            ValueError: the cache has none of the sites' hooks.
+        """
+        return self._bridged(cache, "dense")
+
+    def decode(self, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sparse model's streams in a cache as the dense model's, by the dense hooks' names.
+
+        Raises:
+            ValueError: the cache has none of the sites' hooks.
+        """
+        return self._bridged(cache, "sparse")
+
+    def bridge(
+        self, side: Side, site: str, x: Float[Tensor, "... channel"]
+    ) -> Float[Tensor, "... other_channel"]:
+        """A model's stream at a site as the other model's."""
+        return self.bridges.encode(site, x) if side == "dense" else self.bridges.decode(site, x)
+
+    def streams(
+        self, side: Side, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
+    ) -> Streams:
+        """One model's logits and its stream at every site, from one forward pass."""
+        places = {getattr(site, side): site.name for site in self.bridges.sites}
+        kept: dict[int, Tensor] = {}
+        run = self._segments[side].run(tokens, hooks=hooks, keep=places, kept=kept)
+        named = {site.name: kept[getattr(site, side)] for site in self.bridges.sites}
+        return Streams(named, run)
+
+    def tail(
+        self,
+        side: Side,
+        site: str,
+        resid: Float[Tensor, "batch pos channel"],
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        stop: str | None = None,
+        hooks: Sequence[Hook] = (),
+        keep: dict[str, Tensor] | None = None,
+    ) -> Float[Tensor, "batch pos width"]:
+        """A model run on from a site, to its logits or to a later site's stream.
+
+        Args:
+            side: Which model.
+            site: Where it begins.
+            resid: Its stream there: what :meth:`bridge` makes of the other model's, for example.
+            tokens: The tokens that the stream is of.
+            stop: The site to stop at; None: the logits.
+            hooks: Hooks of this model; those before the site are not called.
+            keep: Filled with the streams at all later sites up to the end, by name.
+        """
+        first = getattr(self.bridges.site(site), side)
+        last = None if stop is None else getattr(self.bridges.site(stop), side)
+        segments, kept = self._segments[side], {}
+        places = {} if keep is None else {s.name: getattr(s, side) for s in self.bridges.sites}
+        end = segments.end if last is None else last
+        at = {name: place for name, place in places.items() if first < place <= end}
+        out = segments.run(tokens, first, last, resid, hooks, tuple(at.values()), kept)
+        if keep is not None:
+            keep |= {name: kept[place] for name, place in at.items()}
+        return out
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], path: HybridPath | Side = "dense",
+        fwd_hooks: Sequence[Hook] = (),
+    ) -> Float[Tensor, "batch pos d_vocab"]:  # fmt: skip
+        """The logits along a path.
+
+        Args:
+            tokens: Ids; padding, if any, on the right.
+            path: ``"dense"``, ``"sparse"`` or a :class:`HybridPath`.
+            fwd_hooks: (name, function), the names with ``dense.`` or ``sparse.`` in front. A hook
+                is called where its model runs at that place.
+
+        Raises:
+            ValueError: an unknown site, sites that do not come one after the other, or a hook's
+                name without its model.
+        """
+        path = HybridPath(path) if isinstance(path, str) else path
+        numbers = [self.bridges.number(name) for name in path.changes]
+        if any(later <= sooner for sooner, later in itertools.pairwise(numbers)):
+            raise ValueError(f"the sites of path {path} must come one after the other")
+        hooks = self._hooks_of(fwd_hooks)
+        place, resid = START, None
+        for i, side in enumerate(path.sides):
+            at = path.changes[i] if i < len(path.changes) else None
+            stop = None if at is None else getattr(self.bridges.site(at), side)
+            out = self._segments[side].run(tokens, place, stop, resid, hooks[side])
+            if at is not None:
+                resid = self.bridge(side, at, out)
+                place = getattr(self.bridges.site(at), OTHER[side])
+        return out
+
+    def run_with_hooks(
+        self, tokens: Int[Tensor, "batch pos"], path: HybridPath | Side = "dense",
+        fwd_hooks: Sequence[Hook] = (),
+    ) -> Float[Tensor, "batch pos d_vocab"]:  # fmt: skip
+        """The same as calling the pair, by the name that TransformerLens' models have for it."""
+        out: Tensor = self(tokens, path, fwd_hooks)
+        return out
+
+    def run_with_cache(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        path: HybridPath | Side = "dense",
+        names_filter: Callable[[str], bool] | Collection[str] | None = None,
+        fwd_hooks: Sequence[Hook] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits along a path, and the activations of the halves of blocks that ran.
+
+        ``names_filter`` takes or lists names with ``dense.`` or ``sparse.`` in front; None: the
+        residual streams at the sites. Activations are detached.
+        """
+        if names_filter is None:
+            sites = self.bridges.sites
+            names_filter = {f"{side}.{self.hook(side, s.name)}" for side in OTHER for s in sites}
+        if callable(names_filter):
+            names = [name for name in self.hook_dict if names_filter(name)]
+        else:
+            names = list(names_filter)
+        cache: dict[str, Tensor] = {}
+
+        def keeper(name: str) -> Callable[..., None]:
+            def keep(x: Tensor, hook: Any = None) -> None:
+                cache[name] = x.detach()
+
+            return keep
+
+        readers = [(name, keeper(name)) for name in names]
+        return self.run_with_hooks(tokens, path, [*fwd_hooks, *readers]), cache
+
+    @property
+    def hook_dict(self) -> dict[str, nn.Module]:
+        """Every hook point of both models, under ``dense.`` and ``sparse.``."""
+        return {
+            f"{side}.{name}": point
+            for side in OTHER
+            for name, point in self.model(side).hook_dict.items()
+        }
+
+    @contextlib.contextmanager
+    def hooks(
+        self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = ()
+    ) -> Iterator[BridgedPair]:
+        """Hooks on both models inside a block, names with ``dense.`` or ``sparse.`` in front."""
+        forward, backward = self._hooks_of(fwd_hooks), self._hooks_of(bwd_hooks)
+        with contextlib.ExitStack() as stack:
+            for side in OTHER:
+                stack.enter_context(self.model(side).hooks(forward[side], backward[side]))
+            yield self
+
+    def _hooks_of(self, hooks: Sequence[Hook]) -> dict[Side, list[Hook]]:
+        found: dict[Side, list[Hook]] = {"dense": [], "sparse": []}
+        for name, fn in hooks:
+            side, _, inner = name.partition(".")
+            if side not in OTHER:
+                raise ValueError(f"hook {name!r} must begin with dense. or sparse.")
+            if inner not in self.model(side).hook_dict:
+                raise ValueError(f"the {side} model has no hook {inner!r}")
+            found[side].append((inner, fn))
+        return found
+
+    def _bridged(self, cache: Mapping[str, Tensor], side: Side) -> dict[str, Tensor]:
+        out = {
+            self.hook(OTHER[side], site.name): self.bridge(side, site.name, cache[name])
+            for site in self.bridges.sites
+            if (name := self.hook(side, site.name)) in cache
+        }
+        if not out:
+            hooks = ", ".join(self.hook(side, name) for name in self.sites)
+            raise ValueError(f"the cache has no residual stream at a bridge: give one of {hooks}")
+        return out
+
+    def __repr__(self) -> str:
+        names = " and ".join(type(self.model(side)).__name__ for side in OTHER)
+        return f"BridgedPair({names}, {self.bridges!r})"
+
+
+def check_vocabularies(dense: nn.Module, sparse: nn.Module) -> None:
+    """Refuse models whose tokens are not the same.
+
+    Raises:
+        ValueError: their vocabularies differ in size or in a token.
+    """
+    sizes = [(int(m.cfg.d_vocab), logits_of(m)) for m in (dense, sparse)]  # type: ignore[union-attr, arg-type]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the models' vocabularies differ: {sizes[0][0]} and {sizes[1][0]} tokens "
+            f"({sizes[0][1]} and {sizes[1][1]} logits); bridges need one tokenizer"
+        )
+    vocabularies = [t.get_vocab() for m in (dense, sparse) if (t := getattr(m, "tokenizer", None))]
+    if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
+        other = sum(vocabularies[1].get(word) != i for word, i in vocabularies[0].items())
+        raise ValueError(
+            f"the models' tokenizers differ: {other} of {len(vocabularies[0])} tokens have another "
+            "id, or none, in the other model; bridges need one tokenizer"
+        )
+
+
+def logits_of(model: Any) -> int:
+    """Logits that a model has for every token."""
+    out = getattr(model.cfg, "d_vocab_out", None)
+    return int(model.cfg.d_vocab if out in (None, -1) else out)
+
+
+def check_sizes(segments: Mapping[Side, Segments], config: BridgesConfig) -> None:
+    """ValueError unless bridges are for models of these sizes."""
+    for side, end in segments.items():
+        width = int(end.model.cfg.d_model)  # type: ignore[union-attr, arg-type]
+        wanted = getattr(config, f"d_{side}"), getattr(config, f"n_{side}")
+        if (width, end.n_layers) != wanted:
+            raise ValueError(
+                f"the bridges are for a {side} model of {wanted[1]} layers of {wanted[0]} "
+                f"channels; this one has {end.n_layers} of {width}"
+            )
+        if config.mid and not end.has_mid:
+            raise ValueError(f"the {side} model has no stream between attention and MLP: make the "
+                             "bridges with mid=False")  # fmt: skip
