@@ -9,6 +9,7 @@ from tl_sparse import (
     data,
     faithfulness,
     ground_truth,
+    heads,
     nodes,
     studies,
     tasks,
@@ -38,6 +39,6 @@ __all__ = [
     "SparseActivationCache", "SparseTransformer", "SparseTransformerConfig", "SparsityConfig",
     "Trainer", "TrainingConfig", "TrainingResult", "WeightMasks", "WeightProjector",
     "ablation_hooks", "activation_means", "analyses", "bridges", "circuits", "data", "evaluate",
-    "faithful_prune", "faithfulness", "ground_truth", "nodes", "openai_models", "prune",
+    "faithful_prune", "faithfulness", "ground_truth", "heads", "nodes", "openai_models", "prune",
     "prune_many", "resample_sources", "sparsify", "studies", "tasks",
 ]  # fmt: skip

@@ -13,12 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from sklearn.metrics import (
-    average_precision_score,
-    precision_recall_curve,
-    roc_auc_score,
-    roc_curve,
-)
 from torch import Tensor
 
 from tl_sparse.heads.component import Component, ComponentName, places
@@ -44,12 +38,16 @@ class Agreement:
     @property
     def auc(self) -> float:
         """Area under the ROC curve: how often a true component scores higher than another."""
+        from sklearn.metrics import roc_auc_score  # slow to import
+
         return float(roc_auc_score(self.true.numpy(), self.scores.numpy()))
 
     @property
     def average_precision(self) -> float:
         """Precision, averaged over the true components; a random ranking has the share of true
         ones."""
+        from sklearn.metrics import average_precision_score  # slow to import
+
         return float(average_precision_score(self.true.numpy(), self.scores.numpy()))
 
     @property
@@ -74,6 +72,8 @@ class Agreement:
     @property
     def best_f1(self) -> float:
         """F1 at the threshold that is best for it: nobody knows that one without the truth."""
+        from sklearn.metrics import precision_recall_curve  # slow to import
+
         precision, recall, _ = precision_recall_curve(self.true.numpy(), self.scores.numpy())
         both = precision + recall
         return float(np.max(2 * precision * recall / np.where(both > 0, both, 1)))
@@ -82,12 +82,16 @@ class Agreement:
     def pseudo_f1(self) -> float:
         """What the paper calls F1: the harmonic mean of the true positive rate and one minus the
         false positive rate, at the threshold that is best for it."""
+        from sklearn.metrics import roc_curve  # slow to import
+
         false_rate, true_rate, _ = roc_curve(self.true.numpy(), self.scores.numpy())
         both = true_rate + 1 - false_rate
         return float(np.max(2 * true_rate * (1 - false_rate) / np.where(both > 0, both, 1)))
 
     def curves(self) -> pd.DataFrame:
         """The points of both curves: curve (``roc`` or ``precision_recall``), x, y."""
+        from sklearn.metrics import precision_recall_curve, roc_curve  # slow to import
+
         false_rate, true_rate, _ = roc_curve(
             self.true.numpy(), self.scores.numpy(), drop_intermediate=False
         )

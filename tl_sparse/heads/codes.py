@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
 from torch import Tensor
 
 from tl_sparse.heads.component import Component
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 CodeKind = Literal["argmax", "top", "sign"]
 ABSENT = -1
@@ -71,6 +73,8 @@ class Codes:
     @cached_property
     def incidence(self) -> sparse.csc_array:
         """Prompts × symbols that occur, in the order of the components: 1 where a prompt has it."""
+        from scipy import sparse  # slow to import
+
         prompt, component, part = np.nonzero(self.symbols >= 0)
         _, column = np.unique(self.symbols[prompt, component, part], return_inverse=True)
         ones = np.ones(len(prompt), dtype=np.float32)

@@ -19,17 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy import sparse
-from scipy.special import xlogy
 from torch import Tensor
 
 from tl_sparse.heads.codes import Codes
 from tl_sparse.heads.component import Component
-from tl_sparse.heads.scores import symbol_scores
+from tl_sparse.heads.scores import DIGITS, symbol_scores, x_log_x
 from tl_sparse.views import frame_html, heat_map
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from scipy import sparse
 
 EdgeScore = Literal["synergy", "mi", "unique", "normalised"]
 EDGE_SCORES: tuple[EdgeScore, ...] = get_args(EdgeScore)
@@ -170,15 +169,15 @@ def pair_scores(codes: Codes, score: EdgeScore, wanted: np.ndarray) -> np.ndarra
                 found = np.divide(found, kinds, out=np.zeros_like(found), where=kinds > 0)
         else:
             N, N1 = of_pair(c), of_pair(a)
-            inside = of_pair(xlogy(a, a) + xlogy(c - a, c - a) - xlogy(c, c))
-            of_label = xlogy(N, N) - xlogy(N1, N1) - xlogy(N - N1, N - N1)
+            inside = of_pair(x_log_x(a) + x_log_x(c - a) - x_log_x(c))
+            of_label = x_log_x(N) - x_log_x(N1) - x_log_x(N - N1)
             symbols = of_pair(np.ones(len(pair)))
             found = np.divide(
                 inside + of_label - (symbols - 1) / 2, N, out=np.zeros_like(N), where=N > 0
             )
             if score == "synergy":
                 found -= alone[here, None] + alone[None]
-        scores[here] = found
+        scores[here] = np.round(found, DIGITS)
     return scores
 
 
@@ -190,6 +189,8 @@ def cooccurrence(
     Yields the source symbols, their counts with all other symbols of wanted pairs as a sparse
     matrix, and, entry by entry of this, how many of these are on positive prompts.
     """
+    from scipy import sparse
+
     occurs = codes.incidence.tocsr()
     owner = codes.component_of
     labels = codes.positive.cpu().numpy()

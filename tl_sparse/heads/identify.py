@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 
 from tl_sparse.ablation import activation_means
@@ -207,6 +206,8 @@ def identify(
     Raises:
         ValueError: an unknown score, labels of another number or all alike, or values out of range.
     """
+    from scipy.stats import false_discovery_control  # slow to import
+
     started = time.perf_counter()
     if score not in (*SCORES, VOTES):
         raise ValueError(f"score={score!r}: choose from {', '.join((*SCORES, VOTES))}")
