@@ -240,3 +240,13 @@ def test_hooks_work_on_half_precision_and_with_gradients(small_model, many):
     logits.float().sum().backward()
     assert model.W_U.grad.abs().sum() > 0
     assert model.blocks[0].attn.W_Q.grad.abs().sum() == 0
+
+
+def test_adding_hooks_formats_no_tensor(any_model, many, monkeypatch):
+    # TransformerLens names each hook that it adds by its repr: a tensor's takes longer than a run
+    index = NodeIndex.of(any_model)
+    values, gates = torch.zeros(index.n_nodes), torch.full((1, index.n_nodes), 0.5)
+    hooks = ablation_hooks(index, kept(index, False), values)
+    hooks += gated_ablation_hooks(index, gates, values[None])
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda self, **_: pytest.fail("formatted"))
+    any_model.run_with_hooks(many, fwd_hooks=hooks)

@@ -24,7 +24,7 @@ Replacement = Float[Tensor, " node"] | ResampleSources
 """What removed nodes are set to: a value each, or their activations on other sequences."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # TransformerLens asks for the repr of every hook that it adds
 class Intervention:
     """Hook function: ``mask * x + (1 - mask) * value``, for one mask or several side by side.
 

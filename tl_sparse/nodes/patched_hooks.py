@@ -47,7 +47,7 @@ class Layout:
         return prompt, chosen, torch.zeros_like(prompt)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Put:
     """Hook function: some channels at the chosen positions of some copies are set."""
 
@@ -66,7 +66,7 @@ class Put:
         return x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Read:
     """Hook function: some channels at the chosen positions of all copies are kept."""
 
