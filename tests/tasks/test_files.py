@@ -120,7 +120,7 @@ def test_long_prompts_lose_lines_and_those_that_cannot_are_errors(path, tokenize
         ("[1]", "not an object with the keys prompts and answers"),
         ('{"answers": ["a", "b"]}', "no key 'prompts'"),
         ('{"prompts": ["a", "b"]}', "no key 'answers'"),
-        (line(2, notes=""), "unknown key 'notes': choose from prompts, answers, split"),
+        (line(2, notes=""), "unknown key 'notes': choose from prompts, answers, incorrect, split"),
         (line(2, prompts=["a", "b", "c"]), "prompts must be a list of two texts"),
         (line(2, prompts=["a", 1]), "prompts must be a list of two texts"),
         (line(2, answers=["", "b"]), "answers must be a list of two texts that are not empty"),
@@ -208,3 +208,19 @@ def test_a_failed_write_leaves_nothing_and_the_old_file(path, tokenizer):
         to_jsonl(tasks.get("bracket_brace", tokenizer, 5), path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_pair_can_have_incorrect_answers_of_its_own(path, tokenizer):
+    written(path, line(1, incorrect=[",", ","], split="train"), line(2, split="train"))
+    task = from_jsonl(path, tokenizer)
+    batch = task.batch(2, split="train", seed=0)
+    comma, bracket, newline = tokenizer.encode(",") + tokenizer.encode("]\n")
+    found = dict(zip(batch.prompts, batch.incorrect_token.tolist(), strict=True))
+    assert found == {
+        "x = [[1]": comma, "x = [1]": comma, "x = [[2]": newline, "x = [2]": bracket
+    }  # fmt: skip
+    to_jsonl(task, path.with_name("again.jsonl"), n_pairs=2)
+    again = from_jsonl(path.with_name("again.jsonl"), tokenizer).batch(2, split="train", seed=0)
+    assert dict(zip(again.prompts, again.incorrect_token.tolist(), strict=True)) == found
+    with pytest.raises(ValueError, match="an incorrect answer is the correct one"):
+        from_jsonl(written(path, line(1, incorrect=["]", ","])), tokenizer)

@@ -112,7 +112,9 @@ def answered(
 
 
 def again(pair: Pair, answers: tuple[str, str] | None) -> Pair:
-    """A pair with other answers; None swaps its own."""
+    """A pair with other answers; None swaps its own, correct and incorrect."""
+    if answers is None and pair.incorrect is not None:
+        return Pair(pair.prompts, pair.incorrect, pair.answers)
     return Pair(pair.prompts, pair.answers[::-1] if answers is None else answers)
 
 

@@ -5,10 +5,14 @@ from tl_sparse.heads.agreement import agreement as agreement
 from tl_sparse.heads.agreement import curves_figure as curves_figure
 from tl_sparse.heads.codes import Codes as Codes
 from tl_sparse.heads.component import Component as Component
+from tl_sparse.heads.contrastive import contrastive as contrastive
+from tl_sparse.heads.contrastive import contrastive_names as contrastive_names
+from tl_sparse.heads.contrastive import contrastive_task as contrastive_task
 from tl_sparse.heads.dataset import ContrastiveDataset as ContrastiveDataset
 from tl_sparse.heads.discrete_sae import DiscreteSAE as DiscreteSAE
 from tl_sparse.heads.edges import EdgeScores as EdgeScores
 from tl_sparse.heads.edges import score_edges as score_edges
+from tl_sparse.heads.files import contrastive_from_jsonl as contrastive_from_jsonl
 from tl_sparse.heads.identify import IdentifiedHeads as IdentifiedHeads
 from tl_sparse.heads.identify import identify as identify
 from tl_sparse.heads.outputs import HeadOutputs as HeadOutputs

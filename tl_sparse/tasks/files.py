@@ -4,6 +4,8 @@ One pair a line, an object with the keys
 
 - `prompts`: two texts, members A and B, without a beginning-of-text token;
 - `answers`: the correct next token of A and of B, as text, such as `["]", "\\n"]`;
+- `incorrect`: optional, an incorrect next token of A and of B; by default each has the other's
+  correct one;
 - `split`: optional, `"train"` or `"held_out"`.
 """
 
@@ -14,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.storage.atomic_write import atomic_file
@@ -26,7 +29,7 @@ MAX_LINE_BYTES: Final = 1_000_000
 MAX_PAIRS: Final = 100_000
 MAX_FILE_BYTES: Final = 100_000_000
 
-_KEYS: Final = frozenset({"prompts", "answers", "split"})
+_KEYS: Final = ("prompts", "answers", "incorrect", "split")
 _Line = tuple[Pair, Split | None]
 
 
@@ -159,12 +162,17 @@ def to_jsonl(task: Task, path: str | Path, *, n_pairs: int = 128, seed: int = 0)
             if stored is not None and not stored.of(split):
                 continue
             batch = task.batch(n_pairs, split=split, seed=seed)
-            rows = {
-                (batch.prompts[i : i + 2], batch.answers[i : i + 2]): None
-                for i in range(0, len(batch), 2)
-            }
-            for prompts, answers in rows:
-                line = {"prompts": prompts, "answers": answers, "split": split}
+            each_others = batch.correct_token.view(-1, 2).flip(1).flatten()
+            rows: dict[tuple[tuple[str, ...], ...], None] = {}
+            for i in range(0, len(batch), 2):
+                row = (batch.prompts[i : i + 2], batch.answers[i : i + 2])
+                wrong = batch.incorrect_token[i : i + 2]
+                if not torch.equal(wrong, each_others[i : i + 2]):
+                    row += (tuple(task.tokenizer.decode([j]) for j in wrong.tolist()),)
+                rows[row] = None
+            for row in rows:
+                line = dict(zip(("prompts", "answers", "incorrect"), row, strict=False))
+                line["split"] = split
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -173,16 +181,19 @@ def _parsed(text: bytes) -> _Line:
     row = parse_json(text, "the line")
     if not isinstance(row, dict):
         raise ValueError("not an object with the keys prompts and answers")
-    if unknown := sorted(set(row) - _KEYS):
-        raise ValueError(f"unknown key {unknown[0]!r}: choose from prompts, answers, split")
+    if unknown := sorted(set(row) - set(_KEYS)):
+        raise ValueError(f"unknown key {unknown[0]!r}: choose from {', '.join(_KEYS)}")
     prompts, answers = _two(row, "prompts"), _two(row, "answers")
     split = row.get("split")
     if "split" in row and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    return Pair(prompts, answers), split
+    incorrect = _two(row, "incorrect", distinct=False) if "incorrect" in row else None
+    if incorrect is not None and any(a == b for a, b in zip(answers, incorrect, strict=True)):
+        raise ValueError("an incorrect answer is the correct one")
+    return Pair(prompts, answers, incorrect), split
 
 
-def _two(row: dict[str, Any], key: str) -> tuple[str, str]:
+def _two(row: dict[str, Any], key: str, distinct: bool = True) -> tuple[str, str]:
     if key not in row:
         raise ValueError(f"no key {key!r}")
     value = row[key]
@@ -191,7 +202,7 @@ def _two(row: dict[str, Any], key: str) -> tuple[str, str]:
     first, second = value
     if not (isinstance(first, str) and isinstance(second, str) and first and second):
         raise ValueError(f"{key} must be a list of two texts that are not empty")
-    if first == second:
+    if distinct and first == second:
         raise ValueError(f"{key} are twice the same")
     if any("\ud800" <= sign <= "\udfff" for sign in first + second):
         raise ValueError(f"{key} have half a surrogate pair, which is no text")
@@ -199,4 +210,7 @@ def _two(row: dict[str, Any], key: str) -> tuple[str, str]:
 
 
 def _digest(pair: Pair) -> bytes:
-    return hashlib.sha256(json.dumps([pair.prompts, pair.answers]).encode()).digest()
+    parts = [pair.prompts, pair.answers]
+    if pair.incorrect is not None:
+        parts.append(pair.incorrect)
+    return hashlib.sha256(json.dumps(parts).encode()).digest()

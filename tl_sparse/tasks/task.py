@@ -29,7 +29,9 @@ class Pair:
     prompts: tuple[str, str]
     """Members A and B."""
     answers: tuple[str, str]
-    """The correct next token of each; either is wrong for the other."""
+    """The correct next token of each."""
+    incorrect: tuple[str, str] | None = None
+    """The incorrect next token of each; None if each has the other's correct one."""
 
 
 MakePair = Callable[[random.Random, Split], tuple[str, str] | Pair]
@@ -168,6 +170,8 @@ class _Encoded:
     second: tuple[int, ...]
     answers: tuple[str, str]
     answer_ids: tuple[int, int]
+    incorrect_ids: tuple[int, int] | None = None
+    """None: as the task has it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +270,7 @@ class Task:
 
     def check_pair(self, pair: Pair) -> None:
         """Raise `ValueError` unless this tokenizer and length can express the pair."""
-        for answer in pair.answers:
+        for answer in (*pair.answers, *(pair.incorrect or ())):
             single(self.name, answer, self.tokenizer)
         encoded = next(self._encoded([pair]))
         if encoded is None:
@@ -295,15 +299,18 @@ class Task:
             answers = pair.answers if isinstance(pair, Pair) else self.answers
             if answers is None:
                 raise ValueError(f"task {self.name!r} has no answers: its function returns a Pair")
-            answer_ids = self.answer_ids
+            answer_ids, incorrect_ids = self.answer_ids, None
             if isinstance(pair, Pair):
-                one, other = self._encode(list(answers))
-                answer_ids = (one[0], other[0]) if len(one) == len(other) == 1 else None
+                answer_ids = self._two_ids(answers)
+                incorrect_ids = None if pair.incorrect is None else self._two_ids(pair.incorrect)
             fitting = self._shortened(first, second)
-            if fitting is None or answer_ids is None:
+            split = isinstance(pair, Pair) and pair.incorrect is not None and incorrect_ids is None
+            if fitting is None or answer_ids is None or split:
                 yield None
             else:
-                yield _Encoded(tuple(fitting[0]), tuple(fitting[1]), answers, answer_ids)
+                yield _Encoded(
+                    tuple(fitting[0]), tuple(fitting[1]), answers, answer_ids, incorrect_ids
+                )
 
     def _check_answers(self, pairs: Sequence[tuple[str, str] | Pair]) -> None:
         """Raise `ValueError` if the tokenizer splits an answer of every pair."""
@@ -312,7 +319,7 @@ class Task:
             if not isinstance(pair, Pair):
                 raise ValueError(f"task {self.name!r} has no answers: its function returns a Pair")
             try:
-                for answer in pair.answers:
+                for answer in (*pair.answers, *(pair.incorrect or ())):
                     single(self.name, answer, self.tokenizer)
             except ValueError as error:
                 reason = reason or error
@@ -320,6 +327,11 @@ class Task:
                 return
         if reason is not None:
             raise reason
+
+    def _two_ids(self, texts: tuple[str, str]) -> tuple[int, int] | None:
+        """Ids of two answers; None if one of them is split."""
+        one, other = self._encode(list(texts))
+        return (one[0], other[0]) if len(one) == len(other) == 1 else None
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
         return self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -364,7 +376,11 @@ class Task:
             last=torch.tensor([len(start) + len(ids) - 1 for ids in members]),
             correct_token=torch.tensor([i for pair in pairs for i in pair.answer_ids]),
             incorrect_token=torch.tensor(
-                [i for p in pairs for i in self.incorrect_ids or p.answer_ids[::-1]]
+                [
+                    i
+                    for p in pairs
+                    for i in p.incorrect_ids or self.incorrect_ids or p.answer_ids[::-1]
+                ]
             ),
             prompts=tuple(self.tokenizer.batch_decode(members)),
             answers=tuple(answer for pair in pairs for answer in pair.answers),
