@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,12 +38,25 @@ from tl_sparse.storage.json_files import parse_json, read_json
 from tl_sparse.storage.read_file import read_lines
 from tl_sparse.storage.tensor_files import read_weights
 from tl_sparse.storage.torch_files import check_plain, read_pt
+from tl_sparse.training.objective import Companion
 
 METRICS, STATE, OPTIMIZER, MODEL = "metrics.jsonl", "trainer.json", "optimizer.pt", "model"
 PREFIX, LOCK = "checkpoint-", ".trainer.lock"
 START = b'{"step": '  # of a row of metrics
 OTHERWISE = "use another folder, or restart=True to begin anew"
 MAX_METRICS, MAX_LINE = 1 << 30, 10_000  # bytes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint keeps."""
+
+    model: SparseTransformer
+    """The model."""
+    optimizer: torch.optim.Optimizer
+    """Its optimizer, of which the moments are kept."""
+    companions: Mapping[str, Companion]
+    """What is trained beside it, by the name of its folder."""
 
 
 def step_of(path: Path) -> int | None:
@@ -76,16 +89,17 @@ def save_checkpoint(
     folder: Path,
     step: int,
     run: Mapping[str, Any],
-    model: SparseTransformer,
-    optimizer: torch.optim.Optimizer,
+    parts: Parts,
     record: TrainingRecord,
 ) -> None:
     """Write a checkpoint from which a run resumes exactly; older ones go once it is complete."""
     target = folder / name_of(step)
     if (step, target) not in checkpoints(folder):  # else the same run has written this very state
         with atomic_folder(target) as work:
-            model.save_pretrained(work / MODEL, record)
-            torch.save(optimizer.state_dict(), work / OPTIMIZER)
+            parts.model.save_pretrained(work / MODEL, record)
+            for name, companion in parts.companions.items():
+                companion.save_pretrained(work / name)
+            torch.save(parts.optimizer.state_dict(), work / OPTIMIZER)
             state = {
                 "step": step,
                 "tl_sparse_version": version("tl-sparse"),
@@ -138,7 +152,9 @@ def remove(path: Path) -> None:
 # whose is what is there?
 
 
-def check_folder(folder: Path, run: Mapping[str, Any], steps: int, restart: bool) -> None:
+def check_folder(
+    folder: Path, run: Mapping[str, Any], steps: int, restart: bool, columns: Sequence[str] = ()
+) -> None:
     """Refuse a folder in which a run would overwrite or delete what is not its own.
 
     Args:
@@ -146,6 +162,7 @@ def check_folder(folder: Path, run: Mapping[str, Any], steps: int, restart: bool
         run: What it is, as in its checkpoints.
         steps: Its last step.
         restart: Whether it may replace an earlier run's checkpoints, metrics and model.
+        columns: What its metrics hold besides those of every run.
 
     Raises:
         ValueError: something is in the way; the message says what.
@@ -161,7 +178,7 @@ def check_folder(folder: Path, run: Mapping[str, Any], steps: int, restart: bool
     check_model(folder / MODEL, run, restart)
     try:
         if not found:
-            read_metrics(folder, 0)
+            read_metrics(folder, 0, columns)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"{error}: no trainer wrote it, but the metrics would go there; move it, or use "
@@ -188,6 +205,18 @@ def check_model(place: Path, run: Mapping[str, Any], restart: bool) -> None:
     theirs = {"training": record.config, "model": config, "corpus": record.corpus}
     if not restart and (differing := differences(json.loads(json.dumps(run)), theirs)):
         raise ValueError(f"{place} belongs to another run ({'; '.join(differing)}): {OTHERWISE}")
+
+
+def check_companions(folder: Path, names: Sequence[str]) -> None:
+    """ValueError if something is where what is trained beside the model would go; a trainer saves
+    it after the model, so that without a model it is nobody's."""
+    for place in (folder / name for name in names):
+        there = os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir()))
+        if there and not (folder / MODEL).is_dir():
+            raise ValueError(
+                f"{place} was not written by a trainer, but what is trained would go there: move "
+                "it, or use another folder"
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,8 +253,7 @@ class MetricsRow:
 def load_checkpoint(
     folder: Path,
     run: Mapping[str, Any],
-    model: SparseTransformer,
-    optimizer: torch.optim.Optimizer,
+    parts: Parts,
 ) -> int | None:
     """Load the newest checkpoint of a folder; its step, or None where there is no checkpoint.
 
@@ -248,9 +276,11 @@ def load_checkpoint(
         )
     weights = newest / MODEL / "model.safetensors"
     tensors = read_weights(weights)
-    moments = read_moments(newest / OPTIMIZER, optimizer, state.step)
-    load_tensors(model, tensors, str(weights))
-    optimizer.load_state_dict(moments)
+    moments = read_moments(newest / OPTIMIZER, parts.optimizer, state.step)
+    for name, companion in parts.companions.items():
+        companion.load_pretrained(newest / name)
+    load_tensors(parts.model, tensors, str(weights))
+    parts.optimizer.load_state_dict(moments)
     return state.step
 
 
@@ -317,9 +347,10 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
     return found
 
 
-def clean(folder: Path) -> None:
+def clean(folder: Path, companions: Sequence[str] = ()) -> None:
     """Remove what killed processes left half-written; who calls it holds the folder's lock."""
-    remove_drafts(folder, rf"{PREFIX}[0-9]{{8,}}|{MODEL}|{re.escape(METRICS)}")
+    places = "|".join(re.escape(name) for name in (MODEL, METRICS, *companions))
+    remove_drafts(folder, rf"{PREFIX}[0-9]{{8,}}|{places}")
 
 
 def remove_run(folder: Path) -> None:
@@ -340,8 +371,12 @@ def remove_run(folder: Path) -> None:
     (folder / METRICS).unlink(missing_ok=True)
 
 
-def read_metrics(folder: Path, last_step: int) -> list[dict[str, Any]]:
+def read_metrics(
+    folder: Path, last_step: int, columns: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Logged rows up to a step; later ones belong to steps that will be taken again.
+
+    Each has the fields of :class:`MetricsRow`, and of these ``columns`` a number or nothing.
 
     Raises:
         ValueError: a line is none that a trainer wrote, or steps do not ascend. The last line may
@@ -357,13 +392,22 @@ def read_metrics(folder: Path, last_step: int) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: no row of metrics")
             break
         try:
-            row = vars(dataclass_from_json(MetricsRow, parse_json(line, "the line")))
+            row = metrics_row(parse_json(line, "the line"), columns)
             if rows and row["step"] <= rows[-1]["step"]:
                 raise ValueError(f"step {row['step']} comes after step {rows[-1]['step']}")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         rows.append(row)
     return [row for row in rows if row["step"] <= last_step]
+
+
+def metrics_row(values: Any, columns: Sequence[str]) -> dict[str, Any]:
+    """A row of metrics; ValueError unless each of its values is of its type."""
+    more = {c: values.get(c) for c in columns} if isinstance(values, dict) else {}
+    if wrong := [c for c, x in more.items() if not isinstance(x, float | int | None)]:
+        raise ValueError(f"{', '.join(wrong)} must be numbers")
+    plain = {k: x for k, x in values.items() if k not in more} if more else values
+    return vars(dataclass_from_json(MetricsRow, plain)) | more
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:

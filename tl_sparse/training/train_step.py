@@ -96,11 +96,14 @@ def training_starts(seed: int, step: int, batch_size: int, tokens: int, context:
     return rng.integers(0, tokens - context, batch_size, endpoint=True)
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, more: Iterable[dict[str, Any]] = ()
+) -> torch.optim.AdamW:
     """AdamW; matrices decay, other parameters do not, a learned bigram table keeps the base lr.
 
-    The first group holds the matrices; each group says whether the 1/sqrt(L0) factor of the
-    learning rate applies to it (``sharkfin``).
+    The first group holds the matrices, if they are trained; each group says whether the 1/sqrt(L0)
+    factor of the learning rate applies to it (``sharkfin``). Groups besides the model's (``more``)
+    have ``params``, ``weight_decay``, and ``lr_share``, by which the base lr is multiplied.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     table = [p for n, p in trained.items() if n.endswith("W_B")]
@@ -113,6 +116,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
         {"params": rest, "weight_decay": 0.0, "sharkfin": True},
         # under the 1/sqrt(L0) factor a learned table grows without bound
         {"params": table, "weight_decay": 0.0, "sharkfin": False},
+        *({"sharkfin": False, **group} for group in more),
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, eps=config.eps,
@@ -123,7 +127,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> None:
     """Give each group the learning rate of a step (0-based)."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step) if group["sharkfin"] else config.base_lr_at(step)
+        lr = config.lr_at(step) if group["sharkfin"] else config.base_lr_at(step)
+        group["lr"] = lr * group.get("lr_share", 1.0)
 
 
 @torch.no_grad()
@@ -132,11 +137,29 @@ def apply_gradient_rule(parameters: Iterable[nn.Parameter], rule: GradientRule) 
     if rule == "none":
         return
     grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:  # of a frozen model
+        return
     total = torch.stack(torch._foreach_norm(grads)).norm()
     rms = total / math.sqrt(sum(g.numel() for g in grads))
     # the released script's guard against gradients that are all zero
     scale = 1.0 / (rms + 1e-5)
     torch._foreach_mul_(grads, scale.clamp(max=1.0) if rule == "clip" else scale)
+
+
+def share_weights(modules: Iterable[nn.Module]) -> None:
+    """Give every process the first one's weights."""
+    for parameter in (p for module in modules for p in module.parameters()):
+        torch.distributed.broadcast(parameter.data, 0)
+
+
+def average_gradients(modules: Iterable[nn.Module]) -> None:
+    """Replace gradients by their means over processes, if there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for parameter in (p for module in modules for p in module.parameters()):
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= torch.distributed.get_world_size()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tl_sparse.storage.finite import check_weights
 from tl_sparse.storage.locks import wait_for_lock
 from tl_sparse.training import resume, train_step
 from tl_sparse.training.config import TrainingConfig
+from tl_sparse.training.objective import Moment, NextToken, Objective
 from tl_sparse.views.display import frame_html
 
 
@@ -35,7 +37,8 @@ class TrainingResult:
     """What a finished run measured."""
 
     metrics: pd.DataFrame
-    """One row per logged step: step, tokens, loss, lr, density, and validation_loss where taken."""
+    """One row per logged step: step, tokens, loss, lr, density, validation_loss where taken, and
+    the objective's columns."""
     record: TrainingRecord
     """What is stored with the model."""
 
@@ -58,6 +61,8 @@ class Trainer:
 
     Each step: learning rate and density of the step, next-token cross-entropy and its gradient,
     gradient rule, AdamW on all weights, top-k projection. Gradients and moments are never masked.
+    Another ``objective`` may take the place of cross-entropy, and bring modules that are trained
+    beside the model, with a gradient rule each of its own.
 
     With ``folder`` it writes metrics.jsonl, resumable checkpoints, and at the end the model; run
     again with the same arguments, it resumes from the last checkpoint exactly, unless ``restart``
@@ -73,12 +78,15 @@ class Trainer:
         config: TrainingConfig | None = None,
         folder: str | Path | None = None,
         *,
+        objective: Objective | None = None,
         progress: bool = True,
         wandb_project: str | None = None,
         restart: bool = False,
     ) -> None:
         self.model, self.corpus, self.config = model, corpus, config or TrainingConfig()
         self.folder = None if folder is None else Path(folder)
+        self.objective: Objective = objective or NextToken()
+        self.companions = self.objective.companions
         self.progress, self.restart = progress, restart
         self.accelerator = train_step.make_accelerator()
         self.context = self.config.context or model.config.n_ctx
@@ -86,8 +94,10 @@ class Trainer:
             model, corpus, self.config, self.context, self.accelerator.num_processes
         )
         self.model.to(self.accelerator.device)
+        self.objective.start(self.accelerator.device)
         self.matrices = self.sparse_matrices()
-        self.optimizer = train_step.make_optimizer(model, self.config)
+        groups = self.objective.parameter_groups()
+        self.optimizer = train_step.make_optimizer(model, self.config, groups)
         self.wandb = self.start_wandb(wandb_project)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
@@ -111,7 +121,7 @@ class Trainer:
 
     def run(self) -> TrainingResult:
         """Train from the present step to the last, and save the model."""
-        if self.step == 0:
+        if self.step == 0 and any(p.requires_grad for p in self.model.parameters()):
             train_step.fill_bigram_table(self.model, self.corpus, self.config.bigram_smoothing)
         check_weights(self.model)
         model = self.distributed_model()
@@ -126,6 +136,8 @@ class Trainer:
         record = self.record()
         if self.folder is not None and self.accelerator.is_main_process:
             self.model.save_pretrained(self.folder / resume.MODEL, record)
+            for name, companion in self.companions.items():
+                companion.save_pretrained(self.folder / name)
         self.accelerator.wait_for_everyone()
         if self.wandb is not None:
             self.wandb.finish()
@@ -136,12 +148,12 @@ class Trainer:
         config = self.config
         started, first = time.perf_counter(), self.step
         while not self.finished():
-            loss = self.train_step(model)
+            measured = self.train_step(model)
             self.step += 1
             last = self.step == config.steps
             evaluates = last or self.step % config.eval_every == 0
             if evaluates or self.step % config.log_every == 0:
-                row = self.measure(loss, evaluates)
+                row = self.measure(measured, evaluates)
                 self.log(row)
                 elapsed = time.perf_counter() - started
                 rate = (self.step - first) * config.batch_size * self.context / elapsed
@@ -168,28 +180,36 @@ class Trainer:
             and sparsity.embedding_density_at(*now) == sparsity.final_embedding_density
         )
 
-    def train_step(self, model: nn.Module) -> Float[Tensor, ""]:
-        """One optimiser step; returns the mean training loss of this process' sequences."""
+    def train_step(self, model: nn.Module) -> dict[str, Float[Tensor, ""]]:
+        """One optimiser step; returns what was measured on this process' sequences: the mean
+        training loss, and what the objective adds."""
         config = self.config
         train_step.set_learning_rate(self.optimizer, config, self.step)
-        losses = []
+        measured = []
         batches = self.batch(self.step).chunk(config.accumulation)
         for index, tokens in enumerate(batches):
             syncs = index == len(batches) - 1
-            autocast = train_step.autocast(config.precision, self.accelerator.device)
+            moment = self.moment(index, len(batches))
             with nullcontext() if syncs else self.accelerator.no_sync(model):
-                with autocast:
-                    loss = model(tokens, return_type="loss")
-                (loss / len(batches)).backward()
-            losses.append(loss.detach())
-        train_step.apply_gradient_rule(self.model.parameters(), config.gradient)
+                measured.append(self.objective.backward(model, tokens, moment))
+        if not self.objective.is_loss_of_model:
+            train_step.average_gradients(self.trained())
+        for module in self.trained():
+            train_step.apply_gradient_rule(module.parameters(), config.gradient)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if config.sparsity is not None:
             project_all(self.matrices, config.sparsity, self.step + 1, config.steps)
         if config.decay_after_projection:
             train_step.decay_matrices(self.optimizer, config)
-        return torch.stack(losses).mean()
+        return {name: torch.stack([m[name] for m in measured]).mean() for name in measured[0]}
+
+    def moment(self, part: int, parts: int) -> Moment:
+        """Which backward pass of the present step it is."""
+        config, process = self.config, self.accelerator.process_index
+        autocast = partial(train_step.autocast, config.precision, self.accelerator.device)
+        seed = (config.seed, self.step, part, process)
+        return Moment(self.step, config.steps, seed, parts, autocast)
 
     def batch(self, step: int) -> Int[Tensor, "sequence pos"]:
         """This process' sequences of a step."""
@@ -230,9 +250,16 @@ class Trainer:
         """The model itself, or wrapped to average gradients over processes."""
         if self.accelerator.num_processes == 1:
             return self.model
+        if not self.objective.is_loss_of_model:
+            train_step.share_weights(self.trained())
+            return self.model
         wrapped = self.accelerator.prepare_model(self.model)
         self.matrices = self.sparse_matrices()  # wrapping gave the weights new storage
         return wrapped
+
+    def trained(self) -> list[Any]:
+        """What is trained: the model, and the objective's companions."""
+        return [self.model, *self.companions.values()]
 
     def sparse_matrices(self) -> tuple[WeightMatrix, ...]:
         """The matrices to project, none for a dense model.
@@ -248,13 +275,16 @@ class Trainer:
             final_budget(matrix, sparsity)
         return matrices
 
-    def measure(self, loss: Float[Tensor, ""], evaluates: bool) -> dict[str, Any]:
+    def measure(
+        self, measured: dict[str, Float[Tensor, ""]], evaluates: bool
+    ) -> dict[str, Any]:
         """The row of metrics of the step just taken.
 
         Raises:
             RuntimeError: the loss is not finite.
         """
-        mean = float(self.accelerator.reduce(loss, "mean"))
+        means = {name: float(self.accelerator.reduce(x, "mean")) for name, x in measured.items()}
+        mean = means["loss"]
         if not math.isfinite(mean):
             raise RuntimeError(f"the training loss is {mean} at step {self.step}: lower lr, or use "
                                "gradient='normalise'")  # fmt: skip
@@ -271,6 +301,7 @@ class Trainer:
             "density": 1.0 if sparsity is None else sparsity.density_at(step, self.config.steps),
             "l0": sum(l0(self.matrices or weight_matrices(self.model)).values()),
             "validation_loss": validation,
+            **{name: means.get(name) for name in self.objective.columns},
         }
 
     def postfix(self, row: dict[str, Any], rate: float) -> str:
@@ -305,7 +336,7 @@ class Trainer:
     def description(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed."""
         return {
-            "training": asdict(self.config),
+            "training": asdict(self.config) | self.objective.description(),
             "model": self.model.config.to_dict(),
             "corpus": self.corpus.fingerprint,
         }
@@ -317,7 +348,8 @@ class Trainer:
             RuntimeError: a weight is not finite, so that no such model is ever saved.
             ValueError: a matrix is over or under its budget.
         """
-        train_step.check_finite(self.model, self.step)
+        for module in self.trained():
+            train_step.check_finite(module, self.step)
         counts = l0(weight_matrices(self.model))
         if self.config.sparsity is not None and self.has_final_density():
             counts = check_l0(self.matrices, self.config.sparsity)
@@ -327,7 +359,7 @@ class Trainer:
             tokens=self.step * self.config.batch_size * self.context,
             validation_loss=validation[-1] if validation else None,
             l0=counts,
-            config=asdict(self.config),
+            config=asdict(self.config) | self.objective.description(),
             corpus=self.corpus.fingerprint,
         )
 
@@ -336,21 +368,25 @@ class Trainer:
         if self.folder is None or not self.accelerator.is_main_process:
             return
         run, record = self.description(), self.record()
-        resume.save_checkpoint(self.folder, self.step, run, self.model, self.optimizer, record)
+        parts = resume.Parts(self.model, self.optimizer, self.companions)
+        resume.save_checkpoint(self.folder, self.step, run, parts, record)
 
     def resume(self, folder: Path) -> None:
         """Go on from the newest checkpoint of a folder, or begin there; its lock is held."""
         run, anew = self.description(), self.restart and self.step == 0
-        resume.check_folder(folder, run, self.config.steps, anew)
+        names = tuple(self.objective.columns)
+        resume.check_folder(folder, run, self.config.steps, anew, names)
+        resume.check_companions(folder, tuple(self.companions))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            resume.clean(folder)
+            resume.clean(folder, tuple(self.companions))
             if anew:
                 resume.remove_run(folder)
         self.accelerator.wait_for_everyone()
-        found = resume.load_checkpoint(folder, run, self.model, self.optimizer)
+        parts = resume.Parts(self.model, self.optimizer, self.companions)
+        found = resume.load_checkpoint(folder, run, parts)
         if found is not None:
-            self.step, self.rows = found, resume.read_metrics(folder, found)
+            self.step, self.rows = found, resume.read_metrics(folder, found, names)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             resume.remove_older(folder, self.step, run)
