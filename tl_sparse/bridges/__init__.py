@@ -2,7 +2,10 @@
 
 from tl_sparse.bridges.bridges import Bridges as Bridges
 from tl_sparse.bridges.config import BridgesConfig as BridgesConfig
+from tl_sparse.bridges.losses import BridgeLosses as BridgeLosses
 from tl_sparse.bridges.pair import BridgedPair as BridgedPair
 from tl_sparse.bridges.pair import HybridPath as HybridPath
 from tl_sparse.bridges.pair import Streams as Streams
 from tl_sparse.bridges.places import BridgeSite as BridgeSite
+from tl_sparse.bridges.training import train_bridges as train_bridges
+from tl_sparse.bridges.training_config import BridgeTrainingConfig as BridgeTrainingConfig

@@ -371,9 +371,7 @@ def remove_run(folder: Path) -> None:
     (folder / METRICS).unlink(missing_ok=True)
 
 
-def read_metrics(
-    folder: Path, last_step: int, columns: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, last_step: int, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Logged rows up to a step; later ones belong to steps that will be taken again.
 
     Each has the fields of :class:`MetricsRow`, and of these ``columns`` a number or nothing.

@@ -275,9 +275,7 @@ class Trainer:
             final_budget(matrix, sparsity)
         return matrices
 
-    def measure(
-        self, measured: dict[str, Float[Tensor, ""]], evaluates: bool
-    ) -> dict[str, Any]:
+    def measure(self, measured: dict[str, Float[Tensor, ""]], evaluates: bool) -> dict[str, Any]:
         """The row of metrics of the step just taken.
 
         Raises:
