@@ -14,7 +14,6 @@ DEMO_OUT ?= demo-report
 VENV := .venv
 VENV_TL3 := .venv-tl3
 VENV_TL2 := .venv-tl2
-VENV_SAE := .venv-sae
 
 # One thread a process: the test models are so small that threads only get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
@@ -26,7 +25,7 @@ PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile --durations 20
 NO_SHAPES := --no-shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 test-tl2 test-sae conformance lint format types notebooks clean
+.PHONY: help demo test test-tl3 test-tl2 conformance lint format types notebooks clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,13 +47,10 @@ $(VENV)/.set-up: pyproject.toml constraints.txt
 	$(call set-up,$(VENV),constraints.txt,dev$(comma)external)
 
 $(VENV_TL3)/.set-up: pyproject.toml constraints-tl3.txt
-	$(call set-up,$(VENV_TL3),constraints-tl3.txt,dev$(comma)external)
+	$(call set-up,$(VENV_TL3),constraints-tl3.txt,dev$(comma)external$(comma)sae)
 
 $(VENV_TL2)/.set-up: pyproject.toml constraints-tl2.txt
 	$(call set-up,$(VENV_TL2),constraints-tl2.txt,dev$(comma)tl2)
-
-$(VENV_SAE)/.set-up: pyproject.toml constraints-sae.txt
-	$(call set-up,$(VENV_SAE),constraints-sae.txt,dev$(comma)sae)
 
 demo: $(VENV)/.set-up ## Train a small sparse model, find a circuit and write a report
 	$(VENV)/bin/tl-sparse demo --out $(DEMO_OUT) $(ARGS)
@@ -62,14 +58,14 @@ demo: $(VENV)/.set-up ## Train a small sparse model, find a circuit and write a 
 test: $(VENV)/.set-up ## Run the tests with the current TransformerLens
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
 
-test-tl3: $(VENV_TL3)/.set-up ## Run the same tests with TransformerLens 3
+test-tl3: $(VENV_TL3)/.set-up ## Run the same tests with TransformerLens 3 and SAELens
 	$(ONE_THREAD) $(VENV_TL3)/bin/python -m pytest $(NO_SHAPES) $(PYTEST_OPTIONS) $(ARGS)
 
 # The environments of other targets join in where they are set up. The table is written even if a test
 # fails: it then says WRONG, and the target fails.
 conformance: $(VENV)/.set-up $(VENV_TL3)/.set-up ## Write docs/conformance.md from what the tests find
 	@rm -rf build/conformance && mkdir -p build/conformance docs
-	@failed=0; for env in $(VENV_TL3) $(VENV) $(VENV_SAE) $(VENV_TL2); do \
+	@failed=0; for env in $(VENV_TL3) $(VENV) $(VENV_TL2); do \
 		[ -e $$env/.set-up ] || continue; \
 		[ $$env != $(VENV_TL2) ] || without="-p tests.transformer_lens_2"; \
 		$(ONE_THREAD) $$env/bin/python -m pytest $$without $(NO_SHAPES) $(PYTEST_OPTIONS) $(ARGS) tests/conformance \
@@ -82,9 +78,6 @@ conformance: $(VENV)/.set-up $(VENV_TL3)/.set-up ## Write docs/conformance.md fr
 
 test-tl2: $(VENV_TL2)/.set-up ## Run them with TransformerLens 2, auto-circuit and circuit-tracer
 	$(ONE_THREAD) $(VENV_TL2)/bin/python -m pytest -p tests.transformer_lens_2 $(NO_SHAPES) $(PYTEST_OPTIONS) $(ARGS)
-
-test-sae: $(VENV_SAE)/.set-up ## Train and splice dictionaries with SAELens
-	$(ONE_THREAD) $(VENV_SAE)/bin/python -m pytest $(NO_SHAPES) tests/conformance/test_external_sae.py $(ARGS)
 
 lint: $(VENV)/.set-up ## Check style and formatting
 	$(VENV)/bin/ruff check .
@@ -107,5 +100,5 @@ notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
 	fi
 
 clean: ## Remove the environments, caches and built files
-	rm -rf $(VENV) $(VENV_TL3) $(VENV_TL2) $(VENV_SAE) demo-report build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL3) $(VENV_TL2) demo-report build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """SAELens, unchanged: training a dictionary on our activations and splicing one into our model.
 
-It runs in an environment of its own (``make test-sae``), because sae-lens asks for a
-TransformerLens below 4.
+It runs with TransformerLens 3 (``make test-tl3``), because sae-lens asks for a TransformerLens
+below 4.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ HOOK = "blocks.1.hook_mlp_out"
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("sae_lens") is None,
-        reason="sae-lens is not installed: `make test-sae` sets up an environment that has it",
+        reason="sae-lens is not installed: `make test-tl3` sets up an environment that has it",
     ),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:sae_lens"),
 ]
