@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -43,3 +44,37 @@ def corpus(make_tokenizer: Any) -> Any:
     return TokenizedCorpus(
         ids[:2000], ids[2000:], tokenizer, CorpusConfig(), "some words", stats, (), Path()
     )
+
+
+@pytest.fixture
+def rotated(small_model):
+    """A model, another one whose residual stream is the first one's times an orthogonal matrix and
+    which computes the same, and the matrix."""
+
+    def make():
+        model, other = small_model(), small_model()
+        turn = torch.linalg.qr(torch.randn(16, 16))[0]
+        with torch.no_grad():
+            for each in (model, other):
+                for name, parameter in each.named_parameters():
+                    if ".ln" in name or "ln_" in name:
+                        parameter.fill_(1.0)  # an RMSNorm without weights turns with its stream
+            other.embed.W_E.copy_(model.embed.W_E @ turn)
+            other.unembed.W_U.copy_(turn.T @ model.W_U)
+            for mine, its in zip(model.blocks, other.blocks, strict=True):
+                for name in ("W_Q", "W_K", "W_V"):
+                    getattr(its.attn, name).copy_(turn.T @ getattr(mine.attn, name))
+                its.attn.W_O.copy_(mine.attn.W_O @ turn)
+                its.attn.b_O.copy_(mine.attn.b_O @ turn)
+                its.mlp.W_in.copy_(turn.T @ mine.mlp.W_in)
+                its.mlp.W_out.copy_(mine.mlp.W_out @ turn)
+                its.mlp.b_out.copy_(mine.mlp.b_out @ turn)
+        return model, other, turn
+
+    return make
+
+
+@pytest.fixture
+def many_tokens():
+    """Token ids [30, 12] for the small models."""
+    return torch.randint(3, 30, (30, 12), generator=torch.Generator().manual_seed(5))

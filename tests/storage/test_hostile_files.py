@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tl_sparse.ablation import activation_means
+from tl_sparse.bridges import Bridges, BridgesConfig
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import Circuit
@@ -163,6 +164,18 @@ def test_damaged_weights(folder, load):
     tally = outcomes(load, path, damaged(path.read_bytes()))
     assert tally["refused"] > 80
     assert tally["loaded"] > 20  # a flipped bit of a value is a value
+
+
+def test_damaged_and_hostile_bridges(tmp_path):
+    config = BridgesConfig(d_dense=4, d_sparse=6, n_dense=1, n_sparse=2, encoder="threshold")
+    Bridges(config).save_pretrained(tmp_path / "bridges")
+    load = lambda: Bridges.from_pretrained(tmp_path / "bridges")  # noqa: E731
+    path = tmp_path / "bridges" / "bridges.json"
+    tally = outcomes(load, path, written(nasty_fields(json.loads(path.read_text()))))
+    assert tally["refused"] > 200
+    path = tmp_path / "bridges" / "bridges.safetensors"
+    tally = outcomes(load, path, damaged(path.read_bytes()))
+    assert tally["refused"] > 80
 
 
 def header_of(data: bytes) -> dict[str, Any]:

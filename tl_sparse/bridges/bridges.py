@@ -5,6 +5,7 @@ Source: Gao et al. 2025 (arXiv 2511.13653), §2.3 and appendix A.3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,24 +78,32 @@ class Bridges(nn.Module):
     They act on residual streams before the norms that read them.
     """
 
-    def __init__(self, config: BridgesConfig) -> None:
-        """Bridges with random weights: an encoder's is semi-orthogonal, its decoder's the same one
-        transposed."""
+    def __init__(self, config: BridgesConfig, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Make bridges.
+
+        Args:
+            config: What they are.
+            weights: Their state dict; None: random weights, an encoder's semi-orthogonal and its
+                decoder's the same transposed.
+        """
         super().__init__()
         self.config = config
-        self.encoders = nn.ModuleList(Encoder(config) for _ in config.sites)
-        self.decoders = nn.ModuleList(Decoder(config) for _ in config.sites)
+        encoders = [Encoder(config) for _ in config.sites]
+        decoders = [Decoder(config) for _ in config.sites]
+        self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(decoders)
         self.made_for: dict[str, str] = {}
         """Fingerprints of the models ("dense", "sparse") that they belong to; {}: not known."""
+        if weights is not None:
+            self.load_state_dict(dict(weights))
+            return
         generator = torch.Generator().manual_seed(config.seed)
+        tall = config.d_dense >= config.d_sparse
         with torch.no_grad():
-            for site in range(len(config.sites)):
+            for encoder, decoder in zip(encoders, decoders, strict=True):
                 noise = torch.randn(config.d_dense, config.d_sparse, generator=generator)
-                tall = noise if config.d_dense >= config.d_sparse else noise.T
-                q = torch.linalg.qr(tall)[0]
-                q = q if config.d_dense >= config.d_sparse else q.T
-                self.encoders[site].W_enc.copy_(q)
-                self.decoders[site].W_dec.copy_(q.T)
+                q = torch.linalg.qr(noise if tall else noise.T)[0]
+                encoder.W_enc.copy_(q if tall else q.T)
+                decoder.W_dec.copy_(encoder.W_enc.T)
 
     @classmethod
     def identity(cls, model: nn.Module) -> Bridges:
@@ -170,16 +179,13 @@ class Bridges(nn.Module):
             ValueError: files that are damaged, of another version, or contradict themselves.
         """
         config, tensors, made_for = read_bridges(name)
-        bridges = cls(config)
-        bridges.load_state_dict(tensors)
+        bridges = cls(config, tensors)
         bridges.made_for = made_for
         return bridges
 
     def __repr__(self) -> str:
         c = self.config
-        depth = f"{c.n_dense} layers" if c.n_dense == c.n_sparse else (
-            f"dense layers {', '.join(map(str, c.layer_map))}")  # fmt: skip
         return (
-            f"Bridges({len(self.sites)} sites, {c.d_dense} ↔ {c.d_sparse} channels, {depth}, "
-            f"{c.encoder} encoders)"
+            f"Bridges({len(self.sites)} sites, {c.d_dense} ↔ {c.d_sparse} channels, {c.n_dense} ↔ "
+            f"{c.n_sparse} layers, {c.encoder} encoders)"
         )

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tl_sparse.bridges.places import BridgeSite, bridge_sites, even_layer_map
+from tl_sparse.bridges.places import BridgeSite, LayerMap, bridge_sites, even_layer_map
 from tl_sparse.bridges.segments import Segments
 from tl_sparse.storage.json_dataclass import check_fields
 
+MAX_LAYERS, MAX_CHANNELS = 10_000, 1 << 20  # more are no model's, but a damaged file's
 EncoderKind = Literal["linear", "abstopk", "threshold"]
 
 
@@ -27,10 +28,11 @@ class BridgesConfig:
     """Layers of the dense model."""
     n_sparse: int
     """Layers of the sparse model."""
-    layer_map: tuple[int, ...] = ()
-    """For every layer of the sparse model the dense layer that it goes with; (): spread evenly."""
+    layer_map: LayerMap = ()
+    """(dense layer, sparse layer) of the layers that go together; (): as many as the shallower
+    model has, spread evenly."""
     mid: bool = True
-    """Whether there are sites between attention and MLP: 2 n_sparse + 1 in all."""
+    """Whether there are sites between attention and MLP: two for each pair of layers, and one."""
     encoder: EncoderKind = "abstopk"
     """What follows the encoder's linear map: AbsTopK, a learned threshold, or nothing (linear)."""
     density: float = 0.25
@@ -42,16 +44,17 @@ class BridgesConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_dense", "d_sparse", "n_dense", "n_sparse"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            most = MAX_LAYERS if name.startswith("n_") else MAX_CHANNELS
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)!r:.40} must be from 1 to {most:,}")
         if not 0 < self.density <= 1 or int(self.density * self.d_sparse) < 1:
             raise ValueError(f"density={self.density} of {self.d_sparse} channels must keep 1 to "
                              "all of them")  # fmt: skip
         if self.sharpness is not None and not self.sharpness > 0:
             raise ValueError(f"sharpness={self.sharpness} must be positive, or None")
         check_fields(self)
-        if not self.layer_map:
-            object.__setattr__(self, "layer_map", even_layer_map(self.n_dense, self.n_sparse))
+        pairs = self.layer_map or even_layer_map(self.n_dense, self.n_sparse)
+        object.__setattr__(self, "layer_map", tuple(tuple(pair) for pair in pairs))
         assert self.sites
 
     @classmethod

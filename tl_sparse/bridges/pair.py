@@ -15,9 +15,11 @@ from tl_sparse.bridges.bridges import Bridges
 from tl_sparse.bridges.config import BridgesConfig
 from tl_sparse.bridges.places import START
 from tl_sparse.bridges.segments import Hook, Segments
+from tl_sparse.compat import ActivationCache
 from tl_sparse.storage.fingerprint import fingerprint
 
 Side = Literal["dense", "sparse"]
+CacheLike = Mapping[str, Tensor] | ActivationCache
 OTHER: dict[Side, Side] = {"dense": "sparse", "sparse": "dense"}
 
 
@@ -120,7 +122,7 @@ class BridgedPair(nn.Module):
         found = self.bridges.site(site)
         return found.dense_hook if side == "dense" else found.sparse_hook
 
-    def encode(self, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, cache: CacheLike) -> dict[str, Tensor]:
         """The dense model's streams in a cache as the sparse model's, by the sparse hooks' names.
 
         Raises:
@@ -128,7 +130,7 @@ class BridgedPair(nn.Module):
         """
         return self._bridged(cache, "dense")
 
-    def decode(self, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def decode(self, cache: CacheLike) -> dict[str, Tensor]:
         """The sparse model's streams in a cache as the dense model's, by the dense hooks' names.
 
         Raises:
@@ -146,11 +148,23 @@ class BridgedPair(nn.Module):
         self, side: Side, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
     ) -> Streams:
         """One model's logits and its stream at every site, from one forward pass."""
-        places = {getattr(site, side): site.name for site in self.bridges.sites}
-        kept: dict[int, Tensor] = {}
-        run = self._segments[side].run(tokens, hooks=hooks, keep=places, kept=kept)
-        named = {site.name: kept[getattr(site, side)] for site in self.bridges.sites}
-        return Streams(named, run)
+        places, kept = self._places(side), dict[int, Tensor]()
+        logits = self._segments[side].run(
+            tokens, hooks=hooks, keep=tuple(places.values()), kept=kept
+        )
+        return Streams({name: kept[place] for name, place in places.items()}, logits)
+
+    def residuals(
+        self, side: Side, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
+    ) -> dict[str, Float[Tensor, "batch pos channel"]]:
+        """One model's stream at every site, by name; nothing after the last site is computed."""
+        places, kept, run = self._places(side), dict[int, Tensor](), self._segments[side]
+        run.run(tokens, stop=run.end - 1, hooks=hooks, keep=tuple(places.values()), kept=kept)
+        return {name: kept[place] for name, place in places.items()}
+
+    def _places(self, side: Side) -> dict[str, int]:
+        check_side(side)
+        return {site.name: getattr(site, side) for site in self.bridges.sites}
 
     def tail(
         self,
@@ -176,8 +190,8 @@ class BridgedPair(nn.Module):
         """
         first = getattr(self.bridges.site(site), side)
         last = None if stop is None else getattr(self.bridges.site(stop), side)
-        segments, kept = self._segments[side], {}
-        places = {} if keep is None else {s.name: getattr(s, side) for s in self.bridges.sites}
+        segments, kept = self._segments[side], dict[int, Tensor]()
+        places = {} if keep is None else self._places(side)
         end = segments.end if last is None else last
         at = {name: place for name, place in places.items() if first < place <= end}
         out = segments.run(tokens, first, last, resid, hooks, tuple(at.values()), kept)
@@ -285,11 +299,12 @@ class BridgedPair(nn.Module):
             found[side].append((inner, fn))
         return found
 
-    def _bridged(self, cache: Mapping[str, Tensor], side: Side) -> dict[str, Tensor]:
+    def _bridged(self, cache: CacheLike, side: Side) -> dict[str, Tensor]:
+        names = set(cache.keys())
         out = {
             self.hook(OTHER[side], site.name): self.bridge(side, site.name, cache[name])
             for site in self.bridges.sites
-            if (name := self.hook(side, site.name)) in cache
+            if (name := self.hook(side, site.name)) in names
         }
         if not out:
             hooks = ", ".join(self.hook(side, name) for name in self.sites)

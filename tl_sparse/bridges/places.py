@@ -8,8 +8,8 @@ the sparse model.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _MLP_HALF = ("mlp.", "ln2", "hook_mlp", "hook_resid_mid", "hook_resid_post", "hook_out")
 _BEFORE_BLOCKS = re.compile(r"(hook_)?(tokens|embed|pos_embed|pos_concat)\b")
@@ -48,34 +48,41 @@ class BridgeSite:
     """Hook of the sparse model that sees the stream there."""
 
 
+LayerMap = tuple[tuple[int, ...], ...]
+"""(dense layer, sparse layer) of each pair of layers that go together, in order."""
+
+
 def bridge_sites(
-    n_dense: int, n_sparse: int, layer_map: Sequence[int], mid: bool = True
+    n_dense: int, n_sparse: int, layer_map: LayerMap, mid: bool = True
 ) -> tuple[BridgeSite, ...]:
-    """The sites of two models: 2 n_sparse + 1, or n_sparse + 1 without those before MLPs.
+    """The sites of two models: two for each pair of layers, or one without those before MLPs, and
+    the final one.
 
     Args:
         n_dense: Layers of the dense model.
         n_sparse: Layers of the sparse model.
-        layer_map: For every layer of the sparse model the dense model's layer that it goes with.
+        layer_map: (dense layer, sparse layer) of each pair.
         mid: Whether there are sites between attention and MLP.
 
     Raises:
-        ValueError: a layer map of another length, that goes back, or out of the dense model.
+        ValueError: no pairs, pairs that do not both go forward, or a layer that does not exist.
     """
-    layers = list(layer_map)
-    if len(layers) != n_sparse or layers != sorted(layers):
-        raise ValueError(
-            f"layer_map={tuple(layers)} must name a dense layer for each of the sparse model's "
-            f"{n_sparse} layers, none before the one before it"
-        )
-    if not all(0 <= layer < n_dense for layer in layers):
-        raise ValueError(
-            f"layer_map={tuple(layers)}: the dense model has layers 0 to {n_dense - 1}"
-        )
+    ends = ((n_dense, "dense"), (n_sparse, "sparse"))
+    if not layer_map or any(len(pair) != 2 for pair in layer_map):
+        raise ValueError(f"layer_map={layer_map} must be pairs (dense layer, sparse layer)")
+    for column, (n_layers, side) in enumerate(ends):
+        layers = [pair[column] for pair in layer_map]
+        if not all(0 <= layer < n_layers for layer in layers):
+            raise ValueError(
+                f"layer_map={layer_map}: the {side} model has layers 0 to {n_layers - 1}"
+            )
+        if any(later <= sooner for sooner, later in pairwise(layers)):
+            raise ValueError(f"layer_map={layer_map} must go forward in both models")
+    halves = ("pre", "mid") if mid else ("pre",)
     places = [
-        (f"{layer}.{part}", 2 * theirs + half, 2 * layer + half)
-        for layer, theirs in enumerate(layers)
-        for half, part in enumerate(("pre", "mid") if mid else ("pre",))
+        (f"{sparse}.{part}", 2 * dense + half, 2 * sparse + half)
+        for dense, sparse in layer_map
+        for half, part in enumerate(halves)
     ]
     places.append(("final", 2 * n_dense, 2 * n_sparse))
     return tuple(
@@ -84,6 +91,7 @@ def bridge_sites(
     )
 
 
-def even_layer_map(n_dense: int, n_sparse: int) -> tuple[int, ...]:
-    """Each sparse layer's dense layer where both models' layers are spread evenly."""
-    return tuple(layer * n_dense // n_sparse for layer in range(n_sparse))
+def even_layer_map(n_dense: int, n_sparse: int) -> LayerMap:
+    """As many pairs of layers as the shallower model has layers, spread evenly over both."""
+    n = min(n_dense, n_sparse)
+    return tuple((i * n_dense // n, i * n_sparse // n) for i in range(n))

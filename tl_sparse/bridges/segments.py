@@ -156,7 +156,7 @@ class Segments:
         if resid is not None and start % 2:
             # what a bridge calls hook_resid_mid is only what ln2 reads, and the stream goes past:
             # so attention has to add all of it to nothing
-            put = [(f"{at}hook_resid_pre", lambda x, hook=None: torch.zeros_like(x)),
+            put: list[Hook] = [(f"{at}hook_resid_pre", lambda x, hook=None: torch.zeros_like(x)),
                    (f"{at}hook_attn_out", _put(resid))]  # fmt: skip
             if start not in self.checked:
                 put.append((f"{at}hook_resid_mid", self._checker(resid, start)))
