@@ -96,6 +96,8 @@ __all__ = [
     "hooked",
     "is_transformer_lens_model",
     "logit_lens_tool",
+    "norm_centres",
+    "norm_weight",
     "only_read",
     "patching_result",
     "runtime_dtype",
@@ -174,6 +176,24 @@ def affine_after(
     if weight is None or (bias is not None and BridgeConfig == ()):
         return None
     return (weight,) if bias is None else (weight, bias)
+
+
+def norm_weight(norm: nn.Module) -> torch.Tensor | None:
+    """What a norm of any model multiplies by after it has divided; None if by nothing."""
+    weight = getattr(norm, "w", None)
+    if weight is None:
+        return None
+    # Gemma's are stored as what they are more than one
+    return 1 + weight if getattr(norm, "uses_weight_offset", False) else weight
+
+
+def norm_centres(norm: nn.Module) -> bool:
+    """Whether a norm of any model takes the mean off, as LayerNorm does."""
+    if hasattr(norm, "centred"):  # a SparseTransformer's
+        return bool(norm.centred)
+    if hasattr(norm, "uses_rms_norm"):  # a TransformerBridge's
+        return not norm.uses_rms_norm
+    return type(norm).__name__.startswith("LayerNorm")
 
 
 def bridge_class() -> Any:

@@ -1,4 +1,4 @@
-"""A pair of small models, and text for them, that every test of training starts from."""
+"""Pairs of small models, and text for them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -78,3 +78,18 @@ def rotated(small_model):
 def many_tokens():
     """Token ids [30, 12] for the small models."""
     return torch.randint(3, 30, (30, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def twins(small_model: Callable[..., Any]) -> Any:
+    """A model of 16 channels with norm weights, and its twin of 24; see tests/bridges/twins.py."""
+    from tests.bridges.twins import turned_pair
+
+    return turned_pair(small_model("plain"), 24)
+
+
+@pytest.fixture
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Presented and counterfactual tokens [4, 6]."""
+    generator = torch.Generator().manual_seed(11)
+    return tuple(torch.randint(3, 30, (4, 6), generator=generator) for _ in range(2))

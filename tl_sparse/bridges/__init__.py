@@ -1,7 +1,16 @@
 """Bridges between a dense and a sparse model's residual streams, and hybrids of the two."""
 
+from tl_sparse.bridges.bridged_dense import BridgedDense as BridgedDense
 from tl_sparse.bridges.bridges import Bridges as Bridges
+from tl_sparse.bridges.carried import CarriedEffect as CarriedEffect
+from tl_sparse.bridges.carried import carried_effect as carried_effect
 from tl_sparse.bridges.config import BridgesConfig as BridgesConfig
+from tl_sparse.bridges.curves import SteeringCurves as SteeringCurves
+from tl_sparse.bridges.dense_circuit import DenseCircuit as DenseCircuit
+from tl_sparse.bridges.dense_circuit import dense_circuit as dense_circuit
+from tl_sparse.bridges.directions import Directions as Directions
+from tl_sparse.bridges.directions import directions as directions
+from tl_sparse.bridges.directions import norm_ratios as norm_ratios
 from tl_sparse.bridges.fit import FittedBridges as FittedBridges
 from tl_sparse.bridges.fit import fit_bridges as fit_bridges
 from tl_sparse.bridges.losses import BridgeLosses as BridgeLosses
@@ -11,7 +20,12 @@ from tl_sparse.bridges.pair import Streams as Streams
 from tl_sparse.bridges.paths import PathTable as PathTable
 from tl_sparse.bridges.paths import path_table as path_table
 from tl_sparse.bridges.places import BridgeSite as BridgeSite
+from tl_sparse.bridges.published import published_curves as published_curves
+from tl_sparse.bridges.reading import ablate as ablate
+from tl_sparse.bridges.reading import patch as patch
 from tl_sparse.bridges.reconstruction import Reconstruction as Reconstruction
 from tl_sparse.bridges.reconstruction import reconstruction as reconstruction
+from tl_sparse.bridges.steered_runs import steering_curves as steering_curves
+from tl_sparse.bridges.steering import steer as steer
 from tl_sparse.bridges.training import train_bridges as train_bridges
 from tl_sparse.bridges.training_config import BridgeTrainingConfig as BridgeTrainingConfig

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tl_sparse.bridges.bridges import Bridges
 from tl_sparse.bridges.config import BridgesConfig
+from tl_sparse.bridges.interventions import InterventionMixin
 from tl_sparse.bridges.places import START
 from tl_sparse.bridges.segments import Hook, Segments
 from tl_sparse.compat import ActivationCache
@@ -64,7 +65,7 @@ class Streams:
     """Of every next token."""
 
 
-class BridgedPair(nn.Module):
+class BridgedPair(InterventionMixin, nn.Module):
     """Two models, bridges between them, and every hybrid of the two.
 
     A hybrid forward pass runs one model up to a site, bridges its residual stream, and goes on in
