@@ -13,6 +13,7 @@ from tl_sparse.data import (
     build_tokenizer,
     idiom_documents,
 )
+from tl_sparse.data.idioms import MIXES
 from tl_sparse.tasks import SPLITS, builtin, phrases
 from tl_sparse.tasks.contexts import Snippets, shape, snippets
 
@@ -70,8 +71,13 @@ def quoted_lines(split):
 
 
 @cache
-def idiom_shapes():
-    lines = "".join(idiom_documents(7, 150_000)).split("\n")
+def idiom_text(mix):
+    return "".join(idiom_documents(7, 150_000, mix))
+
+
+@cache
+def idiom_shapes(mix="first"):
+    lines = idiom_text(mix).split("\n")
     return "\n" + "\n".join(shape(line.strip()) for line in lines) + "\n"
 
 
@@ -156,19 +162,39 @@ def template(text):
 def test_held_out_templates_are_absent_from_the_idioms(tokenizer, name):
     drawn = batch(tokenizer, name, "held_out")
     for prompt, answer in zip(drawn.prompts, drawn.answers, strict=True):
-        assert template(prompt + answer + OPENED.get(name, "")) not in idiom_shapes()
+        for mix in MIXES:
+            assert template(prompt + answer + OPENED.get(name, "")) not in idiom_shapes(mix)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_prompt_stands_in_the_idioms(tokenizer, name):
+    for split in SPLITS:
+        for prompt in prompts(tokenizer, name, split):
+            assert not any(prompt in idiom_text(mix) for mix in MIXES)
+    if name != "while_return_true":  # all that is its own are two words
+        for prompt in prompts(tokenizer, name, "held_out"):
+            own = own_part(prompt, "held_out").strip()
+            assert not any(own in idiom_text(mix) for mix in MIXES)
+
+
+FIRST_MIX = ("single_double_quote", "bracket_counting", "bracket_brace", "set_or_string")
+SECOND_MIX = (
+    *FIRST_MIX,
+    *("set_or_string_fixedvarname", "class_init", "var_swap", "with_open", "fstring_brace"),
+)
 
 
 @pytest.mark.parametrize(
-    "name", ["single_double_quote", "bracket_counting", "bracket_brace", "set_or_string"]
+    ("mix", "name"),
+    [*(("first", name) for name in FIRST_MIX), *(("second", name) for name in SECOND_MIX)],
 )
-def test_of_the_phrasing_around_probes_the_idioms_know_only_the_training_one(tokenizer, name):
-    answers = tasks.get(name, tokenizer).answers
+def test_of_the_phrasing_around_probes_the_idioms_know_only_the_training_one(tokenizer, mix, name):
     known = {}
     for split in SPLITS:
-        own = [own_part(p, split) for p in prompts(tokenizer, name, split, 100)]
+        drawn = batch(tokenizer, name, split, 100)
         known[split] = sum(
-            template(text + answers[i % 2]) in idiom_shapes() for i, text in enumerate(own)
+            template(own_part(text, split) + answer + OPENED.get(name, "")) in idiom_shapes(mix)
+            for text, answer in zip(drawn.prompts, drawn.answers, strict=True)
         )
     assert known["held_out"] == 0
     assert known["train"] >= 50

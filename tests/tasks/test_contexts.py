@@ -2,7 +2,8 @@ import ast
 
 import pytest
 
-from tl_sparse.data import CorpusConfig
+from tl_sparse.data import CorpusConfig, idiom_documents
+from tl_sparse.data.idioms import MIXES
 from tl_sparse.data.sources import is_validation, standard_library
 from tl_sparse.tasks.contexts import SPLITS, check_split, shape, snippets
 
@@ -34,6 +35,14 @@ def test_the_splits_share_no_snippet_and_have_plenty(kind):
 def test_held_out_lines_have_shapes_of_their_own():
     train, held_out = ({shape(line) for line in snippets(split).lines} for split in SPLITS)
     assert not train & held_out
+
+
+def test_the_idioms_have_next_to_no_line_of_a_held_out_shape():
+    held_out = {shape(line) for line in snippets("held_out").lines}
+    for mix in MIXES:
+        lines = "".join(idiom_documents(3, 150_000, mix)).splitlines()
+        found = sum(shape(line.strip()) in held_out for line in lines)
+        assert found / len(lines) < 0.001
 
 
 @pytest.mark.parametrize("split", SPLITS)

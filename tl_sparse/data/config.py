@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from tl_sparse.data.idioms import MIXES, IdiomMix
 from tl_sparse.data.sources import check_source
 from tl_sparse.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE
 from tl_sparse.data.words import REQUIRED_WORDS
@@ -31,6 +32,8 @@ class CorpusConfig:
     """Share of documents held out for validation, chosen by content and seed."""
     idiom_share: float = 0.4
     """Share of training tokens that come from the idiom generator; 0 for real text only."""
+    idioms: IdiomMix = "first"
+    """Mix of idioms: "first", or "second", which has idioms for every built-in task."""
     vocab_size: int = 1024
     """Tokens in the vocabulary; 1024 to 2048 suit small models."""
     required_words: tuple[str, ...] = REQUIRED_WORDS
@@ -60,6 +63,8 @@ class CorpusConfig:
             )
         if not 0 <= self.min_ascii <= 1:
             raise ValueError(f"min_ascii must lie in [0, 1], not {self.min_ascii}")
+        if self.idioms not in MIXES:
+            raise ValueError(f"idioms={self.idioms!r} is unknown: choose from {', '.join(MIXES)}")
         for name in ("max_documents", "max_bytes", "max_file_bytes"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:

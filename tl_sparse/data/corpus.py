@@ -119,7 +119,7 @@ def _build(
         train, validation = encode(parts.train), encode(parts.validation)
     real = sum(map(len, train))
     wanted = round(real * config.idiom_share / (1 - config.idiom_share))
-    idioms = idiom_documents(config.seed, 2**62)  # without end: `_take` stops at enough tokens
+    idioms = idiom_documents(config.seed, 2**62, config.idioms)  # without end: `_take` stops at enough tokens
     generated = _take(encode_documents(tokenizer, idioms), wanted, progress)
     order = np.random.default_rng(config.seed)
     stats = CorpusStats(
@@ -186,9 +186,12 @@ def usable(text: str, config: CorpusConfig) -> bool:
 
 
 def _fingerprint(config: CorpusConfig, documents: Sequence[Document]) -> str:
-    idioms = "".join(idiom_documents(config.seed, _IDIOM_SAMPLE))
+    idioms = "".join(idiom_documents(config.seed, _IDIOM_SAMPLE, config.idioms))
+    settings = asdict(config)
+    if config.idioms == "first":
+        del settings["idioms"]  # a field that the first corpora did not have: their names stay
     versions = {name: version(name) for name in ("tl-sparse", "tokenizers")}
-    digest = hashlib.sha256(json.dumps([asdict(config), versions, idioms]).encode())
+    digest = hashlib.sha256(json.dumps([settings, versions, idioms]).encode())
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode()).digest())
     return digest.hexdigest()
@@ -237,7 +240,7 @@ def _tokenizer_texts(config: CorpusConfig, train: Sequence[str]) -> Iterator[str
         chars += len(text)
         yield text
     share = min(config.idiom_share, _TOKENIZER_IDIOMS)
-    yield from idiom_documents(config.seed, round(chars * share / (1 - share)))
+    yield from idiom_documents(config.seed, round(chars * share / (1 - share)), config.idioms)
 
 
 def _take(streams: Iterator[_Stream], wanted: int, progress: bool) -> list[_Stream]:

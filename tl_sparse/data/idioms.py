@@ -1,4 +1,4 @@
-"""A seeded generator of simple, repetitive, valid Python.
+"""A seeded generator of simple, repetitive, valid Python, in two mixes.
 
 It stands in for the deliberately simple part of the training data of Gao et al. 2025
 (appendix A.6), which was not released: each idiom returns in many lengths, depths and contexts, so
@@ -7,297 +7,37 @@ that a small model learns the rule and not a text. Names come from `TRAIN_WORDS`
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, Literal
 
-from tl_sparse.data.idiom_parts import (
-    SPEAKERS,
-    Draw,
-    between,
-    call,
-    condition,
-    flat_list,
-    mixed_list,
-    name,
-    names,
-    nested_list,
-    number,
-    pick,
-    scalar,
-    string,
-    value,
-    words,
-)
+from tl_sparse.data import first_idioms, second_idioms
+from tl_sparse.data.idiom_parts import Draw, between
 
-Lines = list[str]
+IdiomMix = Literal["first", "second"]
+
+MIXES: Final[dict[IdiomMix, Callable[[Draw], list[str]]]] = {
+    "first": first_idioms.block,
+    "second": second_idioms.block,
+}
+"""Each mix's way to draw the lines of a block. A mix, once models were trained on it, stays as it
+is: another recipe is another mix."""
 
 
-def idiom_documents(seed: int, n_chars: int) -> Iterator[str]:
+def idiom_documents(seed: int, n_chars: int, mix: IdiomMix = "first") -> Iterator[str]:
     """Yield short documents of one to six idioms each until their lengths reach `n_chars`.
 
     Every document is valid Python and ends in a newline. The same seed gives the same documents.
+    The second `mix` has idioms for every built-in task, and for binding and copying in many forms.
+    Raises `ValueError` for a mix of another name.
     """
-    draw = random.Random(seed).random
+    if mix not in MIXES:
+        raise ValueError(f"mix={mix!r} is unknown: choose from {', '.join(MIXES)}")
+    return _documents(random.Random(seed).random, n_chars, MIXES[mix])
+
+
+def _documents(draw: Draw, n_chars: int, block: Callable[[Draw], list[str]]) -> Iterator[str]:
     written = 0
     while written < n_chars:
-        text = _document(draw)
+        blocks = [block(draw) for _ in range(between(draw, 1, 6))]
+        text = "\n".join(line for lines in blocks for line in lines).rstrip("\n") + "\n"
         written += len(text)
         yield text
-
-
-def _document(draw: Draw) -> str:
-    blocks = []
-    for _ in range(between(draw, 1, 6)):
-        chance = draw()
-        if chance < 0.64:
-            blocks.append(_statement(draw))
-        elif chance < 0.95:
-            blocks.append([*function(draw), *[""] * between(draw, 1, 2)])
-        else:
-            blocks.append([*klass(draw), *[""] * between(draw, 1, 2)])
-    return "\n".join(line for block in blocks for line in block).rstrip("\n") + "\n"
-
-
-def _statement(draw: Draw) -> Lines:
-    return pick(draw, _STATEMENTS)(draw)
-
-
-def _simple(draw: Draw) -> Lines:
-    return pick(draw, _SIMPLE)(draw)
-
-
-def _body(draw: Draw, longest: int = 2) -> Lines:
-    """Indented statements."""
-    lines = [line for _ in range(between(draw, 1, longest)) for line in _simple(draw)]
-    return _indent(lines)
-
-
-def _indent(lines: Lines) -> Lines:
-    return ["    " + line if line else line for line in lines]
-
-
-# Statements of one line
-
-
-def assign(draw: Draw) -> Lines:
-    """`x = value`."""
-    return [f"{name(draw)} = {value(draw)}"]
-
-
-def assign_list(draw: Draw) -> Lines:
-    """Lists of one and two levels, assigned."""
-    kinds = (flat_list, nested_list, mixed_list)
-    return [f"{name(draw)} = {pick(draw, kinds)(draw)}" for _ in range(between(draw, 1, 2))]
-
-
-def list_in_call(draw: Draw) -> Lines:
-    """Lists as arguments."""
-    kind = flat_list if draw() < 0.5 else nested_list
-    before = "" if draw() < 0.6 else f"{name(draw)}, "
-    owner = name(draw) if draw() < 0.5 else f"{name(draw)}.append"
-    return [f"{owner}({before}{kind(draw)})"]
-
-
-def speak(draw: Draw) -> Lines:
-    """A call with text, in either quote."""
-    owner = pick(draw, SPEAKERS) if draw() < 0.8 else f"{name(draw)}.write"
-    rest = "" if draw() < 0.6 else f", {scalar(draw)}"
-    return [f"{owner}({string(draw, 6)}{rest})"]
-
-
-def format_text(draw: Draw) -> Lines:
-    """An f-string beside a plain one."""
-    quote = "'" if draw() < 0.5 else '"'
-    inside = f"{words(draw, 3)}: {{{name(draw)}}}"
-    return [f"print(f{quote}{inside}{quote})"]
-
-
-def flag(draw: Draw) -> Lines:
-    """`x = True`."""
-    return [f"{name(draw)} = {pick(draw, ('True', 'True', 'False'))}"]
-
-
-def ternary(draw: Draw) -> Lines:
-    """`x = a if condition else b`."""
-    first = scalar(draw) if draw() < 0.7 else name(draw)
-    return [f"{name(draw)} = {first} if {condition(draw)} else {scalar(draw)}"]
-
-
-def small_function(draw: Draw) -> Lines:
-    """`f = lambda x: x + 1`."""
-    arguments = names(draw, pick(draw, (1, 1, 1, 2)))
-    result = f"{arguments[0]} {pick(draw, ('+', '-', '*'))} {number(draw)}"
-    body = result if draw() < 0.6 else f"{arguments[0]}.{name(draw)}"
-    return [f"{name(draw)} = lambda {', '.join(arguments)}: {body}"]
-
-
-def count_up(draw: Draw) -> Lines:
-    """`x += 1`, or a call for its effect."""
-    return [f"{name(draw)} += {number(draw)}"] if draw() < 0.4 else [call(draw)]
-
-
-# Statements of several lines
-
-
-def file_use(draw: Draw) -> Lines:
-    """Opening a file: with a context, or into a variable."""
-    file, source = names(draw, 2)
-    mode = pick(draw, ("", "", ", 'r'", ', "w"'))
-    target = source if draw() < 0.6 else string(draw, 1)
-    if draw() < 0.5:
-        return [f"with open({target}{mode}) as {file}:", *_body(draw)]
-    after = _simple(draw) if draw() < 0.5 else []
-    return [f"{file} = open({target}{mode})", *after, f"{file}.close()"]
-
-
-def type_use(draw: Draw) -> Lines:
-    """A variable that starts as a set or a string and is used as what it is."""
-    variable, other, item, items = names(draw, 4)
-    if draw() < 0.45:
-        variable = "current"
-    kinds = [draw() < 0.5]
-    owners = [variable]
-    if draw() < 0.15:
-        kinds.append(not kinds[0])
-        owners.append(other)
-    pairs = list(zip(owners, kinds, strict=True))
-    starts = [f"{n} = {'set()' if is_set else pick(draw, _EMPTY)}" for n, is_set in pairs]
-    uses = [line for n, is_set in pairs for line in _use(draw, n, is_set, item)]
-    between_lines = [line for _ in range(between(draw, 0, 2)) for line in _simple(draw)]
-    if draw() < 0.35:
-        return [*starts, *between_lines, *uses]
-    inside = _simple(draw) if draw() < 0.3 else []
-    return [*starts, *between_lines, f"for {item} in {items}:", *_indent([*inside, *uses])]
-
-
-_EMPTY: Final = ('""', '""', '""', "''")
-
-
-def _use(draw: Draw, owner: str, is_set: bool, item: str) -> Lines:
-    times = pick(draw, (1, 1, 1, 2))
-    if is_set:
-        method = pick(draw, ("add", "add", "add", "update", "remove"))
-        return [f"{owner}.{method}({pick(draw, (item, scalar(draw)))})" for _ in range(times)]
-    return [f"{owner} += {pick(draw, (item, string(draw, 2)))}" for _ in range(times)]
-
-
-def loop(draw: Draw) -> Lines:
-    """`for`, over things, numbers, or numbered things."""
-    index, item, items = names(draw, 3)
-    kind = draw()
-    if kind < 0.3:
-        head = f"for {item} in {items}:"
-    elif kind < 0.65:
-        bound = pick(
-            draw, (f"len({items})", number(draw), f"{between(draw, 0, 3)}, {items}", items)
-        )
-        head = f"for {pick(draw, (index, 'i', 'j'))} in range({bound}):"
-    else:
-        head = f"for {pick(draw, (index, 'i'))}, {item} in enumerate({items}):"
-    return [head, *_body(draw)]
-
-
-def repeat(draw: Draw) -> Lines:
-    """`while`."""
-    head = f"while {condition(draw) if draw() < 0.75 else name(draw)}:"
-    return [head, *_body(draw), *(_indent(["break"]) if draw() < 0.3 else [])]
-
-
-def forever(draw: Draw) -> Lines:
-    """`while True`."""
-    return ["while True:", *_body(draw), f"    if {condition(draw)}:", "        break"]
-
-
-def choice(draw: Draw) -> Lines:
-    """`if` and perhaps `else`."""
-    other = ["else:", *_body(draw)] if draw() < 0.4 else []
-    return [f"if {condition(draw)}:", *_body(draw), *other]
-
-
-def checked_flag(draw: Draw) -> Lines:
-    """A flag that is set, and the same flag tested."""
-    variable = name(draw)
-    state = pick(draw, ("True", "True", "False"))
-    if draw() < 0.5:
-        return [f"{variable} = {state}", *(_simple(draw) if draw() < 0.3 else [])]
-    return [f"if {variable} == {state}:", *_body(draw)]
-
-
-# Definitions
-
-
-def function(draw: Draw) -> Lines:
-    """`def` with a body that ends in a `return`, or runs for ever."""
-    return [f"def {name(draw)}({_parameters(draw)}):", *_indent(_function_body(draw))]
-
-
-def _parameters(draw: Draw) -> str:
-    chosen = names(draw, between(draw, 0, 5))
-    if draw() < 0.45:
-        return ", ".join(chosen)
-    plain = between(draw, 0, len(chosen))
-    default = ("None", "None", "0", "1", "True", "False", '""')
-    return ", ".join([*chosen[:plain], *(f"{n}={pick(draw, default)}" for n in chosen[plain:])])
-
-
-def _function_body(draw: Draw) -> Lines:
-    lines = [line for _ in range(between(draw, 0, 2)) for line in _statement(draw)]
-    ending = draw()
-    if ending < 0.35:
-        return [*lines, f"return {pick(draw, ('True', 'True', 'False'))}"]
-    if ending < 0.6:
-        return [*lines, *forever(draw)]
-    if ending < 0.75:
-        last = f"return {pick(draw, ('True', 'False'))}"
-        return [*lines, f"if {condition(draw)}:", *_body(draw, 1), "    return True", last]
-    return [*lines, f"return {value(draw)}"]
-
-
-def klass(draw: Draw) -> Lines:
-    """A class that stores its arguments, with a method now and then."""
-    fields = names(draw, between(draw, 1, 4))
-    head = [
-        f"class {name(draw).title().replace('_', '')}:",
-        f"    def __init__(self, {', '.join(fields)}):",
-    ]
-    stored = [f"        self.{field} = {field}" for field in fields]
-    if draw() < 0.6:
-        return [*head, *stored]
-    method = [f"def {name(draw)}(self):", *_indent(_function_body(draw))]
-    return [*head, *stored, "", *_indent(method)]
-
-
-_SIMPLE: Final[tuple[Callable[[Draw], Lines], ...]] = (
-    *(assign, assign, assign_list, list_in_call, speak, speak, speak),
-    *(format_text, flag, ternary, small_function, count_up, count_up),
-)
-_STATEMENTS: Final[tuple[Callable[[Draw], Lines], ...]] = (
-    *(assign, assign_list, assign_list, assign_list, list_in_call, speak, speak, speak),
-    *(format_text, ternary, ternary, ternary, small_function, small_function, count_up),
-    *(
-        file_use,
-        file_use,
-        type_use,
-        type_use,
-        type_use,
-        type_use,
-        type_use,
-        type_use,
-        type_use,
-        type_use,
-    ),
-    *(
-        loop,
-        loop,
-        loop,
-        loop,
-        loop,
-        loop,
-        repeat,
-        repeat,
-        forever,
-        choice,
-        choice,
-        checked_flag,
-        checked_flag,
-    ),
-)
