@@ -1,16 +1,24 @@
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, default_cache_dir
+from tl_sparse.data import (
+    CorpusConfig,
+    TokenizedCorpus,
+    build_corpus,
+    default_cache_dir,
+    idiom_documents,
+)
 from tl_sparse.data import corpus as build_module
 from tl_sparse.data.tokens import encode_documents
 
@@ -71,6 +79,29 @@ def test_another_seed_gives_another_corpus(config, corpus, tmp_path):
     other = build_corpus(replace(config, seed=1), tmp_path, progress=False)
     assert other.fingerprint != corpus.fingerprint
     assert not np.array_equal(other.validation, corpus.validation)
+
+
+def test_a_corpus_of_the_first_mix_keeps_the_name_it_had_before_there_were_two(config):
+    documents, _ = build_module._read(config, progress=False)
+    settings = asdict(config)
+    assert settings.pop("idioms") == "first"
+    versions = {name: version(name) for name in ("tl-sparse", "tokenizers")}
+    sample = "".join(idiom_documents(config.seed, 20_000))
+    digest = hashlib.sha256(json.dumps([settings, versions, sample]).encode())
+    for document in documents:
+        digest.update(hashlib.sha256(document.text.encode()).digest())
+    assert build_module._fingerprint(config, documents) == digest.hexdigest()
+
+
+def test_the_second_mix_makes_another_corpus_of_its_own_idioms(config, corpus, tmp_path, folder):
+    second = build_corpus(replace(config, idioms="second"), tmp_path, progress=False)
+    assert second.fingerprint != corpus.fingerprint
+    assert second.config.idioms == "second"
+    texts = real_texts(folder)
+    generated = [text for text in documents(second, second.train) if text not in texts]
+    expected = list(idiom_documents(config.seed, sum(map(len, generated)), "second"))
+    assert sorted(generated) == sorted(expected[: len(generated)])
+    assert set(documents(second, second.validation)) == set(documents(corpus, corpus.validation))
 
 
 def test_the_second_call_reads_the_cache(config, corpus):

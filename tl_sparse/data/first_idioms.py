@@ -36,10 +36,12 @@ def block(draw: Draw) -> Lines:
 
 
 def statement(draw: Draw) -> Lines:
+    """Any statement."""
     return pick(draw, _STATEMENTS)(draw)
 
 
 def simple(draw: Draw) -> Lines:
+    """A statement of one line, sometimes two."""
     return pick(draw, _SIMPLE)(draw)
 
 
@@ -50,6 +52,7 @@ def body(draw: Draw, longest: int = 2) -> Lines:
 
 
 def indent(lines: Lines) -> Lines:
+    """The lines one level further in."""
     return ["    " + line if line else line for line in lines]
 
 
@@ -218,6 +221,7 @@ def _parameters(draw: Draw) -> str:
 
 
 def function_body(draw: Draw) -> Lines:
+    """Statements that end in a `return`, or run for ever."""
     lines = [line for _ in range(between(draw, 0, 2)) for line in statement(draw)]
     ending = draw()
     if ending < 0.35:

@@ -90,7 +90,7 @@ def swap(draw: Draw) -> Lines:
 
 
 def copies(draw: Draw) -> Lines:
-    """Names that stand for themselves: as arguments, as keys, as fields, as their own next value."""
+    """Names that stand for themselves: arguments, keys, fields, their own next value."""
     chosen = names(draw, between(draw, 1, 4))
     chance = draw()
     if chance < 0.35:
