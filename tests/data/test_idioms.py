@@ -126,9 +126,9 @@ def test_a_mark_in_an_f_string_is_followed_by_a_value_and_in_a_plain_one_by_its_
     drawn = re.findall(r"[(=] ?(f?)(['\"])[A-Za-z ]+(?:: | - | is | #|/|[$%*~@])(.)", SECOND_TEXT)
     inserts = [end == "{" for f, _, end in drawn if f]
     closes = [end == quote for f, quote, end in drawn if not f]
-    assert min(len(inserts), len(closes)) > 50
-    assert sum(inserts) > 0.95 * len(inserts)
-    assert sum(closes) > 0.95 * len(closes)
+    assert min(len(inserts), len(closes)) > 40
+    assert all(inserts)
+    assert all(closes)
 
 
 def test_a_class_stores_its_arguments_in_any_order():
