@@ -142,11 +142,16 @@ PROGRAMS: Mapping[str, Program] = {
 """The programs by name."""
 
 
-def compiled(name: str, seed: int = 0) -> GroundTruthModel:
-    """The model of a program, with two heads of distractors beside the program's one a layer.
+def compiled(name: str, seed: int = 0, heads: int = 3) -> GroundTruthModel:
+    """The model of a program, with heads of distractors beside the program's one a layer.
 
     Its ``kept`` are all nodes of the compiled circuit, ``heads`` and ``mlps`` the parts that have
     any; :func:`~tl_sparse.ground_truth.component_edges` has the edges between these.
+
+    Args:
+        name: One of :data:`PROGRAMS`.
+        seed: Decides where everything stands in the model, and the distractors.
+        heads: Heads a layer.
 
     Raises:
         ValueError: unknown name.
@@ -158,7 +163,7 @@ def compiled(name: str, seed: int = 0) -> GroundTruthModel:
     tokenizer = program_tokenizer()
     bound = Task.bind(program.spec, tokenizer, max_tokens=N_CTX)
     return build(
-        plan, bound, filled(bound), description=program.spec.description, heads=3, d_head=N_CTX,
+        plan, bound, filled(bound), description=program.spec.description, heads=heads, d_head=N_CTX,
         neurons=64, seed=seed,
     )  # fmt: skip
 
