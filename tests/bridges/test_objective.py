@@ -92,7 +92,6 @@ def test_tails_that_run_together_have_the_same_gradients(make_pair, tokens, monk
     together = lambda pair, side, sites: [sites] if sites else []  # noqa: E731
     monkeypatch.setattr("tl_sparse.bridges.objective.groups", together)
     check_gradients(make_pair("together", double=True), tokens, ODD)
-    # one dense layer for two sparse ones: two sites at one place of the dense model
     check_gradients(make_pair("together", double=True, layers=(1, 2)), tokens, ODD)
 
 
@@ -168,7 +167,7 @@ def test_the_mean_over_draws_is_the_step_with_all_sites_and_sequences(make_pair,
     expected, every = stepped(pair, tokens, losses)
     objective = BridgeObjective(pair, BridgeTrainingConfig(losses, **changes))
     name, seen, counts = "bridges.encoders.1.W_enc", [], []
-    for seed in range(40):
+    for seed in range(16):
         measured = objective.backward(pair.sparse, tokens, moment(seed=seed))
         seen.append(gradients(pair)[name] if "dense_to_sparse/0.mid" in measured else None)
         counts.append(sum(key.startswith("dense_to_sparse/") for key in measured))
@@ -177,7 +176,7 @@ def test_the_mean_over_draws_is_the_step_with_all_sites_and_sequences(make_pair,
     assert bool(((rows.mean(0) - expected[name]).abs() <= 4.5 * spread + 1e-12).all())
     assert bool((rows.std(0) > 0).any())
     assert set(counts) == {changes.get("sites_per_step", len(pair.sites))}
-    again = objective.backward(pair.sparse, tokens, moment(seed=39))
+    again = objective.backward(pair.sparse, tokens, moment(seed=15))
     assert torch.equal(again["loss"], measured["loss"])  # drawn from the seed
     assert float(every["loss"]) > 0
 

@@ -294,6 +294,22 @@ def test_text_that_spells_the_separator_stays_text(corpus):
     assert len(corpus.tokenizer.encode("<|endoftext|>")) == 1  # the tokenizer is left as it was
 
 
+def test_a_corpus_is_read_with_a_model_s_tokenizer(config, corpus, folder, tmp_path):
+    own = build_corpus(config, tmp_path, progress=False, tokenizer=corpus.tokenizer)
+    assert own.fingerprint != corpus.fingerprint  # the tokenizer is part of what it is
+    for name in ("train", "validation"):
+        assert np.array_equal(getattr(own, name), getattr(corpus, name))
+    other = build_corpus(replace(config, vocab_size=300, required_words=()), progress=False)
+    theirs = build_corpus(config, tmp_path, progress=False, tokenizer=other.tokenizer)
+    assert theirs.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert int(theirs.train.max()) < len(other.tokenizer) < len(corpus.tokenizer)
+
+
+def test_a_tokenizer_that_token_files_cannot_hold_is_refused(config, tmp_path, make_tokenizer):
+    with pytest.raises(ValueError, match=r"the last of which is <\|endoftext\|>"):
+        build_corpus(config, tmp_path, progress=False, tokenizer=make_tokenizer())
+
+
 def test_an_empty_corpus_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="the corpus is empty"):
         build_corpus(CorpusConfig(sources=(str(tmp_path),)), tmp_path, progress=False)

@@ -50,23 +50,14 @@ def tails(
     Args:
         pair: The models.
         side: Which of them.
-        entries: What enters, by the site's name.
+        entries: What enters, by the site's name, in the order of computation.
     """
-    resid, tokens = None, None
-    names = sorted(entries, key=lambda name: place(pair, side, name))
+    resid, tokens, names = None, None, list(entries)
     for name, after in zip_longest(names, names[1:]):
         entry = entries[name]
         resid = entry.resid if resid is None else torch.cat([resid, entry.resid])
         tokens = entry.tokens if tokens is None else torch.cat([tokens, entry.tokens])
-        if after is None or place(pair, side, name) < place(pair, side, after):
-            resid = pair.tail(side, name, resid, tokens, stop=after)
+        resid = pair.tail(side, name, resid, tokens, stop=after)
     if resid is not None:
-        sizes = [len(entries[name].tokens) for name in names]
+        sizes = [len(entry.tokens) for entry in entries.values()]
         yield from zip(names, resid.split(sizes), strict=True)
-
-
-def place(pair: BridgedPair, side: Side, site: str) -> int:
-    """Where a site is in a model. One dense layer may go with several sparse ones, whose sites are
-    at its two places in turn."""
-    found = pair.bridges.site(site)
-    return found.dense if side == "dense" else found.sparse

@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 import tyro
 
 from tl_sparse.circuits import PruningFailed
+from tl_sparse.cli.bridge import Bridge
 from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.fetch import Fetch
@@ -61,7 +62,7 @@ def commands(recipe: str) -> Any:
     # set afterwards: it stands for a value, but is none that the field may have
     object.__setattr__(start, "out", tyro.MISSING)
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
-                 "info": Info,
+                 "info": Info, "bridge": Bridge,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
                  "study": StudyConfig, "fetch": Fetch, "nodes": Nodes}  # fmt: skip
     defaults = {"train": start}

@@ -13,12 +13,13 @@ from typing import Final
 import numpy as np
 from jaxtyping import UInt16
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.config import CorpusConfig
 from tl_sparse.data.duplicates import first_of_each
 from tl_sparse.data.idioms import idiom_documents
 from tl_sparse.data.sources import Document, is_validation, read_source
-from tl_sparse.data.tokenizer import build_tokenizer
+from tl_sparse.data.tokenizer import build_tokenizer, check_tokenizer
 from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus, encode_documents, write_corpus
 from tl_sparse.storage.atomic_write import remove_drafts
 from tl_sparse.storage.locks import wait_for_lock
@@ -46,7 +47,11 @@ class _Split:
 
 
 def build_corpus(
-    config: CorpusConfig, cache_dir: str | Path | None = None, progress: bool = True
+    config: CorpusConfig,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> TokenizedCorpus:
     """Read, clean, split and tokenise the sources of `config`; open the result if it exists.
 
@@ -59,16 +64,22 @@ def build_corpus(
     training stream mixes whole documents in random order, so that a window anywhere in it is an
     idiom with probability `idiom_share`; the validation stream is real text only.
 
-    `progress` shows bars. Raises `ValueError` when too little text is left to fill both parts, and
-    when nothing can be written or locked in the cache.
+    `tokenizer` is a model's own, for text that this model shall read: `vocab_size` and
+    `required_words` then mean nothing. Its last token must be `<|endoftext|>`, as in this package's
+    models and OpenAI's.
+
+    `progress` shows bars. Raises `ValueError` when too little text is left to fill both parts, when
+    nothing can be written or locked in the cache, and of another tokenizer.
     """
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     documents, skipped = _read(config, progress)
     if not documents:
         raise ValueError(
             f"the corpus is empty: no usable text in {', '.join(config.sources)}; "
             f"{skipped} files were skipped"
         )
-    fingerprint = _fingerprint(config, documents)
+    fingerprint = _fingerprint(config, documents, tokenizer)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     directory = folder / f"corpus-{fingerprint[:20]}"
     if (found := _opened(directory)) is not None:
@@ -80,7 +91,7 @@ def build_corpus(
             if directory.is_dir():  # everything needed to build it again is at hand
                 warnings.warn(f"{error}: the corpus is built anew", stacklevel=2)
         remove_drafts(folder, directory.name)
-        _build(config, documents, skipped, fingerprint, directory, progress)
+        _build(config, documents, skipped, fingerprint, directory, progress, tokenizer)
         return TokenizedCorpus.load(directory)
 
 
@@ -99,12 +110,14 @@ def _build(
     fingerprint: str,
     directory: Path,
     progress: bool,
+    tokenizer: PreTrainedTokenizerFast | None,
 ) -> None:
     """Split, tokenise and mix documents, and write the corpus."""
     parts = _split(config, documents)
-    tokenizer = build_tokenizer(
-        _tokenizer_texts(config, parts.train), config.vocab_size, config.required_words
-    )
+    if tokenizer is None:
+        tokenizer = build_tokenizer(
+            _tokenizer_texts(config, parts.train), config.vocab_size, config.required_words
+        )
     count = len(parts.train) + len(parts.validation)
     bar = tqdm(total=count, desc="tokenising", unit=" files", leave=False, disable=not progress)
     with bar:
@@ -187,7 +200,11 @@ def usable(text: str, config: CorpusConfig) -> bool:
     return ascii_chars >= config.min_ascii * len(text)
 
 
-def _fingerprint(config: CorpusConfig, documents: Sequence[Document]) -> str:
+def _fingerprint(
+    config: CorpusConfig,
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerFast | None,
+) -> str:
     idioms = "".join(idiom_documents(config.seed, _IDIOM_SAMPLE, config.idioms))
     settings = asdict(config)
     if config.idioms == "first":
@@ -196,6 +213,8 @@ def _fingerprint(config: CorpusConfig, documents: Sequence[Document]) -> str:
     digest = hashlib.sha256(json.dumps([settings, versions, idioms]).encode())
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode()).digest())
+    if tokenizer is not None:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
 

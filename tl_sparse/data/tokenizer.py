@@ -95,6 +95,17 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """`ValueError` unless token files can hold a tokenizer's ids, and `<|endoftext|>` is last."""
+    last = tokenizer.get_vocab().get(END_OF_TEXT)
+    ids = (last, tokenizer.bos_token_id)
+    if len(tokenizer) > MAX_VOCAB_SIZE or ids != (len(tokenizer) - 1,) * 2:
+        raise ValueError(
+            f"a corpus needs a tokenizer of at most {MAX_VOCAB_SIZE} tokens, the last of which is "
+            f"{END_OF_TEXT}; this one has {len(tokenizer)}, and it is number {last}"
+        )
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Read a `tokenizer.json` that `build_tokenizer` made; `ValueError` if it is another one."""
     core = tokenizer_core(path, MAX_VOCAB_SIZE)
