@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from tl_sparse import cli
+from tl_sparse.bridges import BridgedPair, Bridges
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.sparsity.projection import SparsityConfig
-from tl_sparse.studies import model_card, pair
+from tl_sparse.sparsity.projection import SparsityConfig, constant_sparsity
+from tl_sparse.storage.fingerprint import fingerprint
+from tl_sparse.studies import bridged, model_card, pair
 from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.model_card import command_line
 from tl_sparse.studies.pair import train_pair
 from tl_sparse.studies.pair_config import Pair, PairConfig
+from tl_sparse.studies.pair_recipes import HOW_CHOSEN, RECIPES, pair_recipe
 from tl_sparse.studies.trained import ModelUnit
 from tl_sparse.tasks import evaluate_task, get, names
 from tl_sparse.training.config import TrainingConfig
@@ -31,6 +34,16 @@ RUN = TrainingConfig(
     sparsity=RULE,
 )  # fmt: skip
 DENSE_RUN = replace(RUN, steps=60, lr=0.01, sparsity=None)
+CONSTANT = constant_sparsity(0.25, floor=1, embedding_floor=1)
+BRIDGED_RUN = replace(RUN, lr=1e-3, sparsity=CONSTANT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_sequences():
+    """Bridges are fitted to little, as fast as can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridged, "FITTED", 32)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +54,7 @@ def small(sixty_sources, tmp_path_factory):
         out=str(folder / "models"), name="tiny", seeds=(3, 4), cache=str(folder / "cache"),
         corpus=CorpusConfig(sources=(str(sixty_sources),), idiom_share=0.3),
         sparse=SPARSE, dense=DENSE, sparse_training=RUN, dense_training=DENSE_RUN, pairs=4,
+        bridged=True, bridged_training=BRIDGED_RUN,
     )  # fmt: skip
 
 
@@ -73,6 +87,11 @@ def trained(small, corpus):
         ({"sparse_training": DENSE_RUN}, "sparse_training needs a sparsity"),
         ({"dense_training": RUN}, "and dense_training none"),
         ({"dense_training": replace(DENSE_RUN, stop_at_loss=3.0)}, "leave it unset"),
+        (
+            {"bridged_training": RUN},
+            "bridged_training.sparsity must be sparse_training's final one",
+        ),
+        ({"bridged_training": DENSE_RUN}, "bridged_training.sparsity must be"),
         ({"dense": replace(DENSE, n_ctx=32)}, "sparse.n_ctx=48 and dense.n_ctx=32 differ"),
         (
             {"dense_training": replace(DENSE_RUN, eval_sequences=7)},
@@ -107,6 +126,20 @@ def test_the_shipped_recipe_differs_in_width_sparsity_and_schedule_only():
     assert sparse.activation_density == ActivationDensity.paper(0.25)
 
 
+def test_every_recipe_can_be_asked_for_by_name(capsys):
+    for name in RECIPES:
+        config = pair_recipe(name, out="models")
+        assert config.recipe == name
+        assert model_card.follows_recipe(config)
+        assert HOW_CHOSEN[name].startswith("How this recipe was chosen")
+    assert pair_recipe("first", out="models") == PairConfig(out="models")
+    assert pair_recipe("second", out="models").corpus.idioms == "second"
+    with pytest.raises(ValueError, match="choose from first, second, accelerator"):
+        pair_recipe("third", out="models")
+    with pytest.raises(SystemExit, match="choose from first, second, accelerator"):
+        cli.main(["pair", "--out", "models", "--recipe", "third"])
+
+
 def test_every_seed_has_folders_of_its_own(small):
     assert [small.model_name(kind, seed) for seed in (3, 4) for kind in ("sparse", "dense")] == [
         "tiny-sparse", "tiny-dense", "tiny-sparse-seed4", "tiny-dense-seed4",
@@ -123,6 +156,8 @@ def test_only_the_dense_run_stops_at_a_loss(small):
     [
         {},
         {"seeds": (5,), "name": "my models", "dtype": "bf16"},
+        {"recipe": "second"},
+        {"recipe": "accelerator", "seeds": (7,), "bridged": False},
         {
             "corpus": CorpusConfig(sources=("python-stdlib", "hf:a b"), max_bytes=7),
             "sparse": replace(PairConfig(out="").sparse, d_model=64, use_attention_sinks=False),
@@ -133,7 +168,8 @@ def test_only_the_dense_run_stops_at_a_loss(small):
     ],
 )
 def test_the_command_of_a_config_is_read_back_as_that_config(changes, monkeypatch):
-    config = PairConfig(out="models", **changes)
+    changes = dict(changes)
+    config = pair_recipe(changes.pop("recipe", "first"), out="models", **changes)
     seen = []
     monkeypatch.setattr(cli, "train_pair", lambda config, say: seen.append(config) or ())
     words = model_card.shlex.split(command_line(replace(config, out="/x/y", cache="z")))
@@ -188,7 +224,8 @@ def test_again_nothing_is_trained_and_the_same_is_written(small, trained, monkey
     out = pair.Path(small.out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {path.parent.name for path in before} == {
-        "tiny-sparse", "tiny-dense", "tiny-sparse-seed4", "tiny-dense-seed4",
+        "tiny-sparse", "tiny-dense", "tiny-sparse-seed4", "tiny-dense-seed4", "tiny-bridged",
+        "tiny-bridges",
     }  # fmt: skip
     monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
     train_pair(small, lambda _: None, progress=False)
@@ -291,6 +328,44 @@ def test_the_tasks_that_a_card_calls_solved_are_those_below_the_target(small, tr
     assert "by both 0 of 1" in table
     both = model_card.task_table(made, replace(small, target_loss=0.3))
     assert both.endswith("| both |")
+
+
+# --------------------------------------------------------------------------------------------------
+# the bridged model
+
+
+def test_the_bridged_model_is_stored_with_bridges_that_know_both_models(small, trained):
+    out = pair.Path(small.out)
+    dense = SparseTransformer.from_pretrained(out / "tiny-dense")
+    sparse = SparseTransformer.from_pretrained(out / "tiny-bridged")
+    bridges = Bridges.from_pretrained(out / "tiny-bridges")
+    assert bridges.made_for == {"dense": fingerprint(dense), "sparse": fingerprint(sparse)}
+    assert BridgedPair(dense, sparse, bridges).sites == ("0.pre", "0.mid", "final")
+    start = SparseTransformer.from_pretrained(out / "tiny-sparse")
+    assert not torch.equal(start.W_E, sparse.W_E)
+    record = training_record(out / "tiny-bridged")
+    assert record.steps == BRIDGED_RUN.steps
+    assert record.l0 == trained[0][0].sparse.record.l0
+    assert any("tiny-bridged: validation loss" in line for line in trained[1])
+
+
+def test_the_bridged_card_has_every_site_and_task(small, corpus, trained):
+    text = (pair.Path(small.out) / "tiny-bridged" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# tiny-bridged\n")
+    out = pair.Path(small.out)
+    dense = SparseTransformer.from_pretrained(out / "tiny-dense")
+    model = SparseTransformer.from_pretrained(out / "tiny-bridged")
+    own = BridgedPair(dense, model, Bridges.from_pretrained(out / "tiny-bridges"))
+    found = bridged.Compared.of(own, corpus.validation_sequences(8, 48)).by_site()
+    for site in ("0.pre", "0.mid", "final"):
+        assert f"| {site} | {found.at[site, 'd→s']:.3f} | " in text
+        assert f" | {found.at[site, 's→d']:.3f} | " in text
+    for name in names():
+        loss = evaluate_task(model, get(name, model.tokenizer, 48), 4).loss
+        assert f"| `{name}` | " in text
+        assert f" | {loss:.3f} | {trained[0][0].sparse.tasks[name].loss:.3f} | " in text
+    assert command_line(small) in text
+    assert small.cache not in text
 
 
 # --------------------------------------------------------------------------------------------------

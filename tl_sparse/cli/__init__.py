@@ -25,6 +25,7 @@ from tl_sparse.studies.demo import DemoConfig, run_demo
 from tl_sparse.studies.demo_report import write_report
 from tl_sparse.studies.grid import StudyConfig, run_study, write_study
 from tl_sparse.studies.pair import PairConfig, train_pair
+from tl_sparse.studies.pair_recipes import pair_recipe
 from tl_sparse.training.config import RecipeName, TrainingConfig
 
 
@@ -51,21 +52,23 @@ RUNS = {DemoConfig: run_and_report, PairConfig: train_and_say, StudyConfig: stud
 """Commands whose dataclass belongs to the library, and what runs them."""
 
 
-def commands(recipe: str) -> Any:
+def commands(command: str, recipe: str | None) -> Any:
     """The subcommands, as a type that tyro makes a command line of.
 
     Raises:
-        ValueError: unknown recipe; the message lists the recipes.
+        ValueError: a recipe that the command does not know; the message lists those it does.
     """
-    training = TrainingConfig.recipe(recipe)
-    start = Train(out="", training=training, recipe=cast(RecipeName, recipe))
-    # set afterwards: it stands for a value, but is none that the field may have
-    object.__setattr__(start, "out", tyro.MISSING)
+    name = recipe if recipe is not None and command == "train" else "cpu"
+    start = Train(out="", training=TrainingConfig.recipe(name), recipe=cast(RecipeName, name))
+    pair = pair_recipe(recipe if recipe is not None and command == "pair" else "first", out="")
+    for each in (start, pair):
+        # set afterwards: it stands for a value, but is none that the field may have
+        object.__setattr__(each, "out", tyro.MISSING)
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
                  "info": Info, "bridge": Bridge,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
                  "study": StudyConfig, "fetch": Fetch, "nodes": Nodes}  # fmt: skip
-    defaults = {"train": start}
+    defaults = {"train": start, "pair": pair}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
         for name, cls in described.items()
@@ -73,11 +76,12 @@ def commands(recipe: str) -> Any:
     return reduce(or_, named)
 
 
-def chosen_recipe(arguments: list[str]) -> str:
+def chosen_recipe(arguments: list[str]) -> str | None:
     """The value of --recipe, which sets the defaults of the options parsed after it."""
     parser = argparse.ArgumentParser("tl-sparse", add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", default="cpu")
-    return parser.parse_known_args(arguments)[0].recipe
+    parser.add_argument("--recipe")
+    recipe: str | None = parser.parse_known_args(arguments)[0].recipe
+    return recipe
 
 
 def parsed(arguments: list[str]) -> Any:
@@ -86,7 +90,8 @@ def parsed(arguments: list[str]) -> Any:
     try:
         with contextlib.redirect_stderr(told):
             return tyro.cli(
-                commands(chosen_recipe(arguments)), prog="tl-sparse", args=arguments,
+                commands(arguments[0] if arguments else "", chosen_recipe(arguments)),
+                prog="tl-sparse", args=arguments,
                 description="Weight-sparse transformers and their circuits.",
                 config=(tyro.conf.AvoidSubcommands,),
             )  # fmt: skip

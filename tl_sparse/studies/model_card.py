@@ -13,7 +13,8 @@ from typing import Any
 
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import TokenizedCorpus
-from tl_sparse.studies.pair_config import HOW_CHOSEN, Pair, PairConfig, PairMember
+from tl_sparse.studies.pair_config import Pair, PairConfig, PairMember
+from tl_sparse.studies.pair_recipes import HOW_CHOSEN, pair_recipe
 from tl_sparse.training.config import TrainingConfig
 
 VERSIONED = ("tl-sparse", "torch", "transformer-lens", "tokenizers", "numpy")
@@ -43,7 +44,7 @@ def model_card(
         data(corpus),
         "## Training",
         training(config, member),
-        *([HOW_CHOSEN] if follows_default(config) else []),
+        *([HOW_CHOSEN[config.recipe]] if follows_recipe(config) else []),
         "Trained again by",
         f"```sh\n{command_line(config)}\n```",
         "which trains every pair above. Everything is seeded: where the versions, the "
@@ -190,9 +191,9 @@ def training(config: PairConfig, member: PairMember) -> str:
     )
 
 
-def follows_default(config: PairConfig) -> bool:
-    """Whether both models follow the default recipe, on the default text."""
-    default = PairConfig(out=config.out)
+def follows_recipe(config: PairConfig) -> bool:
+    """Whether both models follow the config's recipe, on its text."""
+    default = pair_recipe(config.recipe, out=config.out)
     named = ("corpus", "sparse", "dense", "sparse_training", "dense_training")
     return all(getattr(config, name) == getattr(default, name) for name in named)
 
@@ -226,9 +227,10 @@ def command_line(config: PairConfig) -> str:
 
     The folders are those of whoever runs it, so ``out`` is a name for any folder.
     """
-    default = PairConfig(out="models")
+    default = pair_recipe(config.recipe, out="models")
     same_folders = replace(config, out=default.out, cache=default.cache)
-    words = ["tl-sparse", "pair", "--out", default.out, *options(same_folders, default)]
+    recipe = [] if config.recipe == "first" else ["--recipe", config.recipe]
+    words = ["tl-sparse", "pair", "--out", default.out, *recipe, *options(same_folders, default)]
     return shlex.join(words)
 
 

@@ -1,4 +1,4 @@
-"""Train loss-matched pairs, store them with their model cards, and measure what is stored."""
+"""Train loss-matched pairs and their bridges, store them with cards, measure what is stored."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.data import TokenizedCorpus, build_corpus
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.studies.bridged import train_bridged
+from tl_sparse.studies.bridged_card import bridged_card
 from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.model_card import model_card
 from tl_sparse.studies.pair_config import DTYPES, Pair, PairConfig, PairMember
@@ -24,7 +26,8 @@ from tl_sparse.tasks import table
 
 
 def train_pair(config: PairConfig, say: Say, progress: bool = True) -> tuple[Pair, ...]:
-    """Train a pair for every seed, store the models with their cards, and measure what is stored.
+    """Train a pair for every seed, and for the first the bridged model if the config has one; store
+    the models with their cards, and measure what is stored.
 
     Every run keeps its checkpoints in the cache, in a folder named after a hash of its recipe.
     Several processes share the models of one config.
@@ -57,6 +60,12 @@ def train_pair(config: PairConfig, say: Say, progress: bool = True) -> tuple[Pai
         pairs.append(Pair(seed, sparse, dense))
         both = pairs[-1].solved(config.target_loss)
         say(f"Seed {seed}: both solve {', '.join(both) or 'no task'}")
+    bridged = None
+    if config.bridged:
+        folder = trained[config.seeds[0], "sparse"].unit.folder
+        bridged = train_bridged(config, corpus, pairs[0], folder, say, progress)
+        store(config, bridged.member.model, bridged.member.name, bridged.member.record,
+              bridged_card(config, corpus, pairs[0], bridged))  # fmt: skip
     for pair in pairs:
         for member in pair.members:
             store(config, member.model, member.name, member.record,

@@ -1,4 +1,5 @@
-"""What a loss-matched pair is: its recipe, its two models, and what was measured of them."""
+"""What a loss-matched pair is: its two models, the third that is bridged to the dense one, and what
+was measured of them."""
 
 from __future__ import annotations
 
@@ -9,16 +10,19 @@ from typing import Any, Literal
 
 import torch
 
+from tl_sparse.bridges import BridgeLosses, BridgeTrainingConfig
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.sparsity.projection import SparsityConfig, constant_sparsity
 from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.studies.trained import Kind
 from tl_sparse.tasks import TaskResult
 from tl_sparse.training.config import TrainingConfig
 
 StoredDtype = Literal["fp32", "bf16", "fp16"]
+PairRecipe = Literal["first", "second", "accelerator"]
 
 DTYPES: dict[StoredDtype, torch.dtype] = {
     "fp32": torch.float32,
@@ -64,22 +68,21 @@ def dense_training() -> TrainingConfig:
     return TrainingConfig.recipe("cpu", steps=1600, lr=0.02, sparsity=None, eval_every=20)
 
 
-HOW_CHOSEN = (
-    "How this recipe was chosen: of the sparse ones two were trained to their ends, this one and a "
-    "wider one at half the density, which ended at a higher loss and was left. Thirteen dense "
-    "ones, of width 24 to 64 and with peak learning rates from 0.005 to 0.04, were begun with seed "
-    "0 and several given up on the way; of those of width 64 that were stopped at the sparse "
-    "model's loss, the one that solved most held-out tasks was kept: with seed 0 the dense results "
-    "are a selection. (A dense model of width 32 solves more of the sparse model's tasks at this "
-    "loss, with circuits of fewer edges than these.) The recipe was fixed before a dense model of "
-    "another seed was trained by it."
-)
-"""What the cards of models by the default recipe say of it."""
+def bridged_training() -> TrainingConfig:
+    """The trained sparse model's further run, with its bridges: all weights that it may have, now
+    and to the end."""
+    sparsity = constant_sparsity(1 / 16, floor=4, embedding_floor=4)
+    return TrainingConfig.recipe("cpu", steps=4000, sparsity=sparsity)
+
+
+def bridging() -> BridgeTrainingConfig:
+    """What the bridged model is trained for: mostly, as before, for the text."""
+    return BridgeTrainingConfig(losses=BridgeLosses(language_model=5.0), tail_share=0.4)
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """Train a sparse model and a dense one that stops at its validation loss.
+    """Train a sparse model, a dense one that stops at its validation loss, and perhaps bridges.
 
     The defaults are the recipe of the models that ship with this package. Run again with the same
     options, an interrupted training resumes exactly, and a finished one is not repeated.
@@ -105,12 +108,23 @@ class PairConfig:
     """The sparse run; its seed is taken from ``seeds``."""
     dense_training: TrainingConfig = field(default_factory=dense_training)
     """The dense run, likewise; it stops at the sparse model's loss."""
+    bridged: bool = False
+    """Whether a third model is trained: the first seed's sparse one, trained on together with
+    bridges to its dense partner. It is called NAME-bridged, its bridges NAME-bridges."""
+    bridged_training: TrainingConfig = field(default_factory=bridged_training)
+    """The bridged run; its weights must be as few as the sparse model's, from the start."""
+    bridging: BridgeTrainingConfig = field(default_factory=bridging)
+    """The bridged run's losses, and what of them is computed in a step."""
     dtype: StoredDtype = "fp16"
     """Type in which the weights are stored."""
     pairs: int = 128
     """Held-out prompt pairs per task."""
     target_loss: float = 0.15
     """Held-out loss below which a model counts as solving a task."""
+    recipe: PairRecipe = "first"
+    """The recipe that the other options start from on the command line (``pair_recipe`` gives it in
+    Python): first, of the models that ship; second, of longer runs on text with more idioms, and
+    bridged; accelerator, the second's in larger batches and many more steps, for a GPU."""
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -124,6 +138,12 @@ class PairConfig:
             raise ValueError(f"target_loss={self.target_loss} must be positive")
         if self.sparse_training.sparsity is None or self.dense_training.sparsity is not None:
             raise ValueError("sparse_training needs a sparsity, and dense_training none")
+        final, further = self.sparse_training.sparsity, self.bridged_training.sparsity
+        if self.bridged and (further is None or further != _constant(final)):
+            raise ValueError(
+                "bridged_training.sparsity must be sparse_training's final one from the start: "
+                f"{_constant(final)}"
+            )
         if self.dense_training.stop_at_loss is not None:
             raise ValueError(
                 "dense_training.stop_at_loss is the sparse model's loss: leave it unset"
@@ -153,9 +173,26 @@ class PairConfig:
             return replace(self.sparse_training, seed=seed)
         return replace(self.dense_training, seed=seed, stop_at_loss=goal)
 
+    @property
+    def bridged_name(self) -> str:
+        """Name of the bridged model."""
+        return f"{self.name}-bridged"
+
+    @property
+    def bridges_name(self) -> str:
+        """Name of its bridges' folder."""
+        return f"{self.name}-bridges"
+
     def model_name(self, kind: Kind, seed: int) -> str:
         """Name of one model, and of its folder."""
         return f"{self.name}-{kind}" + ("" if seed == self.seeds[0] else f"-seed{seed}")
+
+
+def _constant(sparsity: SparsityConfig) -> SparsityConfig:
+    return constant_sparsity(
+        sparsity.density, sparsity.floor, sparsity.embedding_density, sparsity.embedding_floor,
+        sparsity.sparse_biases,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

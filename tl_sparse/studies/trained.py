@@ -216,16 +216,24 @@ def train_in(
     """Train a model in a folder, into its subfolder ``model``; an interrupted run is resumed."""
     model = SparseTransformer(architecture, corpus.tokenizer)
     trainer = Trainer(model, corpus, training, folder, progress=progress)
-    found = checkpoints(folder)
-    first = found[-1][0] if found else 0
-    started = time.perf_counter()
+    first, started = last_step(folder), time.perf_counter()
     try:
         trainer.train()
     finally:
-        if trainer.step > first:
-            seconds = time.perf_counter() - started
-            session = Session(trainer.step - first, seconds, machine())
-            append_line(folder / SESSIONS, json.dumps(asdict(session)))
+        note_session(folder, trainer.step - first, time.perf_counter() - started)
+
+
+def last_step(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 if it has none."""
+    found = checkpoints(folder)
+    return found[-1][0] if found else 0
+
+
+def note_session(folder: Path, steps: int, seconds: float) -> None:
+    """Note in a folder the steps that this process took of its run, if any, and their time."""
+    if steps > 0:
+        session = Session(steps, seconds, machine())
+        append_line(folder / SESSIONS, json.dumps(asdict(session)))
 
 
 def load_trained(folder: Path) -> tuple[SparseTransformer, TrainingRecord, float]:
