@@ -25,6 +25,8 @@ from tl_sparse.bridges.reading import ablate as ablate
 from tl_sparse.bridges.reading import patch as patch
 from tl_sparse.bridges.reconstruction import Reconstruction as Reconstruction
 from tl_sparse.bridges.reconstruction import reconstruction as reconstruction
+from tl_sparse.bridges.released import bridge_released as bridge_released
+from tl_sparse.bridges.released import released_bridges as released_bridges
 from tl_sparse.bridges.steered_runs import steering_curves as steering_curves
 from tl_sparse.bridges.steering import steer as steer
 from tl_sparse.bridges.training import train_bridges as train_bridges
