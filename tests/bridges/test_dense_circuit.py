@@ -99,9 +99,7 @@ def test_reads_alone_and_the_words(chained, text):
     assert found.to_dataframe() is found.subspaces
 
 
-def test_circuits_of_other_models_and_without_a_place_are_refused(
-    chained, planted, text, batch
-):
+def test_circuits_of_other_models_and_without_a_place_are_refused(chained, planted, text, batch):
     pair, circuit = chained
     inside = circuit_of_nodes(pair.sparse, "marked", ["1-mlp/5"], circuit.means)
     with pytest.raises(ValueError, match="no node that the bridges reach"):

@@ -119,7 +119,7 @@ def test_concatenated_positions_are_left_out_of_a_site_and_have_no_direction(pai
 
 def test_where_depths_differ_nodes_go_to_the_layers_that_the_bridges_join(small_model, tokens):
     deep, shallow = small_model(n_layers=4), small_model()
-    config = BridgesConfig.of(deep, shallow, layer_map=(1, 3))
+    config = BridgesConfig.of(deep, shallow, layer_map=((1, 0), (3, 1)))
     models = BridgedPair(deep, shallow, Bridges(config))
     nodes = ["0.attn.act_in:1", "1.mlp.act_in:1", "0.mlp.resid_delta:1", "1.attn.resid_delta:1"]
     found = directions(models, nodes, norm_ratios(models, tokens))

@@ -68,7 +68,9 @@ def test_the_other_channel_is_the_unsteered_one_whose_change_is_closest_in_size(
     model = small_model("plain")
     pair = BridgedPair(model, model, Bridges.identity(model))
     tokens = torch.randint(3, 30, (4, 6), generator=torch.Generator().manual_seed(1))
-    prompts = replace(prompts_of(model, tokens), correct=tokens[:, 0], incorrect=tokens[:, 1], paired=True)
+    prompts = replace(
+        prompts_of(model, tokens), correct=tokens[:, 0], incorrect=tokens[:, 1], paired=True
+    )
     found = steering_curves(pair, prompts, "1.mlp.act_in:4", strengths=(1.0,), draws=1,
                             exclude=["1.mlp.act_in:2"])  # fmt: skip
     _, cache = model.run_with_cache(tokens)
@@ -83,7 +85,7 @@ def test_tables_pictures_and_the_line_say_the_same(curves):
     examples = curves.examples()
     assert len(examples) == len(curves.curves) * 2 * 12
     whole = curves.to_dataframe()
-    again = examples.groupby(list(curves.curves.columns) + ["strength"], sort=False)["p_other"]
+    again = examples.groupby([*curves.curves.columns, "strength"], sort=False)["p_other"]
     assert again.mean().tolist() == pytest.approx(whole["p_other"].tolist(), rel=1e-5)
     names = {trace.name for trace in curves.to_plotly(of_two=False).data}
     assert {"0.attn.act_in:0", "all of these", "Gao et al., Figure 9 (all tokens)",

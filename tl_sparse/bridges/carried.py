@@ -91,8 +91,8 @@ class CarriedEffect:
         for model in ("sparse", "dense"):
             here = frame[(frame["model"] == model) & (frame["nodes"] > 0)]
             series = {"the circuit's nodes alone": "carried", "as many others alone": "others",
-                      "all but the circuit's: lost": "lost",
-                      "all but as many others: lost": "lost_others"}  # fmt: skip
+                      "lost without the circuit's nodes": "lost",
+                      "lost without as many others": "lost_others"}  # fmt: skip
             points = pd.concat(
                 [pd.DataFrame({"series": name, "x": here["place"], "y": here[column]})
                  for name, column in series.items()]
@@ -100,8 +100,8 @@ class CarriedEffect:
             panels.append(Panel(points, y_label="share of the effect", title=f"{model} model"))
         return chart(
             f"What the circuit's nodes carry: {self.task}", panels, look=Look("bars"),
-            note="Alone: everything else at that place is set to its mean; the share of the logit "
-            "difference that is left. Lost: they themselves are set; the share that goes.",
+            note="Alone: all else at that place is set to its mean, and so much of the logit "
+            "difference is left. Lost: the nodes themselves are, and so much of it goes.",
         )  # fmt: skip
 
     @property

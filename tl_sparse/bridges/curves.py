@@ -88,6 +88,7 @@ class SteeringCurves:
         in the paper.
         """
         column = "p_other_of_two" if of_two else "p_other"
+        base = self._base(of_two)
         frame = self.to_dataframe().rename(columns={column: "y", "strength": "x"})
         mine = frame[frame["kind"].isin(["node", "together"])]
         mine = mine.assign(series=mine["nodes"].where(mine["kind"] == "node", "all of these"))
@@ -111,8 +112,14 @@ class SteeringCurves:
             y_range=(0, 1), y_level=(0.5, "0.5"),
         )  # fmt: skip
         return chart(
-            f"Steering the dense model {self.task}", [panel], looks=looks, look=Look("joined")
-        )
+            self._title, [panel], looks=looks, look=Look("joined"),
+            note=f"P(other answer) {'of the two' if of_two else 'among all tokens'}; unsteered "
+            f"{float(base.mean()):.3f}. Grey: controls, means over nodes and draws.",
+        )  # fmt: skip
+
+    def _base(self, of_two: bool) -> Float[Tensor, " prompt"]:
+        both = self.base_other + self.base_correct
+        return self.base_other / both if of_two else self.base_other
 
     @property
     def line(self) -> str:
@@ -121,7 +128,7 @@ class SteeringCurves:
         at_one = frame[(frame["strength"] - 1).abs() == (frame["strength"] - 1).abs().min()]
         best = at_one[at_one["kind"] == "node"].nlargest(1, "p_other_of_two").iloc[0]
         controls = at_one[at_one["kind"].isin(CONTROLS) & (at_one["of"] != "together")]
-        base = self.base_other / (self.base_other + self.base_correct)
+        base = self._base(of_two=True)
         return (
             f"P(other of two) {float(base.mean()):.3f} unsteered; at strength {best['strength']:g} "
             f"{best['p_other_of_two']:.3f} by {best['nodes']}"
@@ -139,4 +146,10 @@ class SteeringCurves:
             index=["kind", "of"], columns="strength", values="p_other_of_two", sort=False
         ).reset_index()
         table.columns = [f"{c:g}" if isinstance(c, float) else c for c in table.columns]
-        return frame_html(f"Steering the dense model {self.task}", self.line, table)
+        order = {kind: i for i, kind in enumerate(("node", "together", *CONTROLS))}
+        table = table.sort_values("kind", key=lambda kinds: kinds.map(order), kind="stable")
+        return frame_html(self._title, self.line, table)
+
+    @property
+    def _title(self) -> str:
+        return f"Steering the dense model{': ' if self.task else ''}{self.task}"
