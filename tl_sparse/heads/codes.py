@@ -118,7 +118,7 @@ def check_kind(kind: str, k: int, n_codes: int) -> None:
 
 
 def coded(
-    units: Float[Tensor, "prompt component unit"], kind: CodeKind, k: int, inactive: int
+    units: Float[Tensor, "prompt component unit"], kind: str, k: int, inactive: int
 ) -> Int[Tensor, "prompt component part"]:
     """Codes of units before their ReLU; ``inactive`` where none is above zero."""
     if kind == "sign":

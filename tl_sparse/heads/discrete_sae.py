@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import trange
 
-from tl_sparse.heads.codes import CodeKind, Codes, check_kind, coded
+from tl_sparse.heads.codes import Codes, check_kind, coded
 from tl_sparse.heads.outputs import HeadOutputs
 from tl_sparse.storage.finite import check_finite
 
@@ -42,7 +42,7 @@ class DiscreteSAE:
     """What the units write."""
     bias: Float[Tensor, "group width"]
     """Taken from the input and given back to the output."""
-    mode: Mode
+    mode: str
     """As published, or corrected."""
     losses: Float[Tensor, " epoch"]
     """Loss of each epoch, summed over groups."""
@@ -57,7 +57,7 @@ class DiscreteSAE:
     def fit(
         cls,
         outputs: HeadOutputs,
-        mode: Mode = "corrected",
+        mode: str = "corrected",
         *,
         n_codes: int = 200,
         lam: float = 0.02,
@@ -112,7 +112,7 @@ class DiscreteSAE:
         return self.W_enc.shape[1]
 
     @torch.no_grad()
-    def codes(self, outputs: HeadOutputs, kind: CodeKind = "argmax", k: int = 8) -> Codes:
+    def codes(self, outputs: HeadOutputs, kind: str = "argmax", k: int = 8) -> Codes:
         """The code of every component on every prompt.
 
         Args:
@@ -178,7 +178,7 @@ def _check(
 
 
 def _drawn(
-    outputs: HeadOutputs, mode: Mode, n_train: int, generator: torch.Generator
+    outputs: HeadOutputs, mode: str, n_train: int, generator: torch.Generator
 ) -> Int[Tensor, " trained"]:
     """The prompts to train on, in ascending order."""
     shuffled = torch.randperm(len(outputs.factors), generator=generator)
@@ -206,7 +206,7 @@ def _forward(
 def _train(
     x: Float[Tensor, "group row width"],
     weights: list[Tensor],
-    mode: Mode,
+    mode: str,
     lam: float,
     lr: float,
     epochs: int,

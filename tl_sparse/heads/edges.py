@@ -98,7 +98,7 @@ class EdgeScores:
         return f"EdgeScores({self.name!r}, {self._line})"
 
 
-def score_edges(codes: Codes, score: EdgeScore = "synergy") -> EdgeScores:
+def score_edges(codes: Codes, score: str = "synergy") -> EdgeScores:
     """Score every pair of components in different layers as an edge to the later one.
 
     A pair of codes is a symbol of its own, emitted where both are:
@@ -145,7 +145,7 @@ def edge_votes(codes: Codes) -> np.ndarray:
     return np.bincount(np.concatenate(np.unravel_index(best, (n, n))), minlength=n)
 
 
-def pair_scores(codes: Codes, score: EdgeScore, wanted: np.ndarray) -> np.ndarray:
+def pair_scores(codes: Codes, score: str, wanted: np.ndarray) -> np.ndarray:
     """Scores of pairs [source, target]; only those ``wanted`` mean anything."""
     n = len(codes.components)
     scores = np.zeros((n, n))
@@ -204,6 +204,8 @@ def cooccurrence(
         block = np.arange(first, min(first + step, n))
         sources = np.flatnonzero((owner >= first) & (owner < first + step))
         targets = np.flatnonzero(wanted[block].any(0)[owner])
+        if not len(targets):
+            continue
         product = sparse.csr_array(weighted[sources] @ occurs[:, targets])
         counts = np.floor(product.data / 2.0**20)
         positive = product.data - counts * 2.0**20

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -25,8 +25,8 @@ from tl_sparse.heads.component import Component, ComponentName, places
 from tl_sparse.heads.dataset import ContrastiveDataset
 from tl_sparse.heads.edges import edge_votes
 from tl_sparse.heads.figures import head_map
-from tl_sparse.heads.null import enough_permutations, permutation_p_values
-from tl_sparse.heads.scores import SCORES, Score, symbol_scores
+from tl_sparse.heads.null import enough_permutations, shuffled_labels
+from tl_sparse.heads.scores import SCORES, symbol_scores
 from tl_sparse.views import frame_html
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class IdentifiedHeads:
 
     scores: Float[Tensor, " component"]
     """What it is, ``score`` says; the higher, the more the codes tell the two kinds apart."""
+    z_scores: Float[Tensor, " component"]
+    """The scores in standard deviations above their means under shuffled labels: to compare
+    components, as one with many codes has higher scores by chance; NaN without shuffles."""
     p_values: Float[Tensor, " component"]
     """Probability of such a score under shuffled labels; NaN without shuffles."""
     q_values: Float[Tensor, " component"]
@@ -85,9 +88,7 @@ class IdentifiedHeads:
             raise ValueError(f"k={k}: there are {len(self.components)} components")
         return [self.components[i] for i in self.order[:k].tolist()]
 
-    def probabilities(
-        self, across: Literal["all", "layers"] = "all"
-    ) -> Float[Tensor, " component"]:
+    def probabilities(self, across: str = "all") -> Float[Tensor, " component"]:
         """The scores' softmax over ``all`` components, or over the ``layers`` for every head number
         alone; the paper's threshold is on these.
 
@@ -145,7 +146,7 @@ class IdentifiedHeads:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per component, the highest score first: component, layer, kind, head, score,
-        p_value, q_value, named."""
+        z_score, p_value, q_value, named."""
         order = self.order.tolist()
         rows = [self.components[i] for i in order]
         return pd.DataFrame(
@@ -155,6 +156,7 @@ class IdentifiedHeads:
                 "kind": [c.kind for c in rows],
                 "head": pd.array([c.head for c in rows], dtype="Int64"),
                 "score": self.scores[order].numpy(),
+                "z_score": self.z_scores[order].numpy(),
                 "p_value": self.p_values[order].numpy(),
                 "q_value": self.q_values[order].numpy(),
                 "named": self.is_named[order].numpy(),
@@ -185,7 +187,7 @@ def identify(
     codes: Codes,
     labels: Bool[Tensor, " prompt"] | Sequence[bool] | None = None,
     *,
-    score: Score | Literal["edge_votes"] = "mi",
+    score: str = "mi",
     permutations: int | None = None,
     fdr: float = 0.05,
     seed: int = 0,
@@ -226,7 +228,7 @@ def identify(
         raise ValueError(
             f"permutations={permutations}: 0 or more, and 0 for {VOTES!r}, which has no null"
         )
-    p_values = np.full(n, np.nan)
+    p_values = z_scores = np.full(n, np.nan)
     if score == VOTES:
         scores = edge_votes(codes).astype(np.float64)
     else:
@@ -235,11 +237,11 @@ def identify(
         starts = np.flatnonzero(np.diff(codes.component_of, prepend=-1))
         scores = symbol_scores(positive, total, starts, score)
         if permutations:
-            p_values = permutation_p_values(codes, scores, score, permutations, seed)
+            p_values, z_scores = shuffled_labels(codes, scores, score, permutations, seed)
     q_values = false_discovery_control(p_values) if permutations else p_values
     return IdentifiedHeads(
-        torch.from_numpy(scores), torch.from_numpy(p_values), torch.from_numpy(q_values),
-        codes.components, score, fdr, permutations, codes.name, codes.method,
+        torch.from_numpy(scores), torch.from_numpy(z_scores), torch.from_numpy(p_values),
+        torch.from_numpy(q_values), codes.components, score, fdr, permutations, codes.name, codes.method,
         codes.seconds + time.perf_counter() - started,
     )  # fmt: skip
 

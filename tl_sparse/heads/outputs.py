@@ -92,7 +92,7 @@ def extract_head_outputs(
     model: nn.Module,
     dataset: ContrastiveDataset,
     position: str = "mean",
-    nodes: Kind | Sequence[Kind] = "head",
+    nodes: str | Sequence[str] = "head",
     *,
     batch_size: int = 32,
     progress: bool = False,
@@ -130,14 +130,15 @@ def extract_head_outputs(
     config: Any = model.cfg
     layers: Any = model.blocks
     hook_dict: Any = model.hook_dict
-    hooks = [
+    hooks: list[tuple[Kind, int, str]] = [
         (kind, layer, name)
         for layer in range(config.n_layers)
-        for kind in kinds
+        for kind in KINDS
+        if kind in kinds
         if (name := f"blocks.{layer}.{HOOKS[kind]}") in hook_dict
     ]
-    if absent := [kind for kind in kinds if kind not in {hook[0] for hook in hooks}]:
-        raise ValueError(f"{type(model).__name__} has no hook for {', '.join(absent)}")
+    if absent := set(kinds) - {hook[0] for hook in hooks}:
+        raise ValueError(f"{type(model).__name__} has no hook for {', '.join(sorted(absent))}")
     writes = {
         name: layers[layer].attn.W_O.detach().float()
         for kind, layer, name in hooks

@@ -23,7 +23,7 @@ def x_log_x(x: np.ndarray) -> np.ndarray:
 
 
 def symbol_scores(
-    positive: np.ndarray, total: np.ndarray, starts: np.ndarray, score: Score
+    positive: np.ndarray, total: np.ndarray, starts: np.ndarray, score: str
 ) -> np.ndarray:
     """The score of every component.
 
