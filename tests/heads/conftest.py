@@ -10,6 +10,7 @@ import torch
 def words_tokenizer() -> Any:
     """Every word (with the blank before it), every two digits, and every other sign is a token."""
     from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +38,7 @@ def words_tokenizer() -> Any:
     core = Tokenizer(WordLevel(
         {word: i for i, word in enumerate(["<bos>", "<unk>", *sorted(pieces)])}, "<unk>"
     ))  # fmt: skip
-    core.pre_tokenizer = cut
+    core.pre_tokenizer, core.decoder = cut, Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<bos>",

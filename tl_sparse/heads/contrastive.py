@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,17 +29,17 @@ def contrastive_names() -> tuple[str, ...]:
 
 
 def contrastive(
-    name: str, model: nn.Module, n: int = 250, *, split: Split = "train", seed: int = 0
+    task: str | Task, model: nn.Module, n: int = 250, *, split: Split = "train", seed: int = 0
 ) -> ContrastiveDataset:
     """``n`` positive prompts of a task, and as many negative ones that lack what makes it possible.
 
-    Families are ``ioi``, ``greater_than``, ``docstring``, ``induction`` and ``pronoun``. Of a task
-    of :mod:`tl_sparse.tasks` the positive prompts are members A and the negative ones members B:
+    Families are ``ioi``, ``greater_than``, ``docstring``, ``induction`` and ``pronoun``. Of any
+    other task the positive prompts are members A and the negative ones members B:
     both can be done, and what they differ in decides the answer. Negative prompt i is made from
     positive prompt i. Prompts are distinct as long as there are others.
 
     Args:
-        name: The task.
+        task: The name of a family or of a task of :mod:`tl_sparse.tasks`, or a task.
         model: The model whose prompts they are; its tokenizer decides which words can be used.
         n: Prompts of each kind.
         split: Which words; ``contrastive_task``'s held-out prompts have the others, where the
@@ -54,12 +54,14 @@ def contrastive(
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     check_split(split)
-    tools: Any = model
+    if isinstance(task, Task):
+        return _of_pairs(model, task, n, split, seed)
+    name, tools = task, cast(Any, model)
     if getattr(model, "tokenizer", None) is None:
         raise ValueError(f"this {type(model).__name__} has no tokenizer to write prompts of {name}")
     if name not in FAMILIES:
-        task = contrastive_task(name, tools.tokenizer, tools.cfg.n_ctx)
-        return _of_pairs(model, task, n, split, seed)
+        of_pairs = contrastive_task(name, tools.tokenizer, tools.cfg.n_ctx)
+        return _of_pairs(model, of_pairs, n, split, seed)
     drawn = DrawPair(FAMILIES[name], one_token_words(FAMILIES[name], tools.tokenizer))
     rng = random.Random(f"{name} {split} {seed}")
     examples: dict[str, Example] = {}

@@ -241,8 +241,8 @@ def identify(
     q_values = false_discovery_control(p_values) if permutations else p_values
     return IdentifiedHeads(
         torch.from_numpy(scores), torch.from_numpy(z_scores), torch.from_numpy(p_values),
-        torch.from_numpy(q_values), codes.components, score, fdr, permutations, codes.name, codes.method,
-        codes.seconds + time.perf_counter() - started,
+        torch.from_numpy(q_values), codes.components, score, fdr, permutations, codes.name,
+        codes.method, codes.seconds + time.perf_counter() - started,
     )  # fmt: skip
 
 
