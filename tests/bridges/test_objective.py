@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from tl_sparse.bridges import tails
+from tests.conformance.models import theirs
+from tl_sparse.bridges import BridgedPair, Bridges, BridgesConfig, tails
 from tl_sparse.bridges.losses import BridgeLosses, normalised_error
 from tl_sparse.bridges.objective import BridgeObjective, sharpness_at
 from tl_sparse.bridges.training import frozen
@@ -29,11 +30,11 @@ def gradients(pair):
     return found
 
 
-def stepped(pair, tokens, losses=None, **changes):
-    """Gradients and measurements of the objective's step."""
+def stepped(pair, tokens, losses=None, step=1, **changes):
+    """Gradients and measurements of one step."""
     config = BridgeTrainingConfig(losses=losses or BridgeLosses(), **changes)
     with frozen(pair.dense):
-        measured = BridgeObjective(pair, config).backward(pair.sparse, tokens, moment())
+        measured = BridgeObjective(pair, config).backward(pair.sparse, tokens, moment(step))
     return gradients(pair), measured
 
 
@@ -86,6 +87,20 @@ def check_gradients(pair, tokens, losses):
 @pytest.mark.parametrize("sparse", ["abstopk", "together", "abstopk_resid", "sinusoidal"])
 def test_the_step_has_the_gradients_of_the_plain_sum(make_pair, tokens, sparse):
     check_gradients(make_pair(sparse, double=True), tokens, ODD)
+
+
+def test_transformer_lens_own_model_may_be_the_dense_side(small_model, tokens):
+    ours, sparse = small_model("standard"), small_model("abstopk", d_model=12, n_heads=3)
+    found = []
+    for dense in (ours, theirs(ours)):
+        pair = BridgedPair(dense, sparse, Bridges(BridgesConfig.of(dense, sparse)))
+        found.append(stepped(pair, tokens))
+    (expected, first), (grads, second) = found
+    assert {n for n in expected if not n.startswith("dense.")} == set(expected) == set(grads)
+    for name, grad in expected.items():
+        assert torch.allclose(grads[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+    for name, value in first.items():
+        assert float(second[name]) == pytest.approx(float(value), rel=1e-4), name
 
 
 def test_tails_that_run_together_have_the_same_gradients(make_pair, tokens, monkeypatch):
@@ -148,6 +163,16 @@ def test_gradients_of_hybrid_passes_are_finite_differences(make_pair, tokens):
         assert slope == pytest.approx(float((found[name] * direction).sum()), rel=1e-5)
 
 
+def test_at_the_first_step_everything_that_trains_has_a_gradient(make_pair, tokens):
+    pair = make_pair(double=True, layers=(1, 1))
+    losses = replace(NONE, dense_to_sparse=0.0, decoder=1.0)
+    first, later = (stepped(pair, tokens, losses, step=step)[0] for step in (0, 1))
+    trained = {n for n, p in pair.named_parameters() if not n.startswith("dense.")}
+    assert set(first) == {n for n in trained if pair.get_parameter(n).requires_grad}
+    assert "bridges.encoders.0.W_enc" in set(first) - set(later)
+    assert not bool(first["bridges.encoders.0.W_enc"].any())
+
+
 def test_a_frozen_sparse_model_gets_no_gradients_and_its_bridges_the_same(make_pair, tokens):
     pair = make_pair(double=True)
     expected, _ = stepped(pair, tokens)
@@ -168,7 +193,7 @@ def test_the_mean_over_draws_is_the_step_with_all_sites_and_sequences(make_pair,
     objective = BridgeObjective(pair, BridgeTrainingConfig(losses, **changes))
     name, seen, counts = "bridges.encoders.1.W_enc", [], []
     for seed in range(16):
-        measured = objective.backward(pair.sparse, tokens, moment(seed=seed))
+        measured = objective.backward(pair.sparse, tokens, moment(1, seed=seed))
         seen.append(gradients(pair)[name] if "dense_to_sparse/0.mid" in measured else None)
         counts.append(sum(key.startswith("dense_to_sparse/") for key in measured))
     rows = torch.stack([torch.zeros_like(expected[name]) if g is None else g for g in seen])
@@ -176,7 +201,7 @@ def test_the_mean_over_draws_is_the_step_with_all_sites_and_sequences(make_pair,
     assert bool(((rows.mean(0) - expected[name]).abs() <= 4.5 * spread + 1e-12).all())
     assert bool((rows.std(0) > 0).any())
     assert set(counts) == {changes.get("sites_per_step", len(pair.sites))}
-    again = objective.backward(pair.sparse, tokens, moment(seed=15))
+    again = objective.backward(pair.sparse, tokens, moment(1, seed=15))
     assert torch.equal(again["loss"], measured["loss"])  # drawn from the seed
     assert float(every["loss"]) > 0
 
@@ -189,7 +214,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(make_pair):
     objective = BridgeObjective(pair, BridgeTrainingConfig(losses))
     with frozen(pair.dense):
         for part in range(2):
-            objective.backward(pair.sparse, tokens[2 * part :][:2], moment(part=part, parts=2))
+            objective.backward(pair.sparse, tokens[2 * part :][:2], moment(1, part=part, parts=2))
     for name, grad in gradients(pair).items():
         assert torch.allclose(grad, expected[name], rtol=1e-10, atol=1e-14), name
 

@@ -44,6 +44,8 @@ def test_training_changes_bridges_and_sparse_model_but_not_the_dense_one(new_pai
     check_l0(weight_matrices(pair.sparse), SPARSITY)
     assert all(p.requires_grad for p in pair.parameters())  # as it was before
     assert all(p.grad is None for p in pair.parameters())
+    BridgedPair(pair.dense, pair.sparse, pair.bridges)  # made for them as they are now
+    assert pair.bridges.made_for.keys() == {"dense", "sparse"}
     metrics = result.metrics
     assert metrics["step"].tolist() == [1, 2, 3, 4, 5, 6]
     for name in ("language_model", "distillation", "encoder/0.pre", "sparse_to_dense/final"):
@@ -80,28 +82,30 @@ def test_a_frozen_sparse_model_stays_as_it_is(new_pair, corpus):
 def test_a_run_goes_on_to_the_bit_and_ends_in_what_can_be_loaded(
     new_pair, corpus, tmp_path, encoder
 ):
-    config = BridgeTrainingConfig(tail_share=0.5, sites_per_step=2)
+    losses = BridgeLosses(encoder=0.0)  # some encoders have no gradient at first
+    config = BridgeTrainingConfig(losses, tail_share=0.5, sites_per_step=2)
+    training = replace(TINY, accumulation=2)
     straight, resumed = new_pair(encoder=encoder), new_pair(encoder=encoder)
-    whole = train_bridges(straight, corpus, TINY, config, tmp_path / "whole", progress=False)
+    whole = train_bridges(straight, corpus, training, config, tmp_path / "whole", progress=False)
 
     class Stopped(Exception):
         pass
 
     def stop(*_):
         seen.append(0)
-        if len(seen) == 5:
+        if len(seen) == 9:
             raise Stopped
 
     seen = []
-    handle = resumed.bridges.encoders[0].register_forward_hook(stop)
+    handle = resumed.dense.embed.register_forward_hook(stop)  # once a part
     with pytest.raises(Stopped):
-        train_bridges(resumed, corpus, TINY, config, tmp_path / "cut", progress=False)
+        train_bridges(resumed, corpus, training, config, tmp_path / "cut", progress=False)
     handle.remove()
     kept = tmp_path / "cut" / "checkpoint-00000004"
     assert Bridges.from_pretrained(kept / "bridges").made_for.keys() == {"dense", "sparse"}
 
     third = new_pair(encoder=encoder)
-    result = train_bridges(third, corpus, TINY, config, tmp_path / "cut", progress=False)
+    result = train_bridges(third, corpus, training, config, tmp_path / "cut", progress=False)
     assert same(weights(third), weights(straight))
     assert result.metrics.equals(whole.metrics)
     assert result.metrics["sparse_to_dense/0.pre"].isna().any()  # two sites of three a step
@@ -157,6 +161,13 @@ def test_what_does_not_fit_is_refused(new_pair, corpus):
         train_bridges(pair, corpus, replace(TINY, context=9), progress=False)
     pair.sparse = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="must be a SparseTransformer, not a Linear"):
+        train_bridges(pair, corpus, TINY, progress=False)
+
+
+def test_a_pair_of_one_model_is_refused(small_model, corpus):
+    model = small_model(tokenizer=corpus.tokenizer)
+    pair = BridgedPair(model, model, Bridges.identity(model))
+    with pytest.raises(ValueError, match="both sides of the pair are one model"):
         train_bridges(pair, corpus, TINY, progress=False)
 
 

@@ -43,19 +43,26 @@ class TrainedBridges(nn.Module):
     def __init__(self, pair: BridgedPair) -> None:
         super().__init__()
         self.bridges: Bridges = pair.bridges
-        self.models = {"dense": (pair.dense,), "sparse": (pair.sparse,)}  # no submodules of this
-        self.dense_made_for = fingerprint(pair.dense)
+        self.sparse = (pair.sparse,)  # a tuple: it is no submodule of this
+        self.dense = fingerprint(pair.dense)
+        """Fingerprint of the dense model, which does not change."""
+
+    def made_for(self) -> dict[str, str]:
+        """Whose the bridges are: the models as they are now."""
+        return {"dense": self.dense, "sparse": fingerprint(self.sparse[0])}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the bridges, and whose they are."""
-        sparse = fingerprint(self.models["sparse"][0])
-        self.bridges.made_for = {"dense": self.dense_made_for, "sparse": sparse}
-        self.bridges.save_pretrained(folder)
+        """Write the bridges, and whose they are; they stay nobody's while the model trains."""
+        self.bridges.made_for = self.made_for()
+        try:
+            self.bridges.save_pretrained(folder)
+        finally:
+            self.bridges.made_for = {}
 
     def load_pretrained(self, folder: Path) -> None:
         """Take the weights from a folder; errors as :meth:`Bridges.from_pretrained`, and ValueError
         if they are of other sizes."""
-        config, tensors, self.bridges.made_for = read_bridges(folder)
+        config, tensors, _ = read_bridges(folder)
         mine = {name: x.shape for name, x in self.bridges.state_dict().items()}
         if {name: x.shape for name, x in tensors.items()} != mine:
             raise ValueError(f"{folder} holds other bridges than this run's")
@@ -88,7 +95,7 @@ class BridgeObjective:
         return {
             "bridge_training": asdict(self.config),
             "bridges": form,
-            "dense": companion.dense_made_for,
+            "dense": companion.dense,
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -101,6 +108,10 @@ class BridgeObjective:
             {"params": matrices, "weight_decay": decay, "lr_share": share},
             {"params": rest, "weight_decay": 0.0, "lr_share": share},
         ]
+
+    def made_for(self) -> dict[str, str]:
+        """Fingerprints of the models as they are now."""
+        return self.companions[FOLDER].made_for()
 
     def start(self, device: torch.device) -> None:
         """Put the dense model and the bridges there."""
@@ -134,6 +145,8 @@ class BridgeObjective:
             total = total + self.bridged(side, ends, target, tokens, rows, moment, measured)
         if trains:
             self.release(own / moment.parts, sparse, cut)
+        if moment.step == 0:
+            self.fill()
         return {"loss": total, **{name: x.detach() for name, x in measured.items()}}
 
     def own_losses(
@@ -199,12 +212,19 @@ class BridgeObjective:
         if arrived:
             torch.autograd.backward(*map(list, zip(*arrived, strict=True)))
 
+    def fill(self) -> None:
+        """Give what no loss reaches a gradient of 0, once, so that the optimiser has moments of
+        every parameter, and a checkpoint is one of all of them."""
+        for parameter in self.pair.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def draw(self, n_rows: int, moment: Moment) -> dict[str, Tensor | None]:
         """The sites whose hybrid passes run in this step, in order, and on which of the sequences;
-        None: on all. Every process draws the same sites."""
+        None: on all. All parts of a step, in every process, draw the same sites."""
         config, sites = self.config, self.pair.sites
         k = len(sites) if config.sites_per_step is None else config.sites_per_step
-        chosen = np.random.default_rng(moment.seed[:-1]).choice(len(sites), k, replace=False)
+        chosen = np.random.default_rng(moment.seed[:2]).choice(len(sites), k, replace=False)
         kept = max(1, round(config.tail_share * n_rows))
         if kept == n_rows:
             return {sites[i]: None for i in sorted(chosen)}

@@ -58,6 +58,8 @@ def train_bridges(
             "the sparse side of a pair that is trained must be a SparseTransformer, not a "
             f"{type(pair.sparse).__name__}; fit its bridges instead"
         )
+    if pair.dense is pair.sparse:
+        raise ValueError("both sides of the pair are one model; only the dense one stays as it is")
     if not config.train_sparse and training.sparsity is not None:
         raise ValueError("with train_sparse=False the sparse model's weights stay as they are: "
                          "give a TrainingConfig with sparsity=None")  # fmt: skip
@@ -69,11 +71,14 @@ def train_bridges(
         stack.enter_context(frozen(pair.dense))
         if not config.train_sparse:
             stack.enter_context(frozen(pair.sparse))
+        objective = BridgeObjective(pair, config)
         trainer = Trainer(
-            pair.sparse, corpus, training, folder, objective=BridgeObjective(pair, config),
+            pair.sparse, corpus, training, folder, objective=objective,
             progress=progress, wandb_project=wandb_project, restart=restart,
         )  # fmt: skip
-        return trainer.train()
+        result = trainer.train()
+    pair.bridges.made_for = objective.made_for()
+    return result
 
 
 @contextmanager
