@@ -158,13 +158,14 @@ ROW = {
 @pytest.fixture
 def reader(small_model):
     from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
     words = ["<bos>", "<unk>", " Mary", " saw", " John", " and", " Emma", " Tom"]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = Split(Regex(r" ?\w+"), "isolated")
+    core.pre_tokenizer, core.decoder = Split(Regex(r" ?\w+"), "isolated"), Fuse()
     return small_model(
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=core, bos_token="<bos>", unk_token="<unk>"
