@@ -232,6 +232,28 @@ def has_mlp(block: nn.Module) -> bool:
     return "mlp" in block._modules
 
 
+def pretrained(name: str) -> Any:
+    """A pretrained model by its name in TransformerLens or on the Hub, or from a local folder.
+
+    Layernorms are folded and writing weights centred, as in a HookedTransformer by default.
+
+    Raises:
+        OSError: there is no such model, or no network to fetch it.
+        ValueError: TransformerLens does not know its architecture.
+    """
+    if HAS_HOOKED_TRANSFORMER:
+        return ModelBase.from_pretrained(name).eval()
+    from transformer_lens.model_bridge.sources import boot_tl_legacy
+    from transformer_lens.model_bridge.sources.tl_legacy import TL_LEGACY_PREFIXES
+
+    boot = boot_tl_legacy if name.startswith(TL_LEGACY_PREFIXES) else (
+        bridge_class().boot_transformers
+    )  # fmt: skip
+    model = boot(name)
+    model.enable_compatibility_mode()
+    return model.eval()
+
+
 def transformer_lens_model(
     fields: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tokenizer: Any
 ) -> Any:

@@ -24,6 +24,7 @@ from tl_sparse.cli.nodes import Nodes
 from tl_sparse.studies.demo import DemoConfig, run_demo
 from tl_sparse.studies.demo_report import write_report
 from tl_sparse.studies.grid import StudyConfig, run_study, write_study
+from tl_sparse.studies.heads_paper import HeadsPaperConfig, run_heads_paper
 from tl_sparse.studies.pair import PairConfig, train_pair
 from tl_sparse.studies.pair_recipes import pair_recipe
 from tl_sparse.training.config import RecipeName, TrainingConfig
@@ -48,7 +49,15 @@ def study_and_say(config: StudyConfig) -> None:
     say(f"Report: {page.resolve()}")
 
 
-RUNS = {DemoConfig: run_and_report, PairConfig: train_and_say, StudyConfig: study_and_say}
+def heads_and_say(config: HeadsPaperConfig) -> None:
+    """The paper's head circuits, and where the report is."""
+    say(f"Report: {run_heads_paper(config, say).resolve()}")
+
+
+RUNS = {
+    DemoConfig: run_and_report, PairConfig: train_and_say, StudyConfig: study_and_say,
+    HeadsPaperConfig: heads_and_say,
+}  # fmt: skip
 """Commands whose dataclass belongs to the library, and what runs them."""
 
 
@@ -67,7 +76,8 @@ def commands(command: str, recipe: str | None) -> Any:
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
                  "info": Info, "bridge": Bridge,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
-                 "study": StudyConfig, "fetch": Fetch, "nodes": Nodes}  # fmt: skip
+                 "study": StudyConfig, "heads-paper": HeadsPaperConfig, "fetch": Fetch,
+                 "nodes": Nodes}  # fmt: skip
     defaults = {"train": start, "pair": pair}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]

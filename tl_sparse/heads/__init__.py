@@ -6,6 +6,8 @@ from tl_sparse.heads.agreement import curves_figure as curves_figure
 from tl_sparse.heads.baselines import HeadScores as HeadScores
 from tl_sparse.heads.baselines import baseline as baseline
 from tl_sparse.heads.baselines import baseline_of_outputs as baseline_of_outputs
+from tl_sparse.heads.causal import CausalCheck as CausalCheck
+from tl_sparse.heads.causal import causal_check as causal_check
 from tl_sparse.heads.codes import Codes as Codes
 from tl_sparse.heads.component import Component as Component
 from tl_sparse.heads.contrastive import contrastive as contrastive

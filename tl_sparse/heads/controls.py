@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,30 +221,11 @@ def controls(
     seconds: dict[tuple[str, str, str], float] = {}
     for position in positions:
         outputs = extract_head_outputs(model, dataset, position)
-        mixed = shuffled(outputs.positive, seed)
-        made: dict[str, tuple[Codes, float]] = {}
-        for method in chosen:
-            began = time.perf_counter()
-            if method in LOOKING:
-                key = (position, method, "")
-                found[key] = LOOKING[method](outputs.values, outputs.positive).double()
-                seconds[key] = outputs.seconds + time.perf_counter() - began
-                continue
-            coder = "paper" if method == SHUFFLED else method
-            if coder not in made:
-                codes = CODERS[coder](outputs, n_codes, seed)
-                made[coder] = codes, time.perf_counter() - began
-            codes, taken = made[coder]
-            for score in scores:
-                key, began = (position, method, score), time.perf_counter()
-                result = identify(
-                    codes, mixed if method == SHUFFLED else None, score=score,
-                    permutations=0 if score == VOTES else permutations, seed=seed,
-                )  # fmt: skip
-                found[key] = result.scores
-                if result.permutations:
-                    named[key] = result.is_named
-                seconds[key] = outputs.seconds + taken + time.perf_counter() - began
+        for row in scored(outputs, chosen, scores, n_codes, permutations, seed):
+            key = (position, row.method, row.score)
+            found[key], seconds[key] = row.scores, row.seconds
+            if row.named is not None:
+                named[key] = row.named
     true = None
     if truth is not None:
         true = truth if isinstance(truth, Tensor) else torch.zeros(len(outputs.components)).bool()
@@ -253,6 +234,58 @@ def controls(
     return Controls(
         found, named, seconds, outputs.components, true, dataset.name, len(dataset.prompts)
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What one method makes of the heads' outputs."""
+
+    method: str
+    """Of :data:`CODERS`, ``LOOKING``, or ``"paper, labels shuffled"``."""
+    score: str
+    """How codes were scored; empty where there are none."""
+    scores: Float[Tensor, " component"]
+    """The score of every component."""
+    named: Bool[Tensor, " component"] | None
+    """Which are above chance; None without shuffles."""
+    seconds: float
+    """Seconds, forward passes included."""
+
+
+def scored(
+    outputs: HeadOutputs,
+    methods: Sequence[str],
+    scores: Sequence[Score | Literal["edge_votes"]],
+    n_codes: int,
+    permutations: int | None,
+    seed: int,
+) -> Iterator[Scored]:
+    """Every method's scores of the same outputs; see :func:`controls`."""
+    mixed = shuffled(outputs.positive, seed)
+    made: dict[str, tuple[Codes, float]] = {}
+    for method in methods:
+        began = time.perf_counter()
+        if method in LOOKING:
+            found = LOOKING[method](outputs.values, outputs.positive).double()
+            yield Scored(
+                method, "", found, None, outputs.seconds + time.perf_counter() - began
+            )  # fmt: skip
+            continue
+        coder = "paper" if method == SHUFFLED else method
+        if coder not in made:
+            codes = CODERS[coder](outputs, n_codes, seed)
+            made[coder] = codes, time.perf_counter() - began
+        codes, taken = made[coder]
+        for score in scores:
+            began = time.perf_counter()
+            result = identify(
+                codes, mixed if method == SHUFFLED else None, score=score,
+                permutations=0 if score == VOTES else permutations, seed=seed,
+            )  # fmt: skip
+            yield Scored(
+                method, score, result.scores, result.is_named if result.permutations else None,
+                outputs.seconds + taken + time.perf_counter() - began,
+            )  # fmt: skip
 
 
 def shuffled(positive: Bool[Tensor, " prompt"], seed: int) -> Bool[Tensor, " prompt"]:
