@@ -1,5 +1,6 @@
 """Hybrids of two models: a model bridged to itself, hooks, paths, what is refused."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.bridges import BridgedPair, Bridges, BridgesConfig, HybridPath
+from tl_sparse.bridges.segments import Segments
 
 
 @pytest.fixture
@@ -28,12 +30,11 @@ def test_a_model_bridged_to_itself_reproduces_itself_on_every_path_to_the_bit(
     expected = pair.sparse(tokens)
     paths = [
         HybridPath(start, changes)
-        for start in ("dense", "sparse")
-        for n in range(len(pair.sites) + 1)
+        for start, sizes in (("dense", (0, 1, 2, len(pair.sites))), ("sparse", (1,)))
+        for n in sizes
         for changes in itertools.combinations(pair.sites, n)
-        if n in (0, 1, 2, len(pair.sites))
     ]
-    assert len(paths) > 12
+    assert len(paths) > 10
     wrong = [str(path) for path in paths if not torch.equal(pair(tokens, path), expected)]
     assert not wrong
 
@@ -108,3 +109,47 @@ def test_paths_that_are_none_are_refused(itself, tokens):
         pair(tokens, HybridPath("dense", ("1.pre", "0.mid")))
     with pytest.raises(ValueError, match="choose from dense, sparse"):
         pair(tokens, "both")
+
+
+def test_tokens_and_streams_that_do_not_fit_are_refused(itself, tokens):
+    pair = itself()
+    with pytest.raises(ValueError, match="13 tokens do not fit n_ctx=12"):
+        pair.streams("sparse", torch.ones(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"must be integers \[batch, pos\], not torch\.bool"):
+        Segments(pair.sparse).check(tokens > 3, None)
+    with pytest.raises(ValueError, match=r"is \(2, 8, 16\), not \(2, 7, 16\)"):
+        Segments(pair.sparse).check(tokens, torch.zeros(2, 7, 16))
+    with pytest.raises(ValueError, match="is none"):
+        pair.tail("sparse", "1.pre", torch.zeros(2, 8, 16), tokens, stop="0.mid")
+
+
+def test_caches_and_hooks_take_filters_and_see_what_ran(itself, tokens):
+    pair = itself()
+    path = HybridPath("dense", ("0.mid",))
+    logits, cache = pair.run_with_cache(tokens, path)
+    assert torch.equal(logits, pair.sparse(tokens))
+    assert set(cache) == {
+        "dense.blocks.0.hook_resid_pre", "sparse.blocks.0.hook_resid_mid",
+        "sparse.blocks.1.hook_resid_pre", "sparse.blocks.1.hook_resid_mid",
+        "sparse.blocks.1.hook_resid_post",
+    }  # fmt: skip
+    _, cache = pair.run_with_cache(tokens, path, lambda name: name.endswith("mlp.hook_post"))
+    assert set(cache) == {"sparse.blocks.0.mlp.hook_post", "sparse.blocks.1.mlp.hook_post"}
+    silenced = [(lambda name: name == "sparse.hook_embed", lambda x, hook: 0 * x)]
+    assert not torch.equal(pair(tokens, "sparse", silenced), logits)
+    assert torch.equal(pair(tokens, path, silenced), logits)
+    with pair.hooks([("dense.hook_embed", lambda x, hook: 0 * x)]):
+        assert not torch.equal(pair(tokens, path), logits)
+    assert torch.equal(pair(tokens, path), logits)
+
+
+def test_a_pair_follows_its_models(itself, small_model, tokens):
+    pair = itself()
+    other = small_model("standard")
+    pair.sparse = other
+    assert torch.equal(pair(tokens, "sparse"), other(tokens))
+    copied = copy.deepcopy(pair)
+    with torch.no_grad():
+        copied.sparse.unembed.b_U.add_(1.0)
+    assert torch.equal(pair(tokens, "sparse"), other(tokens))
+    assert not torch.equal(copied(tokens, "sparse"), other(tokens))

@@ -64,10 +64,10 @@ def test_a_model_bridged_to_itself_has_no_divergence_at_all(small_model, tokens)
 
 
 def test_only_the_tokens_that_count_are_measured(pair, many_tokens):
-    cut = path_table(pair, many_tokens[:4, :9], back="next", skip=1, progress=False)
+    cut = path_table(pair, many_tokens[:4, :9], back="none", skip=1, progress=False)
     padded = torch.cat([many_tokens[:4, :9], torch.full((4, 3), 4)], 1)
     last = torch.full((4,), 8)
-    same = path_table(pair, padded, back="next", skip=1, last=last, batch_size=3, progress=False)
+    same = path_table(pair, padded, back="none", skip=1, last=last, batch_size=3, progress=False)
     assert cut.n_tokens.tolist() == same.n_tokens.tolist() == [[8, 7]] * 4
     torch.testing.assert_close(same.values, cut.values, atol=1e-5, rtol=1e-4)
     frame = cut.to_dataframe()
@@ -91,10 +91,10 @@ def test_other_bridges_stand_beside_the_pairs_own(pair, many_tokens):
 
 
 def test_tables_show_themselves(pair, tokens):
-    table = path_table(pair, tokens, progress=False)
-    assert repr(table).startswith("PathTable(42 paths over 2 examples; KL(dense ‖ sparse) ")
+    table = path_table(pair, tokens, back="next", progress=False)
+    assert repr(table).startswith("PathTable(30 paths over 2 examples; KL(dense ‖ sparse) ")
     assert "d→s" in table._repr_html_()
-    assert len(table.examples()) == 84
+    assert len(table.examples()) == 60
     assert len(table.to_plotly().data) == 4
     with pytest.raises(ValueError, match="choose from kl, kl_sparse, ce"):
         table.by_site("loss")

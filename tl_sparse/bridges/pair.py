@@ -92,11 +92,8 @@ class BridgedPair(InterventionMixin, nn.Module):
         super().__init__()
         check_vocabularies(dense, sparse)
         self.dense, self.sparse, self.bridges = dense, sparse, bridges
-        self._segments: dict[Side, Segments] = {
-            "dense": Segments(dense),
-            "sparse": Segments(sparse),
-        }
-        check_sizes(self._segments, bridges.config)
+        self._known: dict[Side, Segments] = {}
+        check_sizes({side: self._segments(side) for side in OTHER}, bridges.config)
         for side, expected in bridges.made_for.items():
             if fingerprint(getattr(self, side)) != expected:
                 raise ValueError(
@@ -150,7 +147,7 @@ class BridgedPair(InterventionMixin, nn.Module):
     ) -> Streams:
         """One model's logits and its stream at every site, from one forward pass."""
         places, kept = self._places(side), dict[int, Tensor]()
-        logits = self._segments[side].run(
+        logits = self._segments(side).run(
             tokens, hooks=hooks, keep=tuple(places.values()), kept=kept
         )
         return Streams({name: kept[place] for name, place in places.items()}, logits)
@@ -159,9 +156,15 @@ class BridgedPair(InterventionMixin, nn.Module):
         self, side: Side, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
     ) -> dict[str, Float[Tensor, "batch pos channel"]]:
         """One model's stream at every site, by name; nothing after the last site is computed."""
-        places, kept, run = self._places(side), dict[int, Tensor](), self._segments[side]
+        places, kept, run = self._places(side), dict[int, Tensor](), self._segments(side)
         run.run(tokens, stop=run.end - 1, hooks=hooks, keep=tuple(places.values()), kept=kept)
         return {name: kept[place] for name, place in places.items()}
+
+    def _segments(self, side: Side) -> Segments:
+        model = self.model(side)
+        if side not in self._known or self._known[side].model is not model:
+            self._known[side] = Segments(model)
+        return self._known[side]
 
     def _places(self, side: Side) -> dict[str, int]:
         check_side(side)
@@ -191,7 +194,7 @@ class BridgedPair(InterventionMixin, nn.Module):
         """
         first = getattr(self.bridges.site(site), side)
         last = None if stop is None else getattr(self.bridges.site(stop), side)
-        segments, kept = self._segments[side], dict[int, Tensor]()
+        segments, kept = self._segments(side), dict[int, Tensor]()
         places = {} if keep is None else self._places(side)
         end = segments.end if last is None else last
         at = {name: place for name, place in places.items() if first < place <= end}
@@ -225,7 +228,7 @@ class BridgedPair(InterventionMixin, nn.Module):
         for i, side in enumerate(path.sides):
             at = path.changes[i] if i < len(path.changes) else None
             stop = None if at is None else getattr(self.bridges.site(at), side)
-            out = self._segments[side].run(tokens, place, stop, resid, hooks[side])
+            out = self._segments(side).run(tokens, place, stop, resid, hooks[side])
             if at is not None:
                 resid = self.bridge(side, at, out)
                 place = getattr(self.bridges.site(at), OTHER[side])
@@ -254,10 +257,7 @@ class BridgedPair(InterventionMixin, nn.Module):
         if names_filter is None:
             sites = self.bridges.sites
             names_filter = {f"{side}.{self.hook(side, s.name)}" for side in OTHER for s in sites}
-        if callable(names_filter):
-            names = [name for name in self.hook_dict if names_filter(name)]
-        else:
-            names = list(names_filter)
+        names = self._names(names_filter) if callable(names_filter) else list(names_filter)
         cache: dict[str, Tensor] = {}
 
         def keeper(name: str) -> Callable[..., None]:
@@ -291,14 +291,21 @@ class BridgedPair(InterventionMixin, nn.Module):
 
     def _hooks_of(self, hooks: Sequence[Hook]) -> dict[Side, list[Hook]]:
         found: dict[Side, list[Hook]] = {"dense": [], "sparse": []}
-        for name, fn in hooks:
-            side, _, inner = name.partition(".")
-            if side not in OTHER:
-                raise ValueError(f"hook {name!r} must begin with dense. or sparse.")
-            if inner not in self.model(side).hook_dict:
-                raise ValueError(f"the {side} model has no hook {inner!r}")
-            found[side].append((inner, fn))
+        for wanted, fn in hooks:
+            for name in self._names(wanted) if callable(wanted) else (wanted,):
+                side, _, inner = name.partition(".")
+                if side not in OTHER:
+                    raise ValueError(f"hook {name!r} must begin with dense. or sparse.")
+                if inner not in self.model(side).hook_dict:
+                    raise ValueError(f"the {side} model has no hook {inner!r}")
+                found[side].append((inner, fn))
         return found
+
+    def _names(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Names that pass a filter, each hook point of a model once."""
+        points = self.hook_dict
+        names = [name for name in points if wanted(name)]
+        return list({(name.partition(".")[0], id(points[name])): name for name in names}.values())
 
     def _bridged(self, cache: CacheLike, side: Side) -> dict[str, Tensor]:
         names = set(cache.keys())

@@ -21,6 +21,7 @@ from tl_sparse.bridges.bridges import Bridges
 from tl_sparse.bridges.figures import path_figure
 from tl_sparse.bridges.pair import OTHER, BridgedPair, HybridPath, Side
 from tl_sparse.bridges.reconstruction import stream_means
+from tl_sparse.storage.finite import check_finite
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def path_table(
     Raises:
         ValueError: no or unknown tokens, bridges with other sites, a name of others that is taken,
             or an unknown ``back``.
-        NotFinite: weights are NaN or infinite.
+        NotFinite: weights or divergences are NaN or infinite.
     """
     rows = Rows.of(pair, tokens, last, skip)
     others = dict(others or {})
@@ -186,7 +187,9 @@ def path_table(
             per_batch.append(torch.stack(list(found.values())).cpu())
             counts.append(judge.counts().cpu())
             bar.update()
-    return PathTable(names, torch.cat(per_batch, 2), torch.cat(counts))
+    values = torch.cat(per_batch, 2)
+    check_finite({"kl": values[:, :2]}, "divergences of these paths")
+    return PathTable(names, values, torch.cat(counts))
 
 
 @dataclass(frozen=True, eq=False)

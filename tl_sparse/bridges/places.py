@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 _MLP_HALF = ("mlp.", "ln2", "hook_mlp", "hook_resid_mid", "hook_resid_post", "hook_out")
-_BEFORE_BLOCKS = re.compile(r"(hook_)?(tokens|embed|pos_embed|pos_concat)\b")
+_BEFORE_BLOCKS = re.compile(r"(hook_)?(tokens|embed|embed_ln|pos_embed|pos_concat|rotary_emb)\b")
 START = -1
 """The place of a run that begins at the tokens."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_sparse.bridges.places import START, half_of, hook_of
@@ -81,6 +81,10 @@ class Segments:
             hooks: (hook name, function), as TransformerLens'.
             keep: Places on the way whose streams are put in ``kept``, as the hooks leave them.
             kept: Where they are put.
+
+        Raises:
+            ValueError: no such run, tokens that are not [batch, pos] or too many, or a stream of
+                another shape.
         """
         stop = self.end if stop is None else stop
         if not START <= start < stop <= self.end:
@@ -89,8 +93,8 @@ class Segments:
             raise ValueError(
                 "a run that starts at a place needs the stream there, others have none"
             )
-        first, last = start, stop
-        chosen = [(name, fn) for name, fn in hooks if first <= half_of(name, self.n_layers) < last]
+        self.check(tokens, resid)
+        chosen = [(name, fn) for name, fn in hooks if start <= half_of(name, self.n_layers) < stop]
         if kept is None:
             kept, keep = {}, ()
         for place in keep:
@@ -104,6 +108,18 @@ class Segments:
         if stop in keep:
             kept[stop] = out
         return out
+
+    def check(self, tokens: Shaped[Tensor, "..."], resid: Shaped[Tensor, "..."] | None) -> None:
+        """ValueError unless the model can run on these tokens, and from this stream of them."""
+        config: Any = self.model.cfg
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens must be integers [batch, pos], not {tokens.dtype} "
+                             f"{tuple(tokens.shape)}")  # fmt: skip
+        if tokens.shape[1] > config.n_ctx:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit n_ctx={config.n_ctx}")
+        wanted = (*tokens.shape, config.d_model)
+        if resid is not None and resid.shape != wanted:
+            raise ValueError(f"the stream of these tokens is {wanted}, not {tuple(resid.shape)}")
 
     def _kind(self) -> str:
         if isinstance(self.model, SparseTransformer):
