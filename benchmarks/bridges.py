@@ -21,6 +21,7 @@ what the process held before the step. Prints a table and writes bridges.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import re
@@ -28,6 +29,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -115,6 +117,7 @@ def contenders(pair: BridgedPair, tokens: Tensor) -> dict[str, Step]:
 def peak_above(step: Callable[[], Any]) -> float:
     """MB by which a step raises this process' resident memory at its highest (Linux)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what an earlier step freed would hide what this takes
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the old peak
     before = status("VmRSS")
     step()
@@ -136,22 +139,23 @@ def measure(n_layers: int, rounds: int) -> dict[str, dict[str, float]]:
     steps = contenders(pair, tokens)
     torch.testing.assert_close(steps["all sites"](0)["loss"], steps["loop"](0))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    memory: dict[str, list[float]] = {name: [] for name in steps}
+    memory: dict[str, float] = {}
     for i in range(rounds + 1):
         for name, step in steps.items():
             pair.zero_grad(set_to_none=True)
+            if not i:  # the first round warms up
+                memory[name] = peak_above(partial(step, i))
+                continue
             start = time.process_time()
-            peak = peak_above(lambda step=step, i=i: step(i))
-            if i:  # the first round warms up
-                times[name].append(time.process_time() - start)
-                memory[name].append(peak)
+            step(i)
+            times[name].append(time.process_time() - start)
     return {
         name: {
             "ms": 1000 * statistics.median(taken),
             "ratio": statistics.median(
                 x / base for x, base in zip(taken, times["sparse"], strict=True)
             ),
-            "peak_mb": statistics.median(memory[name]),
+            "peak_mb": memory[name],
         }
         for name, taken in times.items()
     }

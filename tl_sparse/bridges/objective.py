@@ -154,8 +154,9 @@ class BridgeObjective:
     ) -> tuple[Float[Tensor, ""], Measured]:
         """The losses of the sparse model by itself: their weighted sum, and each."""
         measured: Measured = {}
+        sparse: Any = self.pair.sparse
         if self.config.losses.language_model:
-            measured["language_model"] = self.pair.sparse.loss_fn(logits, tokens)
+            measured["language_model"] = sparse.loss_fn(logits, tokens)
         if self.config.losses.distillation:
             measured["distillation"] = target.kl(logits)
         terms = [getattr(self.config.losses, name) * x for name, x in measured.items()]
@@ -205,12 +206,12 @@ class BridgeObjective:
     def release(own: Tensor, sparse: Streams, cut: Streams) -> None:
         """Let the gradients of the sparse model's own losses, and those that arrived at its cut
         streams, through its forward pass, once."""
-        arrived = [(x, cut.resid[n].grad) for n, x in sparse.resid.items()]
-        arrived = [(x, grad) for x, grad in arrived if grad is not None]
+        grads = {name: x.grad for name, x in cut.resid.items() if x.grad is not None}
+        ends, arrived = [sparse.resid[name] for name in grads], list(grads.values())
         if own.requires_grad:
-            arrived.append((own, torch.ones_like(own)))
-        if arrived:
-            torch.autograd.backward(*map(list, zip(*arrived, strict=True)))
+            ends.append(own)
+            arrived.append(torch.ones_like(own))
+        torch.autograd.backward(ends, arrived)
 
     def fill(self) -> None:
         """Give what no loss reaches a gradient of 0, once, so that the optimiser has moments of
@@ -229,7 +230,7 @@ class BridgeObjective:
         if kept == n_rows:
             return {sites[i]: None for i in sorted(chosen)}
         rng = np.random.default_rng(moment.seed)
-        device = self.pair.bridges.encoders[0].W_enc.device
+        device = next(self.pair.bridges.parameters()).device
         return {
             sites[i]: torch.from_numpy(np.sort(rng.permutation(n_rows)[:kept])).to(device)
             for i in sorted(chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -63,7 +64,8 @@ def train_bridges(
     if not config.train_sparse and training.sparsity is not None:
         raise ValueError("with train_sparse=False the sparse model's weights stay as they are: "
                          "give a TrainingConfig with sparsity=None")  # fmt: skip
-    context, longest = training.context or pair.sparse.config.n_ctx, int(pair.dense.cfg.n_ctx)
+    cfg: Any = pair.dense.cfg
+    context, longest = training.context or pair.sparse.config.n_ctx, int(cfg.n_ctx)
     if context > longest:
         raise ValueError(f"context={context} is more than the dense model's n_ctx={longest}")
     pair.bridges.made_for = {}  # true again when they are saved
