@@ -15,8 +15,8 @@ from tl_sparse.bridges.fit import FittedBridges as FittedBridges
 from tl_sparse.bridges.fit import fit_bridges as fit_bridges
 from tl_sparse.bridges.losses import BridgeLosses as BridgeLosses
 from tl_sparse.bridges.pair import BridgedPair as BridgedPair
-from tl_sparse.bridges.pair import HybridPath as HybridPath
-from tl_sparse.bridges.pair import Streams as Streams
+from tl_sparse.bridges.path import HybridPath as HybridPath
+from tl_sparse.bridges.path import Streams as Streams
 from tl_sparse.bridges.paths import PathTable as PathTable
 from tl_sparse.bridges.paths import path_table as path_table
 from tl_sparse.bridges.places import BridgeSite as BridgeSite

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.bridges.pair import OTHER, BridgedPair
+from tl_sparse.bridges.pair import BridgedPair
+from tl_sparse.bridges.path import OTHER
 from tl_sparse.storage.finite import check_weights
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tl_sparse.bridges.bridges import Bridges
 from tl_sparse.bridges.files import read_bridges
 from tl_sparse.bridges.losses import Predictions, normalised_error
-from tl_sparse.bridges.pair import OTHER, BridgedPair, Side, Streams
+from tl_sparse.bridges.pair import BridgedPair
+from tl_sparse.bridges.path import OTHER, Side, Streams
 from tl_sparse.bridges.tails import Entry, groups, tails
 from tl_sparse.bridges.training_config import BridgeTrainingConfig
 from tl_sparse.storage.fingerprint import fingerprint

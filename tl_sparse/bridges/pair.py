@@ -5,67 +5,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation import FwdHook
+from tl_sparse.bridges.bridged_dense import BridgedDense
 from tl_sparse.bridges.bridges import Bridges
 from tl_sparse.bridges.checks import check_sizes, check_vocabularies
-from tl_sparse.bridges.interventions import InterventionMixin
+from tl_sparse.bridges.dense_circuit import DenseCircuit, dense_circuit
+from tl_sparse.bridges.path import OTHER, HybridPath, Side, Streams, check_side
 from tl_sparse.bridges.places import START
+from tl_sparse.bridges.reading import ablate, patch
 from tl_sparse.bridges.segments import Hook, Segments
+from tl_sparse.bridges.steering import steer
+from tl_sparse.circuits import Circuit
 from tl_sparse.compat import ActivationCache
+from tl_sparse.node import Nodes
+from tl_sparse.nodes.prompts import Prompts, PromptsLike
 from tl_sparse.storage.fingerprint import fingerprint
 
-Side = Literal["dense", "sparse"]
 CacheLike = Mapping[str, Tensor] | ActivationCache
-OTHER: dict[Side, Side] = {"dense": "sparse", "sparse": "dense"}
 
 
-def check_side(side: str) -> None:
-    """ValueError unless it is one of the two models."""
-    if side not in OTHER:
-        raise ValueError(f"side={side!r} is unknown; choose from dense, sparse")
-
-
-@dataclass(frozen=True)
-class HybridPath:
-    """A way through the two models: where it starts, and at which sites it changes over."""
-
-    start: Side
-    """The model that reads the tokens."""
-    changes: tuple[str, ...] = ()
-    """Names of the sites at which the stream goes on in the other model, in order."""
-
-    def __post_init__(self) -> None:
-        check_side(self.start)
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The models, in order: one more than ``changes``."""
-        return tuple(self.start if i % 2 == 0 else OTHER[self.start]
-                     for i in range(len(self.changes) + 1))  # fmt: skip
-
-    def __str__(self) -> str:
-        if not self.changes:
-            return self.start
-        letters = "→".join(side[0] for side in self.sides)
-        return f"{letters} at {', '.join(self.changes)}"
-
-
-@dataclass(frozen=True, eq=False)
-class Streams:
-    """One model's residual streams at every site, and its logits."""
-
-    resid: dict[str, Float[Tensor, "batch pos channel"]]
-    """By the site's name."""
-    logits: Float[Tensor, "batch pos d_vocab"]
-    """Of every next token."""
-
-
-class BridgedPair(InterventionMixin, nn.Module):
+class BridgedPair(nn.Module):
     """Two models, bridges between them, and every hybrid of the two.
 
     A hybrid forward pass runs one model up to a site, bridges its residual stream, and goes on in
@@ -288,6 +252,51 @@ class BridgedPair(InterventionMixin, nn.Module):
             for side in OTHER:
                 stack.enter_context(self.model(side).hooks(forward[side], backward[side]))
             yield self
+
+    def steer(
+        self,
+        nodes: Nodes,
+        counterfactual: PromptsLike | Prompts | None,
+        presented: PromptsLike | Prompts,
+        strength: float = 1.0,
+        **options: Any,
+    ) -> list[FwdHook]:
+        """Hooks on the dense model that move nodes of the sparse one towards what they are on other
+        prompts; see :func:`~tl_sparse.bridges.steer`."""
+        return steer(self, nodes, counterfactual, presented, strength, **options)
+
+    def ablate(
+        self,
+        nodes: Nodes,
+        text: PromptsLike | Prompts,
+        values: float | Float[Tensor, " node"] | None = None,
+    ) -> list[FwdHook]:
+        """Hooks on the dense model that set nodes of the sparse one to fixed values there; see
+        :func:`~tl_sparse.bridges.ablate`."""
+        return ablate(self, nodes, text, values)
+
+    def patch(
+        self,
+        nodes: Nodes,
+        counterfactual: PromptsLike | Prompts | None,
+        presented: PromptsLike | Prompts,
+        **options: Any,
+    ) -> list[FwdHook]:
+        """Hooks on the dense model that set nodes of the sparse one to what the dense model itself
+        has on other prompts; see :func:`~tl_sparse.bridges.patch`."""
+        return patch(self, nodes, counterfactual, presented, **options)
+
+    def bridged_dense(self, reference: PromptsLike | Prompts) -> BridgedDense:
+        """The dense model with the sparse one's nodes as hook points; see
+        :class:`~tl_sparse.bridges.BridgedDense`."""
+        return BridgedDense(self, reference)
+
+    def dense_circuit(
+        self, circuit: Circuit, tokens: Int[Tensor, "sequence pos"], **options: Any
+    ) -> DenseCircuit:
+        """What a circuit of the sparse model names in the dense one; see
+        :func:`~tl_sparse.bridges.dense_circuit`."""
+        return dense_circuit(self, circuit, tokens, **options)
 
     def _hooks_of(self, hooks: Sequence[Hook]) -> dict[Side, list[Hook]]:
         found: dict[Side, list[Hook]] = {"dense": [], "sparse": []}

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from tl_sparse.bridges.batches import Rows, measuring
 from tl_sparse.bridges.bridges import Bridges
 from tl_sparse.bridges.figures import path_figure
-from tl_sparse.bridges.pair import OTHER, BridgedPair, HybridPath, Side
+from tl_sparse.bridges.pair import BridgedPair
+from tl_sparse.bridges.path import OTHER, HybridPath, Side
 from tl_sparse.bridges.reconstruction import stream_means
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.views.display import frame_html

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from tl_sparse.bridges.batches import Rows, measuring
 from tl_sparse.bridges.figures import fvu_figure
-from tl_sparse.bridges.pair import OTHER, BridgedPair, Side
+from tl_sparse.bridges.pair import BridgedPair
+from tl_sparse.bridges.path import OTHER, Side
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:

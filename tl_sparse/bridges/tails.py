@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.bridges.pair import BridgedPair, Side
+from tl_sparse.bridges.pair import BridgedPair
+from tl_sparse.bridges.path import Side
 from tl_sparse.model.transformer import SparseTransformer
 
 
