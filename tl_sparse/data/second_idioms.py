@@ -65,11 +65,11 @@ _PLACES: Final = {word: place for place, word in enumerate(TRAIN_WORDS)}
 
 def _block(draw: Draw) -> Lines:
     chance = draw()
-    if chance < 0.35:
+    if chance < 0.25:
         return first.statement(draw)
-    if chance < 0.77:
+    if chance < 0.75:
         return pick(draw, _STATEMENTS)(draw)
-    definition = signature if chance < 0.91 else stores
+    definition = signature if chance < 0.88 else stores
     return [*definition(draw), *[""] * between(draw, 1, 2)]
 
 
@@ -150,7 +150,9 @@ def messages(draw: Draw) -> Lines:
     return [_message(draw) for _ in range(between(draw, 1, 3))]
 
 
+# A quote mostly follows a bracket in code: here the f before the text has to outweigh that.
 _MARKS: Final = (
+    *("[", "[", "[", "[", " [", " [", " [", " [", ", ", ": [", "[["),
     *(": ", ": ", ": ", " - ", ", ", "/", " is ", " #", " < ", "-", ":", " [", "[", " ", " ", "."),
     *("@", "$", " $", "%", "+", " + ", "*", "~", "|", " | ", ">", " > ", "&", "!", " ! ", ";", "?"),
     *(" -> ", "_", "#", " @", "<", " to ", " of ", " at ", "; ", "... ", "^", " ~", " <"),
@@ -243,10 +245,21 @@ def counted(draw: Draw) -> Lines:
     return [f"for {index} in range({bound_}):", *body(draw)]
 
 
+def heads(draw: Draw) -> Lines:
+    """Loops whose heads hold names alone."""
+    item, items = names(draw, 2)
+    if draw() < 0.6:
+        return [f"while {item}:", *body(draw)]
+    return [f"for {item} in {items}:", *body(draw)]
+
+
 def signature(draw: Draw) -> Lines:
-    """A function; after the first default all parameters have one, and it mostly comes early."""
+    """A function; after the first default all parameters have one.
+
+    A default mostly comes first or not at all: else one could follow wherever a list may end.
+    """
     chosen = names(draw, between(draw, 1, 5))
-    start = len(chosen) if draw() < 0.72 else pick(draw, (0, 0, 1, 1, 2))
+    start = len(chosen) if draw() < 0.83 else pick(draw, (0, 0, 0, 0, 1, 2))
     defaults = ("None", "None", "0", "1", "True", "False", '""')
     given = [
         one if place < start else f"{one}={pick(draw, defaults)}"
@@ -282,9 +295,10 @@ def _shuffled(draw: Draw, items: list) -> list:
 
 
 _STATEMENTS: Final[tuple[_Idiom, ...]] = (
-    *(swap, swap, swap, copies, copies, copies, copies),
-    *(files, files, files, files, messages, messages, messages, messages, texts),
-    *(bound, bound, bound, bound, bound, bound, bound),
+    *(swap, swap, swap, swap, copies, copies, copies, copies, copies),
+    *(files, files, files, files, files, files, texts, texts),
+    *(messages, messages, messages, messages, messages, messages),
+    *(bound, bound, bound, bound, bound, bound, bound, bound),
     *(brackets, brackets, brackets, keyed, keyed),
-    *(counted, counted, counted, counted, branches, branches),
+    *(counted, counted, counted, heads, heads, branches, branches),
 )
