@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -129,10 +130,10 @@ def train_in(
     """Train a sparse model on with bridges, from those that fit it best; metrics and seconds."""
     first, began = last_step(folder), time.perf_counter()
     bridges = fitted(corpus, dense, start, start.config.n_ctx, progress)
+    both = BridgedPair(deepcopy(dense), start, bridges)  # training takes them to its device
     result = train_bridges(
-        BridgedPair(dense, start, bridges), corpus, config.bridged_training, config.bridging,
-        folder, progress=progress,
-    )  # fmt: skip
+        both, corpus, config.bridged_training, config.bridging, folder, progress=progress
+    )
     note_session(folder, result.record.steps - first, time.perf_counter() - began)
     last = result.metrics.dropna(axis=1, how="all").ffill().iloc[-1]
     return {str(k): float(v) for k, v in last.items()}, time.perf_counter() - began
