@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="trio", help="folder for corpus, checkpoints and models")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all three trainings")
-    parser.add_argument("--steps", type=int, help="of each model, instead of as many as fit")
+    parser.add_argument(
+        "--steps", type=int, help="of sparse and bridged model, instead of as many as fit"
+    )
     parser.add_argument("--batch", type=int, help="sequences in a step")
     parser.add_argument("--mb", type=int, help="megabytes of text, default all")
     parser.add_argument("--name", default="python")
@@ -88,7 +90,7 @@ def chosen_steps(
         found: dict[str, int] = json.loads(path.read_text())
         return found
     if fixed is not None:
-        steps = dict.fromkeys(SHARES, fixed)
+        steps = {"sparse": fixed, "dense": 20 * fixed, "bridged": fixed}
     else:
         seconds = seconds_per_step(config, corpus)
         print(f"seconds per step: {seconds}", flush=True)
