@@ -14,6 +14,8 @@ from tl_sparse.bridges.directions import norm_ratios as norm_ratios
 from tl_sparse.bridges.fit import FittedBridges as FittedBridges
 from tl_sparse.bridges.fit import fit_bridges as fit_bridges
 from tl_sparse.bridges.losses import BridgeLosses as BridgeLosses
+from tl_sparse.bridges.node_effects import NodeEffects as NodeEffects
+from tl_sparse.bridges.node_effects import node_effects as node_effects
 from tl_sparse.bridges.pair import BridgedPair as BridgedPair
 from tl_sparse.bridges.path import HybridPath as HybridPath
 from tl_sparse.bridges.path import Streams as Streams

@@ -62,7 +62,7 @@ class BridgedHook:
     """What becomes of the rest of the activation, which the channels do not explain; None: nothing,
     and it is not computed."""
     values: Channels | None = None
-    """What was read of the stream, until it is used."""
+    """What was last read of the stream."""
 
     def hooks(self) -> list[FwdHook]:
         """The hooks on the dense model."""
@@ -82,7 +82,8 @@ class BridgedHook:
         """The dense activation, moved by what becomes of the channels."""
         vectors = self.vectors.to(x)
         whole, x = x, x[..., : vectors.shape[1]]  # concatenated positions stay
-        before, self.values = self._written(x) if not self.reads else self.values, None
+        # kept: a HookedTransformer's norm fires once each for queries, keys and values
+        before = self.values if self.reads else self._written(x)
         assert before is not None
         before = before.to(x)
         after = self.change(before)
