@@ -963,6 +963,28 @@ def test_hostile_tasks(tmp_path):
     assert outcomes(load, path, damaged(path.read_bytes(), seed=11))["refused"] > 100
 
 
+def test_hostile_contrastive_prompts(tmp_path, small_model):
+    from tl_sparse.data.tokenizer import build_tokenizer
+    from tl_sparse.heads import contrastive_from_jsonl
+
+    tokenizer, path = build_tokenizer(["a bc"], 300, required=()), tmp_path / "p.jsonl"
+    model = small_model(tokenizer=tokenizer, d_vocab=300)
+    rows = [{"positive": f"a{i}", "negative": f"b{i}", "answers": ["c", "d"], "roles": {"x": "a"}}
+            for i in "012"]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load():
+        return contrastive_from_jsonl(path, model)
+
+    assert load().roles["x"].tolist() == [1] * 6
+    first, _, last = path.read_bytes().splitlines(keepends=True)
+    cases = (
+        (case, first + json.dumps(row).encode() + b"\n" + last)
+        for case, row in [*nasty_fields(rows[1]), *((n, n) for n in NASTY)]
+    )
+    assert outcomes(load, path, cases)["refused"] > 80
+
+
 @pytest.mark.filterwarnings("ignore:.*done again")
 def test_hostile_units_of_work(tmp_path):
     from tl_sparse.studies.runner import Unit, UnitRecord, read_unit, write_record
@@ -1098,6 +1120,7 @@ def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, smal
     from tl_sparse.checkpoints.openai_payload import read_payload
     from tl_sparse.circuits.search_study import check_database
     from tl_sparse.data.sources import read_source
+    from tl_sparse.heads import contrastive_from_jsonl
     from tl_sparse.studies.runner import Unit, holder, read_unit
     from tl_sparse.studies.trained import training_time
     from tl_sparse.tasks import from_jsonl
@@ -1113,6 +1136,7 @@ def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, smal
         **{circuit[0] / name: circuit[1] for name in os.listdir(circuit[0])},
         report[0]: report[1],
         tmp_path / "t.jsonl": lambda: from_jsonl(tmp_path / "t.jsonl", tokenizer),
+        tmp_path / "p.jsonl": lambda: contrastive_from_jsonl(tmp_path / "p.jsonl", model),
         tmp_path / "viz_data.pt": lambda: read_payload(tmp_path / "viz_data.pt"),
         tmp_path / "mean_baseline_pretrain.pt": lambda: means_from_openai(
             tmp_path / "mean_baseline_pretrain.pt", model

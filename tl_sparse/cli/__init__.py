@@ -18,6 +18,7 @@ from tl_sparse.cli.bridge import Bridge
 from tl_sparse.cli.circuits import FrontierOf, Prune, Sweep
 from tl_sparse.cli.evaluate import Evaluate
 from tl_sparse.cli.fetch import Fetch
+from tl_sparse.cli.heads import Heads
 from tl_sparse.cli.inputs import say
 from tl_sparse.cli.models import Info, Tasks, Train
 from tl_sparse.cli.nodes import Nodes
@@ -76,8 +77,8 @@ def commands(command: str, recipe: str | None) -> Any:
     described = {"demo": DemoConfig, "train": Train, "prune": Prune, "evaluate": Evaluate,
                  "info": Info, "bridge": Bridge,
                  "tasks": Tasks, "pair": PairConfig, "sweep": Sweep, "frontier": FrontierOf,
-                 "study": StudyConfig, "heads-paper": HeadsPaperConfig, "fetch": Fetch,
-                 "nodes": Nodes}  # fmt: skip
+                 "study": StudyConfig, "heads": Heads, "heads-paper": HeadsPaperConfig,
+                 "fetch": Fetch, "nodes": Nodes}  # fmt: skip
     defaults = {"train": start, "pair": pair}
     named: list[Any] = [
         Annotated[cls, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]

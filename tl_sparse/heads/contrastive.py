@@ -204,7 +204,11 @@ def with_roles(
 def _place(dataset: ContrastiveDataset, model: nn.Module, i: int, piece: str, nth: int) -> int:
     """The token in which the nth occurrence of a piece ends."""
     text = dataset.prompts.texts[i]
-    ends = [found.end() for found in re.finditer(re.escape(piece) + r"(?!\w)", text)]
+    # whole words count first: "Ann" is not meant by "Anna" before it
+    for pattern in (re.escape(piece) + r"(?!\w)", re.escape(piece)):
+        ends = [found.end() for found in re.finditer(pattern, text)]
+        if len(ends) >= nth:
+            break
     if not 0 < nth <= len(ends):
         raise ValueError(f"{dataset.name}: {piece!r} is not {nth} times in {text!r}")
     tools: Any = model
