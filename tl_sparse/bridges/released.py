@@ -52,19 +52,19 @@ def bridge_released(
     Raises:
         FileNotFoundError, ValueError: as ``from_openai``, ``prompts_of`` and ``fit_bridges``.
     """
-    models = [
+    ends = [
         SparseTransformer.from_openai(
             place, device, tokenizer=tokenizer, progress=progress, base_url=base_url
         )
         for place in (dense, sparse)
     ]
-    prompts = prompts_of(models[1], text, "text")
-    n_ctx = min(model.config.n_ctx for model in models)
+    prompts = prompts_of(ends[1], text, "text")
+    n_ctx = min(model.config.n_ctx for model in ends)
     fitted = fit_bridges(
-        *models, prompts.tokens[:, :n_ctx], last=prompts.last.clamp(max=n_ctx - 1),
+        ends[0], ends[1], prompts.tokens[:, :n_ctx], last=prompts.last.clamp(max=n_ctx - 1),
         progress=progress, **options,
     )  # fmt: skip
-    return BridgedPair(*models, fitted.bridges), fitted
+    return BridgedPair(ends[0], ends[1], fitted.bridges), fitted
 
 
 def released_bridges(
