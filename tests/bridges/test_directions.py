@@ -107,6 +107,18 @@ def test_a_read_without_ratios_and_nothing_at_all_are_refused(pair):
         directions(models, "0.attn.act_in:2")
     with pytest.raises(ValueError, match="no nodes: name at least one"):
         directions(models, [])
+    with pytest.raises(ValueError, match=r"0.attn.resid_delta:2 is named twice"):
+        directions(models, ["0.attn.resid_delta:2", "0.attn_out.2"])
+
+
+def test_tokens_without_a_dense_stream_do_not_count_and_none_at_all_is_refused(pair):
+    models = pair()
+    with torch.no_grad():
+        models.dense.embed.W_E[5] = 0.0
+    found = norm_ratios(models, torch.tensor([[6, 5, 7]]))[0]
+    torch.testing.assert_close(found, norm_ratios(models, torch.tensor([[6, 7]]))[0])
+    with pytest.raises(ValueError, match="stream is zero all through at 0"):
+        norm_ratios(models, torch.tensor([[5, 5]]))
 
 
 def test_concatenated_positions_are_left_out_of_a_site_and_have_no_direction(pair, tokens):

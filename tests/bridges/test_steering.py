@@ -128,6 +128,14 @@ def test_hooks_for_other_prompts_are_refused(twins, prompts):
         twins.dense.run_with_hooks(tokens[:, :5], fwd_hooks=hooks)
 
 
+def test_a_model_whose_heads_read_streams_of_their_own_is_refused(twins, prompts):
+    tokens, other = prompts
+    hooks = twins.steer("0.attn.act_in:2", other, tokens)
+    twins.dense.set_use_split_qkv_input(True)
+    with pytest.raises(ValueError, match="switch off use_split_qkv_input"):
+        twins.dense.run_with_hooks(tokens, fwd_hooks=hooks)
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [

@@ -16,6 +16,7 @@ Source: Gao et al. 2025 (arXiv 2511.13653), §A.4; how the norms' weights enter 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,10 +90,12 @@ def bridged_nodes(pair: Pair, nodes: Nodes) -> list[Node]:
     are no part of the residual stream.
 
     Raises:
-        ValueError: none is left, or a node that there is not.
+        ValueError: none is left, a node that there is not, or one that is named twice.
     """
     every = resolve(pair.sparse, nodes)
     width = int(pair.sparse.cfg.d_model)  # type: ignore[union-attr, arg-type]
+    if len(set(every)) < len(every):
+        raise ValueError(f"{Counter(every).most_common(1)[0][0]} is named twice")
     found = [n for n in every if n.site not in BRIDGED or int(n.channel or 0) < width]
     if not found:
         raise ValueError(
@@ -217,7 +220,12 @@ def norm_ratios(
     sites = pair.bridges.sites
     dense = _scales(pair.dense, [(s.dense, s.dense_hook) for s in sites], prompts, batch_size)
     sparse = _scales(pair.sparse, [(s.sparse, s.sparse_hook) for s in sites], prompts, batch_size)
-    return (sparse / dense).mean(1).float()
+    # a token without any stream has no direction either
+    found = torch.where(dense > 0, sparse / dense, torch.nan).nanmean(1).float()
+    if bool(found.isnan().any()):
+        name = sites[int(found.isnan().nonzero()[0])].name
+        raise ValueError(f"the dense model's residual stream is zero all through at {name}")
+    return found
 
 
 def _scales(

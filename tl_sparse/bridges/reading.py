@@ -29,6 +29,7 @@ from tl_sparse.bridges.directions import (
     site_directions,
     write_hook,
 )
+from tl_sparse.bridges.steering import SPLIT
 from tl_sparse.model.transformer import Block, SparseTransformer
 from tl_sparse.node import Node, Nodes
 from tl_sparse.nodes.prompts import (
@@ -78,8 +79,10 @@ class BridgedHook:
         place = self.pair.bridges.sites[self.site].sparse
         self.values = sparse_read(self.pair.sparse, place, encoded)
 
-    def write(self, x: Float[Tensor, "batch pos width"], hook: Any = None) -> Tensor:
+    def write(self, x: Float[Tensor, "batch pos *head width"], hook: Any = None) -> Tensor:
         """The dense activation, moved by what becomes of the channels."""
+        if x.ndim != 3:
+            raise ValueError(SPLIT)
         vectors = self.vectors.to(x)
         whole, x = x, x[..., : vectors.shape[1]]  # concatenated positions stay
         # kept: a HookedTransformer's norm fires once each for queries, keys and values

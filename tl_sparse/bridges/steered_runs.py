@@ -84,7 +84,8 @@ def steering_curves(
     if not levels.numel() or not bool(levels.isfinite().all()):
         raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one")
     chosen = bridged_nodes(pair, nodes)
-    taken = {*chosen, *(bridged_nodes(pair, exclude) if exclude != () else ())}
+    rest = [exclude] if isinstance(exclude, str | Node) else list(exclude)
+    taken = {*chosen, *(bridged_nodes(pair, rest) if rest else ())}
     ratios = norm_ratios(pair, rows if reference is None else reference)
     generator = torch.Generator().manual_seed(seed)
     pushes = list(_pushes(pair, chosen, taken, ratios, rows, others, positions, draws, generator))

@@ -22,6 +22,11 @@ from tl_sparse.node import Node, Nodes
 from tl_sparse.nodes.patched_runs import columns_of, run_once
 from tl_sparse.nodes.prompts import Positions, Prompts, PromptsLike, partners, places, prompts_of
 
+SPLIT = (
+    "each head reads a stream of its own here, so that a node is in no one place: switch off "
+    "use_split_qkv_input and use_attn_in"
+)
+
 
 @dataclass(eq=False, repr=False)
 class Steering:
@@ -36,12 +41,13 @@ class Steering:
     """How much of it each copy of the prompts gets."""
 
     def __call__(
-        self, x: Float[Tensor, "row pos channels"], hook: Any = None
-    ) -> Float[Tensor, "row pos channels"]:
+        self, x: Float[Tensor, "row pos *head channels"], hook: Any = None
+    ) -> Float[Tensor, "row pos *head channels"]:
         """The activation with it added.
 
         Raises:
-            ValueError: other prompts than those it is for, by their number or length.
+            ValueError: other prompts than those it is for, by their number or length, or a model in
+                which every head reads a stream of its own.
         """
         prompts, length, width = self.added.shape
         if x.shape[:2] != (prompts * len(self.strength), length):
@@ -49,6 +55,8 @@ class Steering:
                 f"these hooks steer {prompts} prompts of {length} tokens (padding included), not "
                 f"{x.shape[0] // len(self.strength)} of {x.shape[1]}"
             )
+        if x.ndim != 3:
+            raise ValueError(SPLIT)
         side = x.unflatten(0, (len(self.strength), -1))
         added = self.strength.to(x)[:, None, None, None] * self.added.to(x)
         changed = side[..., :width] + added
