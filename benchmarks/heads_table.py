@@ -3,6 +3,7 @@
     python benchmarks/heads_table.py --out FOLDER              # measures; goes on where it stopped
     python benchmarks/heads_table.py --out FOLDER --report     # the tables, in Markdown
     python benchmarks/heads_table.py --out FOLDER --sweep      # the paper's sweeps
+    python benchmarks/heads_table.py --out FOLDER --causal     # what the best heads do alone
 
 A row of results.jsonl is one method on one task with one seed: of the prompts, of what is random
 in the method and, of compiled models, of the model. Seconds include the forward passes.
@@ -21,9 +22,16 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.ground_truth import known_heads
 from tl_sparse.ground_truth.known_heads import NAMES
-from tl_sparse.heads import DiscreteSAE, agreement, extract_head_outputs, identify
+from tl_sparse.heads import (
+    DiscreteSAE,
+    agreement,
+    causal_check,
+    extract_head_outputs,
+    identify,
+)
 from tl_sparse.heads.baselines import INTERVENING, baseline
 from tl_sparse.heads.controls import controls
 from tl_sparse.heads.known import dataset_of
@@ -129,6 +137,46 @@ def sweep_rows(name: str, seed: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+CAUSAL = ("paper", "untrained encoder", "k-means", "difference of means", "linear probe")
+
+
+def causal_rows(name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """What the best heads of each method do alone, as many as the circuit has."""
+    known = known_heads(name, seed)
+    dataset = dataset_of(known, PROMPTS, seed)
+    found = controls(known.model, dataset, positions=("mean",), scores=("unique",), methods=CAUSAL)
+    ranked = {method: scores for (_, method, _), scores in found.scores.items()}
+    pairs = PromptPairs.from_dataset(dataset, min(PAIRS, dataset.n_positive))
+    for method in ("patching", "attribution"):
+        ranked[method] = baseline(known.model, pairs, method).scores.flatten()
+    k, n_heads = len(known.heads), known.model.config.n_heads
+    sets = {"the true heads": list(known.heads)}
+    for method, scores in ranked.items():
+        best = scores.argsort(descending=True, stable=True)[:k].tolist()
+        sets[method] = [divmod(i, n_heads) for i in best]
+    tokens = dataset.prompts.tokens[dataset.n_positive :]
+    for method, heads in sets.items():
+        circuit = circuit_of_heads(known.model, known.name, heads, tokens)
+        check = causal_check(known.model, circuit, known.task(), seed=seed).to_dataframe()
+        for row in check.itertuples():
+            yield {"method": method, "measure": row.measure, "n_heads": k, "value": row.value,
+                   "random": row.random, "as_high": row.as_high}  # fmt: skip
+
+
+def causal_report(frame: pd.DataFrame) -> str:
+    """f (random sets of as many heads in each layer), in Markdown."""
+    parts = []
+    for measure, rows in frame.groupby("measure", sort=False):
+        rows = rows.assign(
+            cell=[f"{r.value:.2f} ({r.random:.2f})" for r in rows.itertuples()]
+        ).pivot_table(index="method", columns="task", values="cell", aggfunc="first", sort=False)
+        head = f"| {measure} (random sets) | {' | '.join(rows.columns)} |"
+        lines = [head, "|---|" + "---|" * len(rows.columns)]
+        lines += [f"| {row[0]} | {' | '.join(row[1:])} |" for row in rows.itertuples()]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def read(path: Path) -> pd.DataFrame:
     """The rows measured so far."""
     if not path.exists():
@@ -217,6 +265,14 @@ def sweep_report(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
+KINDS = {
+    "results": (rows_of, report),
+    "sweep": (sweep_rows, sweep_report),
+    "causal": (causal_rows, causal_report),
+}
+"""What is measured, and its tables."""
+
+
 def main() -> None:
     """Measure, or report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -224,13 +280,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--causal", action="store_true")
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / ("sweep.jsonl" if given.sweep else "results.jsonl")
+    kind = "sweep" if given.sweep else "causal" if given.causal else "results"
+    path = given.out / f"{kind}.jsonl"
+    rows, tables = KINDS[kind]
     if not given.report:
-        measure(path, sweep_rows if given.sweep else rows_of, given.tasks, given.seeds)
-    print((sweep_report if given.sweep else report)(read(path)))
+        measure(path, rows, given.tasks, given.seeds)
+    print(tables(read(path)))
 
 
 if __name__ == "__main__":
