@@ -117,6 +117,8 @@ def test_tokens_and_streams_that_do_not_fit_are_refused(itself, tokens):
         pair.streams("sparse", torch.ones(1, 13, dtype=torch.long))
     with pytest.raises(ValueError, match=r"must be integers \[batch, pos\], not torch\.bool"):
         Segments(pair.sparse).check(tokens > 3, None)
+    with pytest.raises(ValueError, match="not a str; texts have theirs from the model's to_tokens"):
+        Segments(pair.sparse).check("some text", None)
     with pytest.raises(ValueError, match=r"is \(2, 8, 16\), not \(2, 7, 16\)"):
         Segments(pair.sparse).check(tokens, torch.zeros(2, 7, 16))
     with pytest.raises(ValueError, match="is none"):

@@ -30,6 +30,9 @@ class HybridPath:
 
     def __post_init__(self) -> None:
         check_side(self.start)
+        changes = self.changes
+        # one site's name is no tuple of letters
+        object.__setattr__(self, "changes", (changes,) if isinstance(changes, str) else changes)
 
     @property
     def sides(self) -> tuple[Side, ...]:

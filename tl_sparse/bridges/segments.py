@@ -109,9 +109,12 @@ class Segments:
             kept[stop] = out
         return out
 
-    def check(self, tokens: Shaped[Tensor, "..."], resid: Shaped[Tensor, "..."] | None) -> None:
+    def check(self, tokens: Any, resid: Shaped[Tensor, "..."] | None) -> None:
         """ValueError unless the model can run on these tokens, and from this stream of them."""
         config: Any = self.model.cfg
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens must be integers [batch, pos], not a {type(tokens).__name__};"
+                             " texts have theirs from the model's to_tokens")  # fmt: skip
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens must be integers [batch, pos], not {tokens.dtype} "
                              f"{tuple(tokens.shape)}")  # fmt: skip
