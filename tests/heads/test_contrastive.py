@@ -142,6 +142,8 @@ def test_tokenizers_that_split_the_words_are_told_so(small_model, reader):
         contrastive("ioj", model)
     with pytest.raises(ValueError, match="no tokenizer"):
         contrastive("ioi", small_model())
+    with pytest.raises(ValueError, match="answers must be token ids"):
+        ContrastiveDataset.of("x", small_model(), [[3]], [[4]], [("a", "b")])
 
 
 def lines(path, *rows):

@@ -146,7 +146,9 @@ class ContrastiveDataset:
             prompts = Prompts(
                 tokens, prompts.last, prompts.texts, correct=ids[:, 0], incorrect=ids[:, 1]
             )
-        places = {role: torch.as_tensor(at) for role, at in (roles or {}).items()}
+        places = {
+            role: torch.as_tensor(at, device=tokens.device) for role, at in (roles or {}).items()
+        }
         return cls(name, prompts, n, places)
 
 
@@ -162,6 +164,8 @@ def answer_ids(
     texts = {text for pair in answers for text in pair if isinstance(text, str)}
     ids: dict[Any, int] = {}
     split = []
+    if texts and getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{name}: the model has no tokenizer, so answers must be token ids")
     for text in sorted(texts):
         pieces = tools.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(pieces) != 1:

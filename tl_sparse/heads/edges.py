@@ -60,10 +60,10 @@ class EdgeScores:
     def to_dataframe(self, k: int | None = None) -> pd.DataFrame:
         """A row per pair, the highest score first: source, target, source_layer, target_layer,
         score; the first k."""
-        source, target = self.exists.nonzero(as_tuple=True)
-        values = self.scores[source, target]
+        pairs = self.exists.nonzero()
+        values = self.scores[self.exists]
         best = values.argsort(descending=True, stable=True)[:k]
-        source, target = source[best].numpy(), target[best].numpy()
+        source, target = pairs[best].T.numpy()
         names = np.array([str(c) for c in self.components])
         layers = np.array([c.layer for c in self.components])
         return pd.DataFrame(
@@ -203,7 +203,7 @@ def cooccurrence(
     for first in range(0, n, step):
         block = np.arange(first, min(first + step, n))
         sources = np.flatnonzero((owner >= first) & (owner < first + step))
-        targets = np.flatnonzero(wanted[block].any(0)[owner])
+        targets = np.flatnonzero(np.asarray(wanted[block].any(0))[owner])
         if not len(targets):
             continue
         product = sparse.csr_array(weighted[sources] @ occurs[:, targets])

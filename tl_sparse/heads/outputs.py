@@ -123,6 +123,8 @@ def extract_head_outputs(
     kinds = (nodes,) if isinstance(nodes, str) else tuple(dict.fromkeys(nodes))
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"nodes={unknown[0]!r}: choose from {', '.join(KINDS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not kinds:
         raise ValueError(f"no nodes: choose from {', '.join(KINDS)}")
     prompts = dataset.prompts

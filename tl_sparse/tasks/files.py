@@ -163,16 +163,16 @@ def to_jsonl(task: Task, path: str | Path, *, n_pairs: int = 128, seed: int = 0)
                 continue
             batch = task.batch(n_pairs, split=split, seed=seed)
             each_others = batch.correct_token.view(-1, 2).flip(1).flatten()
-            rows: dict[tuple[tuple[str, ...], ...], None] = {}
+            rows: dict[tuple[tuple[str, ...], ...], None] = {}  # each once, in order
             for i in range(0, len(batch), 2):
-                row = (batch.prompts[i : i + 2], batch.answers[i : i + 2])
+                row = [batch.prompts[i : i + 2], batch.answers[i : i + 2]]
                 wrong = batch.incorrect_token[i : i + 2]
                 if not torch.equal(wrong, each_others[i : i + 2]):
-                    row += (tuple(task.tokenizer.decode([j]) for j in wrong.tolist()),)
-                rows[row] = None
-            for row in rows:
-                line = dict(zip(("prompts", "answers", "incorrect"), row, strict=False))
-                line["split"] = split
+                    row.append(tuple(str(task.tokenizer.decode([j])) for j in wrong.tolist()))
+                rows[tuple(row)] = None
+            for found in rows:
+                parts = zip(("prompts", "answers", "incorrect"), found, strict=False)
+                line: dict[str, Any] = dict(parts) | {"split": split}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
