@@ -90,7 +90,22 @@ def test_a_corpus_of_the_first_mix_keeps_the_name_it_had_before_there_were_two(c
     digest = hashlib.sha256(json.dumps([settings, versions, sample]).encode())
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode()).digest())
-    assert build_module._fingerprint(config, documents) == digest.hexdigest()
+    assert build_module._fingerprint(config, documents, None) == digest.hexdigest()
+
+
+def test_a_corpus_made_before_there_were_two_mixes_still_opens(corpus, tmp_path):
+    copy = shutil.copytree(corpus.directory, tmp_path / "corpus")
+    values = json.loads((copy / "corpus.json").read_text())
+    assert values["config"].pop("idioms") == "first"
+    (copy / "corpus.json").write_text(json.dumps(values))
+    assert TokenizedCorpus.load(copy).config == corpus.config
+
+
+def test_an_unknown_mix_names_the_choices():
+    config = CorpusConfig()
+    object.__setattr__(config, "idioms", "third")  # past the check of types that tests run with
+    with pytest.raises(ValueError, match="idioms='third' is unknown: choose from first, second"):
+        config.__post_init__()
 
 
 def test_the_second_mix_makes_another_corpus_of_its_own_idioms(config, corpus, tmp_path, folder):
