@@ -711,12 +711,13 @@ def training(small_model, tmp_path):
     record = TrainingRecord(
         steps=2, tokens=2, validation_loss=3.0, l0={}, config={"seed": 1}, corpus="c"
     )
-    resume.save_checkpoint(tmp_path, 2, RUN, model, optimizer, record)
+    parts = resume.Parts(model, optimizer, {})
+    resume.save_checkpoint(tmp_path, 2, RUN, parts, record)
     for step in (1, 2, 3):
         resume.append_metrics(tmp_path, {"step": step, **METRICS})
 
     def load():
-        step = resume.load_checkpoint(tmp_path, RUN, model, optimizer)
+        step = resume.load_checkpoint(tmp_path, RUN, parts)
         if step is None:
             raise ValueError("what has no state is no checkpoint of ours")
         assert step == 2
