@@ -197,7 +197,7 @@ class BridgedDense(HookedRootModule):
             if not (has_hooks(point) or has_hooks(error)):
                 continue
             hooks += BridgedHook(
-                self, site, reads, self.directions(point.name), point,
+                self, site, reads, self.directions(str(point.name)), point,
                 error if has_hooks(error) else None,
             ).hooks()  # fmt: skip
         return hooks

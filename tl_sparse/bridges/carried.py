@@ -226,10 +226,11 @@ def _masks(
         if place == "all" and len(sets) == 1:
             continue
         draws = len(sets[names[0]])
+        chosen: list[tuple[str, int, int | None, bool]]
         chosen = [("all", 0, None, True), ("none", 0, None, False)]
-        for draw in range(draws):
-            kind = ("kept", draw) if draw == 0 else ("others", draw - 1)
-            chosen += [(*kind, draw, True), (f"all but {kind[0]}", kind[1], draw, False)]
+        for row in range(draws):
+            whose, number = ("kept", 0) if row == 0 else ("others", row - 1)
+            chosen += [(whose, number, row, True), (f"all but {whose}", number, row, False)]
         for kind, number, draw, left in chosen:
             mask = torch.ones(index.n_nodes, dtype=torch.bool)
             for name in names:

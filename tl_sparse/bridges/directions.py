@@ -176,7 +176,8 @@ def site_directions(
     Raises:
         ValueError: a read without ``ratios``, or at the last site, behind which nothing reads.
     """
-    weight = pair.bridges.decoders[number].W_dec.detach()
+    decoder: Any = pair.bridges.decoders[number]
+    weight: Tensor = decoder.W_dec.detach()
     if not reads:
         return weight
     if ratios is None:

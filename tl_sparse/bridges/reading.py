@@ -70,8 +70,8 @@ class BridgedHook:
         site = self.pair.bridges.sites[self.site]
         if not self.reads:
             return [(write_hook(self.pair.dense, site.dense), self.write)]
-        look: FwdHook = (site.dense_hook, self.look)
-        return [look, (read_hook(self.pair.dense, site.dense), self.write)]
+        look: Any = self.look
+        return [(site.dense_hook, look), (read_hook(self.pair.dense, site.dense), self.write)]
 
     def look(self, stream: Float[Tensor, "batch pos d_dense"], hook: Any = None) -> None:
         """What the sparse model would read of this stream."""
@@ -102,8 +102,8 @@ class BridgedHook:
         return torch.cat([moved, whole[..., vectors.shape[1] :]], -1)
 
     def _written(self, x: Float[Tensor, "batch pos d_dense"]) -> Channels:
-        weight = self.pair.bridges.encoders[self.site].W_enc
-        found = x @ weight.to(x)
+        encoder: Any = self.pair.bridges.encoders[self.site]
+        found: Tensor = x @ encoder.W_enc.to(x)
         if not isinstance(self.pair.sparse, SparseTransformer):
             return found
         place = self.pair.bridges.sites[self.site].sparse - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -84,7 +85,7 @@ def steering_curves(
     if not levels.numel() or not bool(levels.isfinite().all()):
         raise ValueError(f"strengths={list(strengths)} must be finite numbers, at least one")
     chosen = bridged_nodes(pair, nodes)
-    rest = [exclude] if isinstance(exclude, str | Node) else list(exclude)
+    rest: Any = [exclude] if isinstance(exclude, str | Node) else list(exclude)
     taken = {*chosen, *(bridged_nodes(pair, rest) if rest else ())}
     ratios = norm_ratios(pair, rows if reference is None else reference)
     generator = torch.Generator().manual_seed(seed)

@@ -87,7 +87,8 @@ def differences(
         other, _ = run_once(pair.sparse, counterfactual, there, columns)
     real = (at <= presented.last[:, None])[..., None]
     rows = torch.arange(len(presented), device=at.device)[:, None]
-    changes, numbers = [], {}
+    changes: list[Tensor] = []
+    numbers: dict[tuple[str, int], int] = {}
     for hook, channels in columns.items():
         change = torch.zeros(*presented.tokens.shape, len(channels), device=at.device)
         change[rows, at] = torch.where(real, other[hook] - here[hook], 0.0).to(change)
@@ -102,11 +103,11 @@ def steering_hooks(
     found: Directions,
     change: Float[Tensor, "node prompt pos"],
     strength: float | Sequence[float] = 1.0,
-) -> list[FwdHook]:
+) -> list[tuple[str, Steering]]:
     """Hooks on the dense model that add each node's change along its direction."""
     strengths = torch.as_tensor(strength, dtype=torch.float32).flatten()
     vectors = found.vectors.to(change)
-    hooks: list[FwdHook] = []
+    hooks = []
     for hook in dict.fromkeys(found.hooks):
         mine = torch.tensor([name == hook for name in found.hooks], device=change.device)
         added = torch.einsum("npt,nd->ptd", change[mine], vectors[mine])
@@ -158,4 +159,4 @@ def steer(
     ratios = norm_ratios(pair, rows if reference is None else reference)
     found = directions(pair, nodes, ratios)
     change = differences(pair, found.nodes, others, rows, positions)
-    return steering_hooks(found, change, strength)
+    return list(steering_hooks(found, change, strength))
