@@ -46,12 +46,17 @@ class CausalCheck:
     @property
     def f(self) -> Float[Tensor, " set"]:
         """Sufficiency: the share of the logit difference that the heads alone have; 1 is all."""
-        return normalised(self.alone.mean(1), self.empty.mean(), self.full.mean())
+        return normalised(self.alone.mean(1), *self._ends)
 
     @property
     def necessity(self) -> Float[Tensor, " set"]:
         """The share that is lost without them."""
-        return necessity_of(self.without.mean(1), self.empty.mean(), self.full.mean())
+        return necessity_of(self.without.mean(1), *self._ends)
+
+    @property
+    def _ends(self) -> tuple[Float[Tensor, " set"], Float[Tensor, " set"]]:
+        n_sets = len(self.alone)
+        return self.empty.mean().expand(n_sets), self.full.mean().expand(n_sets)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per measure: value, the random sets' mean, lowest and highest, and the share of
