@@ -140,9 +140,9 @@ def files(draw: Draw) -> Lines:
     if draw() < 0.6:
         rest = [f"{text} = {file}.read()"] if is_input else [f"{file}.write({text})"]
         return [f"{file} = {opened}", *(rest if draw() < 0.4 else [])]
-    rest = f"for {item} in {file}:" if is_input else f"for {item} in {text}:"
+    head = f"for {item} in {file if is_input else text}:"
     act = f"{pick(draw, SPEAKERS)}({item})" if is_input else f"{file}.write({item})"
-    return [f"with {opened} as {file}:", f"    {rest}", f"        {act}"]
+    return [f"with {opened} as {file}:", f"    {head}", f"        {act}"]
 
 
 def messages(draw: Draw) -> Lines:

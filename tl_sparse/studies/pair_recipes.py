@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tl_sparse.data import WHOLE_NAMES, CorpusConfig
 from tl_sparse.studies.pair_config import (
@@ -24,7 +24,8 @@ def pair_recipe(name: str, /, out: str, **changes: Any) -> PairConfig:
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)}")
-    return replace(PairConfig(out=out, recipe=name, **RECIPES[name]()), **changes)
+    recipe = cast(PairRecipe, name)
+    return replace(PairConfig(out=out, recipe=recipe, **RECIPES[recipe]()), **changes)
 
 
 def _second() -> dict[str, Any]:
@@ -42,7 +43,9 @@ def _second() -> dict[str, Any]:
 def _accelerator() -> dict[str, Any]:
     """Sixteen times the tokens of a step, and three times the steps: 2.4 billion tokens."""
     second, batch = _second(), 512
-    longer = {"batch_size": batch, "eval_every": 1000, "save_every": 2000, "log_every": 200}
+    longer: dict[str, Any] = {
+        "batch_size": batch, "eval_every": 1000, "save_every": 2000, "log_every": 200,
+    }  # fmt: skip
     return second | {
         "sparse_training": replace(second["sparse_training"], steps=72_000, **longer),
         "dense_training": replace(
