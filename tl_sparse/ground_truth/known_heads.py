@@ -123,7 +123,7 @@ def reversing_triple(rng: random.Random) -> Triple:
     written = letters[::-1][:done]
     return Triple(
         words_of(*letters, COLON, *written), words_of(*other, COLON, *written),
-        words_of(*letters, QUERY, *written), *words_of(letters[asked], other[asked]),
+        words_of(*letters, QUERY, *written), letters[asked].strip(), other[asked].strip(),
     )  # fmt: skip
 
 
@@ -137,8 +137,8 @@ def proportion_triple(rng: random.Random) -> Triple:
         row = [COUNTED] * n_counted + others[: 2 * half - n_counted]
         rows.append(words_of(*(row[i] for i in order), QUERY))
     if rng.random() < 0.5:
-        return Triple(rows[0], rows[1], rows[2], *words_of(YES, NO))
-    return Triple(rows[1], rows[0], rows[2], *words_of(NO, YES))
+        return Triple(rows[0], rows[1], rows[2], YES.strip(), NO.strip())
+    return Triple(rows[1], rows[0], rows[2], NO.strip(), YES.strip())
 
 
 def repeat_triple(rng: random.Random) -> Triple:
@@ -150,7 +150,7 @@ def repeat_triple(rng: random.Random) -> Triple:
     other[first + 1], other[swapped] = row[swapped], row[first + 1]
     broken[first] = rng.choice([letter for letter in LETTERS if letter not in row])
     clean, changed, absent = (words_of(*letters, row[first]) for letters in (row, other, broken))
-    return Triple(clean, changed, absent, *words_of(row[first + 1], other[first + 1]))
+    return Triple(clean, changed, absent, row[first + 1].strip(), other[first + 1].strip())
 
 
 COMPILED: Mapping[str, Callable[[random.Random], Triple]] = {

@@ -202,7 +202,7 @@ def run_trial(model: Any, task: str, trial: int, config: HeadsPaperConfig) -> li
     ).codes(outputs)  # fmt: skip
     found: list[tuple[str, str, Any, Any, float]] = []
     for score in ("unique", "edge_votes", "mi"):
-        result = identify(codes, score=score, permutations=0 if score == "edge_votes" else None)  # type: ignore[arg-type]
+        result = identify(codes, score=score, permutations=0 if score == "edge_votes" else None)
         named = result.is_named if result.permutations else None
         found.append(("paper", score, result.scores, named, result.seconds))
     for one in scored(outputs, OTHERS, ("unique", "mi"), config.n_codes, None, trial):

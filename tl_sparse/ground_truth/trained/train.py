@@ -155,7 +155,7 @@ are drawn anew each step (`languages.py`); its task is {LANGUAGES[name].descript
 float16; on the stored weights the task is solved by {truth.accuracy:.1%} of {TRUTH_PROMPTS} prompts
 (mean logit difference {truth.logit_diff:.2f}; {truth.broken_logit_diff:.2f} on hard negatives).
 
-Circuit ({len(truth.heads)} of {config.n_layers * config.n_heads} heads): {heads}.
+Circuit ({len(truth.heads)} of {config.n_layers * (config.n_heads or 0)} heads): {heads}.
 How it was found: `truth.py`; every number behind it: `truth.json`.
 
 Trained and measured again by `python -m tl_sparse.ground_truth.trained.train --out FOLDER --only

@@ -162,7 +162,7 @@ def find_truth(model: nn.Module, triples: Triples, *, progress: bool = True) -> 
 
     def shares(sets: Sequence[Sequence[Head]], source: list[list[int]]) -> Float[Tensor, " set"]:
         """The share of the logit difference that is lost under each set of patched heads."""
-        patches = [[named(head) for head in some] for some in sets]
+        patches: list[Any] = [[named(head) for head in some] for some in sets]
         found = patch_nodes(model, clean, source, patches, positions=None, answers=answers)
         whole = found.base.mean() - found.source["source"].mean()
         return -found.effects.mean(1) / whole
@@ -177,7 +177,7 @@ def find_truth(model: nn.Module, triples: Triples, *, progress: bool = True) -> 
     for (i, j), share in zip(pairs, both.tolist(), strict=True):
         in_pair[i] = max(float(in_pair[i]), share - float(alone[j]), key=abs)
         in_pair[j] = max(float(in_pair[j]), share - float(alone[i]), key=abs)
-    left, gone = list(heads), []
+    left, gone = list(heads), list[Head]()
     for _ in tqdm(range(len(heads)), desc="heads removed", disable=not progress):
         lost = shares([[*gone, head] for head in left], broken)
         best = int(lost.argmin())
