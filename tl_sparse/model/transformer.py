@@ -99,7 +99,7 @@ class Block(nn.Module):
         self,
         resid: Float[Tensor, "row slot d_model"],
         pos_channels: Float[Tensor, "batch pos d_pos"] | None = None,
-    ) -> Float[Tensor, "row slot d_model"]:
+    ) -> Float[Tensor, "row_out slot_out d_model"]:  # hooks may cut or put in positions here too
         """The residual stream after the block, from that after its attention."""
         if not self.attn_only:
             resid = hooked(self.hook_resid_mid, resid)
