@@ -256,7 +256,7 @@ def test_html_and_figures_are_written_in_one_place_each():
         "<!doctype": ["views/markup.py"],
         "tostring(": ["views/markup.py"],
         "plotly.subplots": ["views/chart.py"],
-        "go.Figure(": ["views/circuit_figure.py"],
+        "go.Figure(": ["views/circuit_figure.py", "views/heat_map.py"],
     }
 
 
