@@ -210,13 +210,13 @@ class PartialForward:
         """A block's output from the stream at one of its hooks: what comes before runs on a single
         position, whose outcome ``resid`` replaces; ``cut``: which is of the last tokens alone."""
         name, copies = f"blocks.{layer}.", len(resid) // len(self.packed.tokens)
-        hooks: list[FwdHook] = [(at, _put(resid))]
+        hooks: list[FwdHook] = [(at, put(resid))]
         if at.endswith("hook_resid_mid"):
             hooks += self._norms(f"{name}ln2.", at_last=cut)
             if f"{name}{PLACE}" in self.seen:
                 place = self.seen[f"{name}{PLACE}"]
                 place = self.packed.at_last(place) if cut else place
-                hooks.append((f"{name}{PLACE}", _put(self._tiled(place, copies))))
+                hooks.append((f"{name}{PLACE}", put(self._tiled(place, copies))))
         hooks += [*within(changes, name), *within(self.hooks, name)]
         with self.model.hooks(fwd_hooks=hooks):
             pos_channels = self.model.pos_channels(self.packed.positions[:1, :1], 1)
@@ -254,5 +254,6 @@ def _record(seen: dict[str, Tensor], name: str, x: Tensor, hook: Any = None) -> 
     seen[name] = x.detach().clone()
 
 
-def _put(value: Tensor) -> Callable[..., Tensor]:
+def put(value: Tensor) -> Callable[..., Tensor]:
+    """A hook function after which the activation is ``value``."""
     return lambda x, hook=None: value

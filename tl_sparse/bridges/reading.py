@@ -29,14 +29,13 @@ from tl_sparse.bridges.directions import (
     site_directions,
     write_hook,
 )
-from tl_sparse.bridges.steering import SPLIT
+from tl_sparse.bridges.steering import SPLIT, both_prompts
 from tl_sparse.model.transformer import Block, SparseTransformer
 from tl_sparse.node import Node, Nodes
 from tl_sparse.nodes.prompts import (
     Positions,
     Prompts,
     PromptsLike,
-    partners,
     places,
     prompts_of,
 )
@@ -222,9 +221,7 @@ def patch(
         ValueError: a node that bridges do not reach, or prompts that do not fit each other.
     """
     found = bridged_nodes(pair, nodes)
-    rows = prompts_of(pair.sparse, presented, "presented")
-    others = partners(rows) if counterfactual is None else counterfactual
-    others = prompts_of(pair.sparse, others, "counterfactual")
+    rows, others = both_prompts(pair, counterfactual, presented)
     at, there = places(positions, rows, others, "counterfactual")
     seen = read_nodes(pair, found, others)
     prompt = torch.arange(len(others), device=there.device)[:, None]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from tl_sparse.ablation.partial_forward import put
 from tl_sparse.bridges.places import START, half_of, hook_of
 from tl_sparse.compat import HAS_HOOKED_TRANSFORMER, ModelBase, bridge_class
 from tl_sparse.model.transformer import SparseTransformer
@@ -157,7 +158,7 @@ class Segments:
         kept: dict[int, Tensor] = {}
         where: dict[str, int] = {} if resid is None else {"start_at_layer": start // 2}
         if resid is not None and start % 2:
-            hooks = [(hook_of(start, self.n_layers), _put(resid)), *hooks]
+            hooks = [(hook_of(start, self.n_layers), put(resid)), *hooks]
         if stop < self.end:
             where["stop_at_layer"] = (stop + 1) // 2
         if stop % 2 and stop < self.end:
@@ -175,13 +176,13 @@ class Segments:
         if resid is not None and start % 2:
             # what a bridge calls hook_resid_mid is only what ln2 reads, and the stream goes past:
             # so attention has to add all of it to nothing
-            put: list[Hook] = [(f"{at}hook_resid_pre", lambda x, hook=None: torch.zeros_like(x)),
-                   (f"{at}hook_attn_out", _put(resid))]  # fmt: skip
+            whole: list[Hook] = [(f"{at}hook_resid_pre", lambda x, hook=None: torch.zeros_like(x)),
+                     (f"{at}hook_attn_out", put(resid))]  # fmt: skip
             if start not in self.checked:
-                put.append((f"{at}hook_resid_mid", self._checker(resid, start)))
-            hooks = [*put, *hooks]
+                whole.append((f"{at}hook_resid_mid", self._checker(resid, start)))
+            hooks = [*whole, *hooks]
         elif resid is not None:
-            hooks = [(hook_of(start, n), _put(resid)), *hooks]
+            hooks = [(hook_of(start, n), put(resid)), *hooks]
         early: dict[str, int] = {}
         if stop < self.end:
             hooks = [*hooks, (hook_of(stop, n), _keeper(kept, stop))]
@@ -207,7 +208,3 @@ def _keeper(kept: dict[int, Tensor], place: int) -> Callable[..., None]:
         kept[place] = x
 
     return keep
-
-
-def _put(value: Tensor) -> Callable[..., Tensor]:
-    return lambda x, hook=None: value

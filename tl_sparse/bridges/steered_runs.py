@@ -16,11 +16,11 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import logits_at
 from tl_sparse.bridges.curves import SteeringCurves
 from tl_sparse.bridges.directions import Directions, Pair, bridged_nodes, directions, norm_ratios
-from tl_sparse.bridges.steering import differences, steering_hooks
+from tl_sparse.bridges.steering import both_prompts, differences, steering_hooks
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.node import Node, Nodes
 from tl_sparse.nodes.measure import logit_count
-from tl_sparse.nodes.prompts import Positions, Prompts, PromptsLike, partners, prompts_of
+from tl_sparse.nodes.prompts import Positions, Prompts, PromptsLike
 
 STRENGTHS: tuple[float, ...] = (*(round(10 ** (i / 10 - 2), 6) for i in range(21)), 2.0, 4.0)
 """The paper's 21 from 0.01 to 1, and two beyond."""
@@ -76,9 +76,7 @@ def steering_curves(
         ValueError: a node that bridges do not reach, prompts that do not fit each other or have no
             answers, or strengths that are none.
     """
-    rows = prompts_of(pair.sparse, presented, "presented")
-    others = partners(rows) if counterfactual is None else counterfactual
-    others = prompts_of(pair.sparse, others, "counterfactual")
+    rows, others = both_prompts(pair, counterfactual, presented)
     if rows.correct is None or rows.incorrect is None:
         raise ValueError("the prompts have no answers: give a task's batch")
     levels = torch.as_tensor(list(strengths), dtype=torch.float32)

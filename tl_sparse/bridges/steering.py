@@ -65,6 +65,22 @@ class Steering:
         return changed.flatten(0, 1)
 
 
+def both_prompts(
+    pair: Pair,
+    counterfactual: PromptsLike | Prompts | None,
+    presented: PromptsLike | Prompts,
+) -> tuple[Prompts, Prompts]:
+    """The presented prompts, and the others: by default, of a task's batch, each prompt's partner.
+
+    Raises:
+        ValueError: see :func:`~tl_sparse.nodes.prompts.prompts_of` and
+            :func:`~tl_sparse.nodes.prompts.partners`.
+    """
+    rows = prompts_of(pair.sparse, presented, "presented")
+    others = partners(rows) if counterfactual is None else counterfactual
+    return rows, prompts_of(pair.sparse, others, "counterfactual")
+
+
 def differences(
     pair: Pair,
     nodes: Sequence[Node],
@@ -153,9 +169,7 @@ def steer(
     Raises:
         ValueError: a node that bridges do not reach, or prompts that do not fit each other.
     """
-    rows = prompts_of(pair.sparse, presented, "presented")
-    others = partners(rows) if counterfactual is None else counterfactual
-    others = prompts_of(pair.sparse, others, "counterfactual")
+    rows, others = both_prompts(pair, counterfactual, presented)
     ratios = norm_ratios(pair, rows if reference is None else reference)
     found = directions(pair, nodes, ratios)
     change = differences(pair, found.nodes, others, rows, positions)

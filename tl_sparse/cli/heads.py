@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from tl_sparse.checkpoints.openai import HUB
-from tl_sparse.checkpoints.openai_config import OPENAI_CONFIG
-from tl_sparse.checkpoints.openai_models import released_name
-from tl_sparse.cli.inputs import model_of, say
+from tl_sparse.cli.inputs import is_openai, model_of, say
 from tl_sparse.compat import pretrained
 from tl_sparse.heads import (
     DiscreteSAE,
@@ -115,14 +111,10 @@ class Heads:
 def is_ours(name: str) -> bool:
     """Whether it is a model of this package or of OpenAI's release, and not TransformerLens' own or
     one of the Hub's."""
-    if name in bundled_models() or name.startswith((HUB, "http://", "https://")):
+    if is_openai(name) or name in bundled_models():
         return True
-    folder = Path(name)
-    if not os.path.isdir(folder):
-        return released_name(name) is not None
-    if (folder / OPENAI_CONFIG).is_file():
-        return True
-    return (folder / CONFIG).is_file() and "schema_version" in read_json(folder / CONFIG)
+    config = Path(name) / CONFIG
+    return config.is_file() and "schema_version" in read_json(config)
 
 
 def page_of(found: IdentifiedHeads, dataset: str) -> Page:

@@ -25,11 +25,16 @@ def model_of(name: str) -> SparseTransformer:
         FileNotFoundError: there is none.
         ValueError: it is broken.
     """
-    here = os.path.isdir(name) or name in bundled_models()
-    openai = (Path(name) / OPENAI_CONFIG).is_file() if here else released_name(name) is not None
-    if openai or name.startswith((HUB, "http://", "https://")):
+    if is_openai(name):
         return SparseTransformer.from_openai(name)
     return SparseTransformer.from_pretrained(name)
+
+
+def is_openai(name: str) -> bool:
+    """Whether it is one of OpenAI's released models, or a folder or an address of their format."""
+    here = os.path.isdir(name) or name in bundled_models()
+    openai = (Path(name) / OPENAI_CONFIG).is_file() if here else released_name(name) is not None
+    return openai or name.startswith((HUB, "http://", "https://"))
 
 
 def model_with_tokenizer(name: str) -> SparseTransformer:

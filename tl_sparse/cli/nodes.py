@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import tyro
 
-from tl_sparse.cli.inputs import say
-from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.cli.inputs import model_of, say
 from tl_sparse.nodes import Direction, NodeGraph, channel_tokens, readers, trace, writers
 from tl_sparse.views.text import visible
 
@@ -52,13 +50,6 @@ class Nodes:
             return
         say("\nTokens that write the channel, and logits that read it")
         say(shown(tokens))
-
-
-def model_of(name: str) -> SparseTransformer:
-    """A model of either format."""
-    if (Path(name) / "beeg_config.json").is_file():
-        return SparseTransformer.from_openai(name)
-    return SparseTransformer.from_pretrained(name)
 
 
 def shown(frame: pd.DataFrame) -> str:

@@ -132,9 +132,8 @@ def _build(
         train, validation = encode(parts.train), encode(parts.validation)
     real = sum(map(len, train))
     wanted = round(real * config.idiom_share / (1 - config.idiom_share))
-    idioms = idiom_documents(
-        config.seed, 2**62, config.idioms
-    )  # without end: `_take` stops at enough tokens
+    # without end: `_take` stops at enough tokens
+    idioms = idiom_documents(config.seed, 2**62, config.idioms)
     generated = _take(encode_documents(tokenizer, idioms), wanted, progress)
     order = np.random.default_rng(config.seed)
     stats = CorpusStats(

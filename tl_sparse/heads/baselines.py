@@ -296,8 +296,3 @@ def timed(method: str, score: Callable[[], Tensor]) -> HeadScores:
     found = score()
     check_finite({method: found}, "scores of heads")
     return HeadScores(found.cpu(), method, time.perf_counter() - began)
-
-
-def ranks_of(scores: Float[Tensor, "layer head"]) -> Int[Tensor, " head"]:
-    """Heads numbered through the layers, the highest score first; equal ones in their order."""
-    return scores.flatten().argsort(descending=True, stable=True)

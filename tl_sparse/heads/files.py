@@ -19,12 +19,15 @@ from torch import nn
 
 from tl_sparse.heads.contrastive import with_roles
 from tl_sparse.heads.dataset import ContrastiveDataset
-from tl_sparse.storage.json_files import parse_json
 from tl_sparse.storage.read_file import check_file, read_lines
+from tl_sparse.tasks.files import (
+    MAX_FILE_BYTES,
+    MAX_LINE_BYTES,
+    MAX_PAIRS,
+    is_whole_text,
+    line_object,
+)
 
-MAX_LINE_BYTES: Final = 1_000_000
-MAX_PAIRS: Final = 100_000
-MAX_FILE_BYTES: Final = 100_000_000
 KEYS: Final = ("positive", "negative", "answers", "roles")
 
 Line = tuple[str, str, tuple[str, str] | None, dict[str, tuple[str, int]]]
@@ -67,11 +70,7 @@ def contrastive_from_jsonl(
 
 def _parsed(text: bytes) -> Line:
     """What a line says; ValueError says what is wrong with it."""
-    row = parse_json(text, "the line")
-    if not isinstance(row, dict):
-        raise ValueError("not an object with the keys positive and negative")
-    if unknown := sorted(set(row) - set(KEYS)):
-        raise ValueError(f"unknown key {unknown[0]!r}: choose from {', '.join(KEYS)}")
+    row = line_object(text, KEYS)
     positive, negative = (_text(row, key) for key in KEYS[:2])
     if positive == negative:
         raise ValueError("positive and negative are the same")
@@ -108,7 +107,5 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text with no half of a surrogate pair."""
-    return (
-        isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
-    )
+    """Whether it is a whole text that is not empty."""
+    return isinstance(value, str) and bool(value) and is_whole_text(value)

@@ -178,11 +178,7 @@ def to_jsonl(task: Task, path: str | Path, *, n_pairs: int = 128, seed: int = 0)
 
 def _parsed(text: bytes) -> _Line:
     """The pair and split of a line; `ValueError` says what is wrong with it."""
-    row = parse_json(text, "the line")
-    if not isinstance(row, dict):
-        raise ValueError("not an object with the keys prompts and answers")
-    if unknown := sorted(set(row) - set(_KEYS)):
-        raise ValueError(f"unknown key {unknown[0]!r}: choose from {', '.join(_KEYS)}")
+    row = line_object(text, _KEYS)
     prompts, answers = _two(row, "prompts"), _two(row, "answers")
     split = row.get("split")
     if "split" in row and split not in SPLITS:
@@ -204,9 +200,25 @@ def _two(row: dict[str, Any], key: str, distinct: bool = True) -> tuple[str, str
         raise ValueError(f"{key} must be a list of two texts that are not empty")
     if distinct and first == second:
         raise ValueError(f"{key} are twice the same")
-    if any("\ud800" <= sign <= "\udfff" for sign in first + second):
+    if not is_whole_text(first + second):
         raise ValueError(f"{key} have half a surrogate pair, which is no text")
     return first, second
+
+
+def line_object(text: bytes, keys: Sequence[str]) -> dict[str, Any]:
+    """The object that a line holds; ValueError unless it is one, and has no keys but these, of
+    which it needs the first two."""
+    row = parse_json(text, "the line")
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object with the keys {keys[0]} and {keys[1]}")
+    if unknown := sorted(set(row) - set(keys)):
+        raise ValueError(f"unknown key {unknown[0]!r}: choose from {', '.join(keys)}")
+    return row
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which no tokenizer reads."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _digest(pair: Pair) -> bytes:
