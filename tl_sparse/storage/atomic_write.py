@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +24,7 @@ from tl_sparse.storage.read_file import check_file
 
 MAX_BYTES = 1 << 38
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux' linux/fcntl.h and linux/fs.h
+TAKEN = errno.ENOTEMPTY, errno.EEXIST
 NAMED = 5  # how many foreign files an error names
 
 
@@ -67,8 +68,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if target.exists():
-                work.chmod(stat.S_IMODE(target.stat().st_mode))
+            take_mode(work, target)
             os.replace(work, target)
         except BaseException:
             work.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             entries that the new one lacks, which would be lost.
     """
     target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
+    if not is_folder_or_free(target):
         raise ValueError(f"{target} is a file; choose a folder")
     if target == Path.cwd():
         raise ValueError(f"{target} is the working directory, which cannot be replaced: choose a "
@@ -121,12 +121,25 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
-            if target.exists():
-                work.chmod(stat.S_IMODE(target.stat().st_mode))
+            take_mode(work, target)
             complete(work)
             put(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def is_folder_or_free(target: Path) -> bool:
+    """Whether nothing but a folder is at a place, asked once: another process may set it aside."""
+    try:
+        return stat.S_ISDIR(target.stat().st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def take_mode(work: Path, target: Path) -> None:
+    """Give a draft the mode of what it replaces, if anything is there."""
+    with suppress(FileNotFoundError):  # also when another process sets it aside just now
+        work.chmod(stat.S_IMODE(target.stat().st_mode))
 
 
 def complete(work: Path) -> None:
@@ -155,7 +168,7 @@ def put(work: Path, target: Path) -> None:
             os.replace(work, target)  # where nothing is, or an empty folder
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not target.is_dir():
+            if error.errno not in TAKEN and not target.is_dir():
                 raise
         try:
             check_entries(target, work)
@@ -167,16 +180,17 @@ def put(work: Path, target: Path) -> None:
             continue
         try:
             os.replace(work, target)
-            return
         except BaseException as error:
-            if not target.is_dir():
-                os.replace(old, target)
+            if not isinstance(error, OSError) or error.errno not in TAKEN:
+                if not target.is_dir():
+                    os.replace(old, target)
                 raise
-            if not isinstance(error, OSError):  # else another process was faster: its is the next
-                raise
-        finally:
-            if target.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
+            faster = True  # another process was: its folder is the next to be replaced
+        else:
+            faster = False
+        shutil.rmtree(old, ignore_errors=True)
+        if not faster:
+            return
 
 
 def exchange(one: Path, other: Path) -> bool:
