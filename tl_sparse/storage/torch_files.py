@@ -8,6 +8,7 @@ of all proportion: so it cannot unpack to more.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ MAX_BYTES = 1 << 38
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def read_pt(path: Path) -> Any:
+class Record:
+    """Stands for an object of a class that is not to be run: it only keeps the object's fields."""
+
+    def __init__(self, *fields: Any) -> None:
+        self.fields = fields
+
+
+def read_pt(path: Path, records: Sequence[str] = ()) -> Any:
     """What a file of ``torch.save`` holds: tensors and plain values; nothing in it is run.
+
+    Objects of the classes named in ``records``, such as ``"training.config.Config"``, are read as
+    :class:`Record`, with the fields that they had.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,7 +51,8 @@ def read_pt(path: Path) -> Any:
             for part in parts:
                 if part.filename.endswith(PICKLE):
                     check_pickle(archive.read(part), most)
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Record, name) for name in records]):
+            values = torch.load(path, map_location="cpu", weights_only=True)
         check_extent(values, most)
     except Exception as error:  # torch raises whatever the broken archive provokes
         reason = " ".join(str(error).split())

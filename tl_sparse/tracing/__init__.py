@@ -1,5 +1,17 @@
 """Hierarchical tracing: which features of a model's dictionaries a logit is made of."""
 
 from tl_sparse.tracing.dictionary import Dictionary as Dictionary
+from tl_sparse.tracing.dictionary_config import (
+    DictionaryTrainingConfig as DictionaryTrainingConfig,
+)
+from tl_sparse.tracing.dictionary_config import Place as Place
+from tl_sparse.tracing.dictionary_config import dictionary_run as dictionary_run
+from tl_sparse.tracing.dictionary_config import places as places
+from tl_sparse.tracing.files import bundled_dictionaries as bundled_dictionaries
+from tl_sparse.tracing.files import load_dictionaries as load_dictionaries
+from tl_sparse.tracing.files import save_dictionaries as save_dictionaries
+from tl_sparse.tracing.formats import from_sae_lens as from_sae_lens
+from tl_sparse.tracing.formats import read_dictionary as read_dictionary
 from tl_sparse.tracing.freeze import Freeze as Freeze
 from tl_sparse.tracing.graph import TracedGraph as TracedGraph
+from tl_sparse.tracing.train_dictionaries import train_dictionaries as train_dictionaries
