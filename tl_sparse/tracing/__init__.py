@@ -1,5 +1,7 @@
 """Hierarchical tracing: which features of a model's dictionaries a logit is made of."""
 
+from tl_sparse.tracing.attribution_graph import attribution_graph as attribution_graph
+from tl_sparse.tracing.attribution_graph import save_attribution_graph as save_attribution_graph
 from tl_sparse.tracing.dictionary import Dictionary as Dictionary
 from tl_sparse.tracing.dictionary_config import (
     DictionaryTrainingConfig as DictionaryTrainingConfig,
@@ -14,4 +16,7 @@ from tl_sparse.tracing.formats import from_sae_lens as from_sae_lens
 from tl_sparse.tracing.formats import read_dictionary as read_dictionary
 from tl_sparse.tracing.freeze import Freeze as Freeze
 from tl_sparse.tracing.graph import TracedGraph as TracedGraph
+from tl_sparse.tracing.graph_files import load_graph as load_graph
+from tl_sparse.tracing.graph_files import save_graph as save_graph
+from tl_sparse.tracing.graph_files import to_networkx as to_networkx
 from tl_sparse.tracing.train_dictionaries import train_dictionaries as train_dictionaries
