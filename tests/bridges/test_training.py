@@ -59,7 +59,7 @@ def test_training_changes_bridges_and_sparse_model_but_not_the_dense_one(new_pai
 
 def test_losses_fall(new_pair, corpus):
     pair = new_pair()
-    training = replace(TINY, steps=20, batch_size=32, lr=0.003, sparsity=None)
+    training = replace(TINY, steps=12, batch_size=16, lr=0.01, sparsity=None)
     config = BridgeTrainingConfig(lr_share=10.0)
     frame = train_bridges(pair, corpus, training, config, progress=False).metrics
     for name in (*(f"{error}/0.mid" for error in ERRORS), *(f"{kl}/0.mid" for kl in HYBRIDS)):
@@ -84,7 +84,7 @@ def test_a_run_goes_on_to_the_bit_and_ends_in_what_can_be_loaded(
 ):
     losses = BridgeLosses(encoder=0.0)  # some encoders have no gradient at first
     config = BridgeTrainingConfig(losses, tail_share=0.5, sites_per_step=2)
-    training = replace(TINY, accumulation=2)
+    training = replace(TINY, steps=4, accumulation=2)
     straight, resumed = new_pair(encoder=encoder), new_pair(encoder=encoder)
     whole = train_bridges(straight, corpus, training, config, tmp_path / "whole", progress=False)
 
@@ -93,7 +93,7 @@ def test_a_run_goes_on_to_the_bit_and_ends_in_what_can_be_loaded(
 
     def stop(*_):
         seen.append(0)
-        if len(seen) == 9:
+        if len(seen) == 5:  # in the third step
             raise Stopped
 
     seen = []
@@ -101,7 +101,7 @@ def test_a_run_goes_on_to_the_bit_and_ends_in_what_can_be_loaded(
     with pytest.raises(Stopped):
         train_bridges(resumed, corpus, training, config, tmp_path / "cut", progress=False)
     handle.remove()
-    kept = tmp_path / "cut" / "checkpoint-00000004"
+    kept = tmp_path / "cut" / "checkpoint-00000002"
     assert Bridges.from_pretrained(kept / "bridges").made_for.keys() == {"dense", "sparse"}
 
     third = new_pair(encoder=encoder)

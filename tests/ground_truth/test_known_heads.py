@@ -146,7 +146,7 @@ def test_stored_effects_are_those_of_patching_one_head_in_a_plain_loop(known):
 
 def test_measuring_a_compiled_model_finds_its_heads_and_its_edge():
     truth = compiled("induction", 1)
-    triples = Triples.of(triples_of(repeat_triple, 6, 0), truth.model.tokenizer)
+    triples = Triples.of(triples_of(repeat_triple, 4, 0), truth.model.tokenizer)
     found = find_truth(truth.model, triples, progress=False)
     assert found.heads == truth.heads
     assert found.head_edges == {(truth.heads[0], truth.heads[1])}
@@ -182,7 +182,7 @@ def test_the_command_trains_measures_and_writes_what_is_loaded(tmp_path, monkeyp
 
 def test_training_lowers_the_loss_and_is_repeatable(monkeypatch):
     monkeypatch.setattr(training, "BATCH", 8)
-    first, again = (training.train("brackets", steps=25, progress=False) for _ in range(2))
+    first, again = (training.train("brackets", steps=15, progress=False) for _ in range(2))
     for name, weight in first.named_parameters():
         assert torch.equal(weight, dict(again.named_parameters())[name])
     language = LANGUAGES["brackets"]

@@ -1,13 +1,13 @@
-import pytest
+"""Pruning finds a planted circuit, node by node, in a fifth of its default steps."""
 
 from tl_sparse import ground_truth
-from tl_sparse.circuits import prune
+from tl_sparse.circuits import PruningConfig, prune
 
 
-@pytest.mark.parametrize("seed", range(1))
-def test_pruning_with_its_defaults_finds_exactly_the_planted_circuit(seed):
-    model = ground_truth.quote_closing(distractors=27, seed=seed)
-    circuit = prune(model.model, model.task, means=model.means, progress=False)
+def test_pruning_finds_exactly_the_planted_circuit():
+    model = ground_truth.quote_closing(distractors=27)
+    config = PruningConfig(steps=60, batch_pairs=4, selection_pairs=16, report_pairs=16)
+    circuit = prune(model.model, model.task, config, means=model.means, progress=False)
     assert ground_truth.recovery(model, circuit.kept).exact, ground_truth.recovery(
         model, circuit.kept
     )

@@ -75,7 +75,9 @@ TASKS: Mapping[str, PaperTask] = {
     ),
 }  # fmt: skip
 """The paper's tasks."""
-OTHERS = ("corrected", "untrained encoder", "hash", "standardised difference", "head norm")
+OTHERS = ("untrained encoder", "hash", "standardised difference", "head norm")
+TRAINED = {"paper": ("unique", "edge_votes", "mi"), "corrected": ("unique", "mi")}
+"""Modes of the autoencoder, and how their codes are scored."""
 GRADIENTS = ("attribution", "EAP", "EAP-IG")
 LEGACY = (
     "n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab", "act_fn", "attn_only"
@@ -106,7 +108,7 @@ class HeadsPaperConfig:
     n_codes: int = 200
     """Units of the autoencoder."""
     epochs: int = 500
-    """Steps of its training."""
+    """Steps of its training, in both modes."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.tasks if name not in TASKS]:
@@ -196,15 +198,16 @@ def run_trial(model: Any, task: str, trial: int, config: HeadsPaperConfig) -> li
     """A row per method and truth."""
     dataset = contrastive(task, model, config.prompts, seed=trial)
     outputs = extract_head_outputs(model, dataset)
-    codes = DiscreteSAE.fit(
-        outputs, "paper", lam=TASKS[task].lam, n_codes=config.n_codes, epochs=config.epochs,
-        seed=trial,
-    ).codes(outputs)  # fmt: skip
     found: list[tuple[str, str, Any, Any, float]] = []
-    for score in ("unique", "edge_votes", "mi"):
-        result = identify(codes, score=score, permutations=0 if score == "edge_votes" else None)
-        named = result.is_named if result.permutations else None
-        found.append(("paper", score, result.scores, named, result.seconds))
+    for mode, scores in TRAINED.items():
+        codes = DiscreteSAE.fit(
+            outputs, mode, lam=TASKS[task].lam, n_codes=config.n_codes, epochs=config.epochs,
+            seed=trial,
+        ).codes(outputs)  # fmt: skip
+        for score in scores:
+            result = identify(codes, score=score)
+            named = result.is_named if result.permutations else None
+            found.append((mode, score, result.scores, named, result.seconds))
     for one in scored(outputs, OTHERS, ("unique", "mi"), config.n_codes, None, trial):
         found.append((one.method, one.score, one.scores, one.named, one.seconds))
     if config.pairs:
