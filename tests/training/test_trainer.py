@@ -8,18 +8,17 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import tl_sparse
+from tests.training.worker import DyingInSave, DyingTrainer, exit_codes
 from tl_sparse import (
     ActivationDensity,
     SparseTransformer,
@@ -150,25 +149,6 @@ def assert_same_run(folder, other):
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def job(corpus, folder, config=TINY, **more):
-    values = {
-        "corpus": str(corpus.directory), "folder": str(folder),
-        "model": architecture(corpus).to_dict(), "training": asdict(config),
-    }  # fmt: skip
-    return json.dumps(values | more)
-
-
-def worker(*arguments, launcher=()):
-    """Run worker.py with this interpreter; returns the finished process."""
-    script = Path(__file__).with_name("worker.py")
-    root = str(Path(tl_sparse.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -539,8 +519,8 @@ def test_without_a_folder_an_interrupted_trainer_goes_on_in_memory(corpus, strai
 
 
 def test_a_run_killed_between_checkpoints_goes_on_to_the_bit(corpus, straight, tmp_path):
-    killed = worker(job(corpus, tmp_path, die={"in": "step", "at": 8}))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = exit_codes(lambda: new_trainer(corpus, folder=tmp_path, kind=DyingTrainer).train())
+    assert killed == [-signal.SIGKILL]
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000006"]
     # what a kill in mid-write leaves: half a line, after rows of steps that will be taken again
     with (tmp_path / "metrics.jsonl").open("a") as handle:
@@ -550,8 +530,8 @@ def test_a_run_killed_between_checkpoints_goes_on_to_the_bit(corpus, straight, t
 
 
 def test_a_run_killed_while_saving_keeps_the_old_checkpoint_and_goes_on(corpus, straight, tmp_path):
-    killed = worker(job(corpus, tmp_path, die={"in": "save", "at": 2}))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = exit_codes(lambda: new_trainer(corpus, folder=tmp_path, kind=DyingInSave).train())
+    assert killed == [-signal.SIGKILL]
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000003"]
     assert list(tmp_path.glob(".checkpoint-*"))  # the half-written one
     new_trainer(corpus, folder=tmp_path).train()
@@ -810,10 +790,10 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-                f"--master-port={port}")  # fmt: skip
-    finished = worker(job(corpus, tmp_path, config), launcher=launcher)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    everyone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # what launchers set
+    everyone |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    two = [everyone | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    assert exit_codes(lambda: new_trainer(corpus, config, tmp_path).train(), *two) == [0, 0]
     one, two = new_trainer(corpus, config).train().metrics, metrics_of(tmp_path)
     assert [row["step"] for row in two] == list(one["step"])
     for name in ("loss", "validation_loss"):
@@ -843,10 +823,10 @@ def test_the_progress_bar_shows_loss_l0_and_speed(corpus, capfd):
         assert word in err
 
 
-def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path):
-    finished = worker(job(corpus, tmp_path, replace(TINY, steps=1)))
-    assert finished.returncode == 0, finished.stderr
-    assert json.loads(finished.stdout.splitlines()[-1]) == {"wandb": False}
+def test_wandb_is_imported_only_when_asked_for(corpus, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    new_trainer(corpus, replace(TINY, steps=1), tmp_path).train()
+    assert "wandb" not in sys.modules
 
 
 def test_wandb_gets_every_row_once_and_is_closed(corpus, monkeypatch):

@@ -1,27 +1,20 @@
-"""A training run in a process of its own, which can be told to die in the middle.
+"""Training runs in processes of their own, which can be told to die in the middle."""
 
-Arguments: one JSON object with ``corpus`` (a corpus folder), ``folder``, ``model`` and ``training``
-(settings), and optionally ``die``: ``{"in": "step" | "save", "at": n}`` kills the process with
-SIGKILL after the n-th step, or in the middle of writing the n-th checkpoint.
-"""
-
-import json
+import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tl_sparse import SparseTransformer, SparseTransformerConfig, SparsityConfig, TrainingConfig
-from tl_sparse.data import TokenizedCorpus
 from tl_sparse.training.trainer import Trainer
 
 
 class DyingTrainer(Trainer):
     """A trainer whose process is killed after some step."""
 
-    dies_after = 0
+    dies_after = 8
 
     def train_step(self, model):
         loss = super().train_step(model)
@@ -30,36 +23,40 @@ class DyingTrainer(Trainer):
         return loss
 
 
-def die_in_save(at):
-    save, calls = torch.save, []
+class DyingInSave(Trainer):
+    """A trainer whose process is killed in the middle of writing the second checkpoint."""
 
-    def dying(state, path):
-        calls.append(path)
-        if len(calls) == at:
-            Path(path).write_bytes(b"half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(state, path)
+    def train(self):
+        save, calls = torch.save, []
 
-    torch.save = dying
+        def dying(state, path):
+            calls.append(path)
+            if len(calls) == 2:
+                Path(path).write_bytes(b"half of it")
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(state, path)
 
-
-def main():
-    torch.set_num_threads(1)
-    job = json.loads(sys.argv[1])
-    corpus = TokenizedCorpus.load(job["corpus"])
-    model = SparseTransformer(SparseTransformerConfig.from_dict(job["model"]), corpus.tokenizer)
-    training = dict(job["training"])
-    if training.get("sparsity"):
-        training["sparsity"] = SparsityConfig(**training["sparsity"])
-    die = job.get("die", {"in": "", "at": 0})
-    if die["in"] == "save":
-        die_in_save(die["at"])
-    kind = DyingTrainer if die["in"] == "step" else Trainer
-    trainer = kind(model, corpus, TrainingConfig(**training), job["folder"], progress=False)
-    trainer.dies_after = die["at"]
-    trainer.train()
-    print(json.dumps({"wandb": "wandb" in sys.modules}))
+        torch.save = dying
+        return super().train()
 
 
-if __name__ == "__main__":
-    main()
+def exit_codes(train, *environments):
+    """Call a function in one forked process for each environment; returns their exit codes.
+
+    Forked, because importing everything anew takes longer than such a run. What accelerate knows of
+    the process that forks is forgotten first: it reads from the environment which process it is in.
+    """
+
+    def apart(environment):
+        os.environ |= environment
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        train()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=apart, args=(each,)) for each in environments or ({},)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
