@@ -1,5 +1,11 @@
 """Hierarchical tracing: which features of a model's dictionaries a logit is made of."""
 
+from tl_sparse.tracing.annotation import Annotation as Annotation
+from tl_sparse.tracing.annotation import LLMAnnotator as LLMAnnotator
+from tl_sparse.tracing.annotation import RuleAnnotator as RuleAnnotator
+from tl_sparse.tracing.annotation import annotate as annotate
+from tl_sparse.tracing.annotation import check_labels as check_labels
+from tl_sparse.tracing.annotation import feature_cards as feature_cards
 from tl_sparse.tracing.attribution_graph import attribution_graph as attribution_graph
 from tl_sparse.tracing.attribution_graph import save_attribution_graph as save_attribution_graph
 from tl_sparse.tracing.dictionary import Dictionary as Dictionary
