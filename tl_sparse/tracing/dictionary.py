@@ -100,12 +100,11 @@ class Dictionary:
                 )
         if self.activation == "jumprelu" and self.threshold is None:
             raise ValueError(f"dictionary {self.name}: jumprelu needs a threshold")
-        if self.activation == "topk" or (self.activation == "batchtopk" and not self.jumps):
-            if self.k is None or not 0 < self.k <= width:
-                raise ValueError(
-                    f"dictionary {self.name}: {self.activation} needs k from 1 to {width}, not "
-                    f"{self.k}"
-                )
+        ranks = self.activation in ("topk", "batchtopk") and not self.jumps
+        if ranks and (self.k is None or not 0 < self.k <= width):
+            raise ValueError(
+                f"dictionary {self.name}: {self.activation} needs k from 1 to {width}, not {self.k}"
+            )
         if not self.transcoder and d_in != d_out:
             raise ValueError(f"dictionary {self.name}: an SAE reads {d_in} and writes {d_out}")
 

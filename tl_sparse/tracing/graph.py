@@ -47,9 +47,9 @@ class TracedGraph:
     """Kind of leaf → the sum of its attributions, kept or not; ``cut``: that of the features at
     which the gradient was stopped. With everything frozen they sum to the root's value."""
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Where edges are direct: a row per target, with its activation and the sum of the weights into
-    it by kind of source: ``feature`` (kept ones), ``other_feature``, ``error``, ``bias``, ``token``,
-    ``position``."""
+    """Where edges are direct: a row per target, with its activation and the sum of the weights
+    into it by kind of source: ``feature`` (kept ones), ``other_feature``, ``error``, ``bias``,
+    ``token``, ``position``."""
     heads: pd.DataFrame = field(default_factory=pd.DataFrame)
     """A row per edge into an attention dictionary's feature and head: source, target, head,
     weight; the weights of an edge's heads sum to its own."""
