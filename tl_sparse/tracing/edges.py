@@ -128,8 +128,8 @@ def batched_gradients(
 
 def head_rows(
     run: SplicedRun, layer: int, before: Float[Tensor, " active"], entries: Int[Tensor, " target"]
-) -> dict[str, Float[Tensor, "target head active"]]:
-    """Contributions to features of an attention dictionary by head, gradients stopped at nodes.
+) -> dict[str, Tensor]:
+    """Site → contributions [target, head, active] to features of an attention dictionary.
 
     What a node adds goes through the values of each head on its own: the gradient at what heads
     write is divided by heads, and each part goes on alone.

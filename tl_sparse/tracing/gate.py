@@ -22,7 +22,7 @@ class Gate:
     """Which nodes pass the gradient on: those whose score, activation times arriving gradient, is
     above a threshold."""
 
-    tau: float = 0.1
+    tau: float | int = 0.1
     """``absolute``: the threshold in the root's units. ``relative``: a share of the root's absolute
     value. ``quantile``: the share of a site's active features of a prompt that is cut, from 0 to 1.
     ``top_k``: how many features of each site pass. ``budget``: how many features of all sites

@@ -58,7 +58,7 @@ def prompt_nodes(run: SplicedRun, found: Attribution, root: Root, prompt: int) -
     words = prompt_words(run, prompt)
     splice = run.splice
     pos = int(position(run, getattr(root, "pos", getattr(root, "query", -1)))[prompt])
-    value = float(found.values[prompt])
+    value = float(found.values[prompt].detach())
     site = getattr(root, "site", "")
     layer = splice.layer(site) if site else int(getattr(root, "layer", splice.n_layers))
     tables = [

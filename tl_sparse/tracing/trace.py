@@ -211,7 +211,7 @@ def batch_graphs(
         tokens = prompts.tokens[i, : int(prompts.last[i]) + 1].tolist()
         mass = {kind: float(part[i]) for kind, part in found.mass.items()}
         graphs.append(TracedGraph(
-            tuple(tokens), prompt_words(spliced, i), names[i], float(found.values[i]), mine.table,
+            tuple(tokens), prompt_words(spliced, i), names[i], float(found.values[i].detach()), mine.table,
             edge_table, mass, row_table, by_head(spliced, found, attention, mine, rows_at_once),
             settings | {"threshold": float(spliced.state.tau[i])},
         ))  # fmt: skip
