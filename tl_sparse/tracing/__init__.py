@@ -26,7 +26,6 @@ from tl_sparse.tracing.graph import TracedGraph as TracedGraph
 from tl_sparse.tracing.graph_files import load_graph as load_graph
 from tl_sparse.tracing.graph_files import save_graph as save_graph
 from tl_sparse.tracing.graph_files import to_networkx as to_networkx
-from tl_sparse.tracing.train_dictionaries import train_dictionaries as train_dictionaries
 from tl_sparse.tracing.interventions import FeatureChange as FeatureChange
 from tl_sparse.tracing.interventions import feature_hooks as feature_hooks
 from tl_sparse.tracing.roots import AttentionPattern as AttentionPattern
@@ -43,3 +42,4 @@ from tl_sparse.tracing.spliced_model import feature_circuit as feature_circuit
 from tl_sparse.tracing.trace import TracedGraphs as TracedGraphs
 from tl_sparse.tracing.trace import trace as trace
 from tl_sparse.tracing.trace import trace_each as trace_each
+from tl_sparse.tracing.train_dictionaries import train_dictionaries as train_dictionaries

@@ -140,7 +140,7 @@ def positions(pos: int | slice | None, first: int, n_pos: int) -> list[int]:
 def held_activations(
     splice: Splice, tokens: Int[Tensor, "prompt pos"]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Patterns, norm scales and what every sublayer with a dictionary (and every MLP) writes on some
+    """Patterns, norm scales and what every dictionary's sublayer and every MLP writes on some
     tokens, by hook; and what transcoders read."""
     model: Any = splice.model
     names = [name for name in model.hook_dict if name.endswith(("attn.hook_pattern", "hook_scale"))]

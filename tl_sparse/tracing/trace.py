@@ -205,13 +205,13 @@ def batch_graphs(
             (star_edges(mine, name) if edges == "star" else pd.DataFrame(), pd.DataFrame())
             for mine, name in zip(nodes, names, strict=True)
         ]
-    settings = settings_of(splice, gate, edges)
+    settings, values = settings_of(splice, gate, edges), found.values.detach()
     graphs = []
     for i, (mine, (edge_table, row_table)) in enumerate(zip(nodes, tables, strict=True)):
         tokens = prompts.tokens[i, : int(prompts.last[i]) + 1].tolist()
         mass = {kind: float(part[i]) for kind, part in found.mass.items()}
         graphs.append(TracedGraph(
-            tuple(tokens), prompt_words(spliced, i), names[i], float(found.values[i].detach()), mine.table,
+            tuple(tokens), prompt_words(spliced, i), names[i], float(values[i]), mine.table,
             edge_table, mass, row_table, by_head(spliced, found, attention, mine, rows_at_once),
             settings | {"threshold": float(spliced.state.tau[i])},
         ))  # fmt: skip
