@@ -17,7 +17,7 @@ import networkx as nx
 ROOMS = (
     "cli", "studies", "tracing", "heads", "faithfulness", "bridges", "analyses", "ground_truth",
     "circuits", "nodes", "training", "ablation", "sparsity", "model", "checkpoints", "tasks",
-    "data", "views", "config", "node", "sites", "compat", "storage",
+    "data", "views", "config", "node", "sites", "compat", "storage", "imports", "progress",
 )  # fmt: skip
 """From top to bottom: a room may import those below it."""
 PACKAGE = Path(__file__).parents[1] / "tl_sparse"

@@ -1,4 +1,8 @@
+import importlib
+import inspect
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -8,6 +12,9 @@ import torch
 from tl_sparse import cli, tasks
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.circuits import Circuit
+from tl_sparse.cli import studies
+from tl_sparse.cli.commands import COMMANDS
+from tl_sparse.cli.models import Info, Train
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.training.config import TrainingConfig
 
@@ -88,20 +95,37 @@ def help_of(capsys, *arguments):
     return " ".join(text.split())
 
 
-def test_help_lists_the_commands(capsys):
+def test_help_lists_the_commands_and_what_each_does(capsys):
     text = help_of(capsys)
-    for name in ("demo", "train", "prune", "info", "sweep", "frontier", "study"):
-        assert name in text
-    assert "Train a weight-sparse transformer on text" in text
-    assert "Find the circuit of a task in a trained model." in text
+    assert len(COMMANDS) >= 15
+    for name, command in COMMANDS.items():
+        assert f"{name} {command.summary}" in text
+        options = getattr(importlib.import_module(f"tl_sparse.cli.{command.module}"),
+                          command.options)  # fmt: skip
+        assert inspect.getdoc(options).splitlines()[0] == command.summary
+
+
+def test_version_and_help_come_without_torch():
+    code = (
+        "import sys; from tl_sparse import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print(sorted({'torch', 'transformer_lens', 'numpy', 'tyro'} & set(sys.modules)))"
+    )
+    for word, start in (("--version", "tl-sparse "), ("--help", "usage: tl-sparse")):
+        run = subprocess.run(
+            [sys.executable, "-c", code, word], capture_output=True, text=True, check=True
+        )
+        assert run.stdout.startswith(start)
+        assert run.stdout.endswith("\n[]\n")
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
         ("train", ("--training.sparsity.density", "--model.d-model", "--corpus.sources", "--out")),
-        ("prune", ("--pruning.target-loss", "--task", "--mean-sequences")),
-        ("info", ("--model", "--pairs")),
+        ("prune", ("--pruning.target-loss", "MODEL", "TASK", "--mean-sequences", "--overwrite")),
+        ("info", ("MODEL", "--pairs")),
         ("demo", ("--quick", "--target-loss", "--out")),
         ("sweep", ("--l0-penalties", "--seeds", "--search-rounds", "--pruning.steps")),
         ("frontier", ("--groups", "--sequences", "--pruning.target-loss")),
@@ -131,7 +155,7 @@ def test_recipe_sets_the_defaults(capsys):
 
 def test_recipe_reaches_the_run_and_options_change_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self))
+    monkeypatch.setattr(Train, "run", lambda self: seen.append(self))
     cli.main(["train", "--out", "o", "--recipe=paper", "--training.steps", "7"])
     cli.main(["train", "--out", "o"])
     assert seen[0].training == TrainingConfig.recipe("paper", steps=7)
@@ -144,8 +168,20 @@ def test_recipe_reaches_the_run_and_options_change_it(monkeypatch):
 
 
 def test_an_unknown_command_names_the_commands(capsys):
-    assert "demo, train, prune, evaluate, info" in refused(capsys, "trian")
-    assert "demo, train, prune, evaluate, info" in refused(capsys)
+    words = refused(capsys, "trian")
+    assert words.startswith("tl-sparse: no command 'trian'; choose from info, prune, evaluate, ")
+    assert words.endswith(" Did you mean train?")
+    assert refused(capsys) == (
+        f"tl-sparse: say which command: {', '.join(COMMANDS)}; or --help, --version"
+    )
+
+
+def test_what_is_missing_is_named_in_one_line(capsys):
+    assert refused(capsys, "prune") == "tl-sparse prune: missing MODEL, TASK, --out"
+    assert refused(capsys, "prune", "m", "t", "--uot", "x") == "tl-sparse prune: missing --out"
+    words = refused(capsys, "prune", "m", "t", "--out", "o", "--pruning.step", "x")
+    assert words.startswith("tl-sparse prune: Unrecognized options: --pruning.step, x")
+    assert "Perhaps you meant: --pruning.steps" in words
 
 
 def test_an_unknown_recipe_names_the_recipes(capsys):
@@ -172,7 +208,7 @@ def test_a_bad_value_is_told_before_anything_runs(capsys, tmp_path):
         capsys, "train", "--out", str(out), "--training.lr", "-1"
     )
     assert "target_loss=2.0 must lie between 0 and ln 2" in refused(
-        capsys, "prune", "--model", "m", "--task", "t", "--out", str(out),
+        capsys, "prune", "m", "t", "--out", str(out),
         "--pruning.target-loss", "2",
     )  # fmt: skip
     assert not out.exists()
@@ -180,7 +216,7 @@ def test_a_bad_value_is_told_before_anything_runs(capsys, tmp_path):
 
 def test_an_unknown_task_names_the_tasks(capsys, trained, tmp_path):
     words = refused(
-        capsys, "prune", "--model", str(trained / "model"), "--task", "quotes",
+        capsys, "prune", str(trained / "model"), "quotes",
         "--out", str(tmp_path / "o"),
     )  # fmt: skip
     assert words.startswith("tl-sparse: unknown task 'quotes': choose from ")
@@ -192,7 +228,7 @@ def test_an_unknown_task_names_the_tasks(capsys, trained, tmp_path):
 
 
 def test_a_missing_model_is_one_line(capsys, tmp_path):
-    words = refused(capsys, "info", "--model", str(tmp_path / "nowhere"))
+    words = refused(capsys, "info", str(tmp_path / "nowhere"))
     assert words.startswith("tl-sparse: ")
     assert "nowhere is no folder" in words
     assert "\n" not in words
@@ -201,7 +237,7 @@ def test_a_missing_model_is_one_line(capsys, tmp_path):
 def test_a_model_that_cannot_do_the_task_is_one_line(capsys, trained, corpus, tmp_path):
     out = tmp_path / "c"
     words = refused(
-        capsys, "prune", "--model", str(trained / "model"), "--task", "for_while",
+        capsys, "prune", str(trained / "model"), "for_while",
         "--out", str(out), *corpus, "--pruning.steps", "2",
     )  # fmt: skip
     assert words.startswith("tl-sparse: the full model has loss ")
@@ -211,27 +247,45 @@ def test_a_model_that_cannot_do_the_task_is_one_line(capsys, trained, corpus, tm
 
 def test_no_sequence_to_average_over_is_refused(capsys, trained, tmp_path):
     words = refused(
-        capsys, "prune", "--model", str(trained / "model"), "--task", "for_while",
+        capsys, "prune", str(trained / "model"), "for_while",
         "--out", str(tmp_path / "c"), "--mean-sequences", "0",
     )  # fmt: skip
     assert words == "tl-sparse: mean_sequences=0 must be at least 1"
 
 
-def test_an_interruption_is_one_line(monkeypatch):
+def test_an_interruption_is_one_line_that_says_what_is_left(monkeypatch, capsys):
     def stop(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Info, "run", stop)
+    monkeypatch.setattr(Info, "run", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(["info"])
-    assert ended.value.code == "tl-sparse: stopped; run the same command again to go on"
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "tl-sparse: stopped; nothing was written, and the same command starts anew\n"
+    )
+    monkeypatch.setattr(Train, "run", stop)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--out", "o"])
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
+def test_an_interruption_while_a_command_is_imported_is_one_line(monkeypatch, capsys):
+    def stop(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", stop)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--out", "o"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "tl-sparse: stopped; nothing had begun\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def fail(self):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(cli.Info, "run", fail)
+    monkeypatch.setattr(Info, "run", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["info"])
 
@@ -272,7 +326,7 @@ def test_info_without_a_model_lists_the_tasks(capsys):
 
 
 def test_info_tells_the_config_the_training_and_every_task(capsys, trained):
-    cli.main(["info", "--model", str(trained / "model"), "--pairs", "2"])
+    cli.main(["info", str(trained / "model"), "--pairs", "2"])
     text = capsys.readouterr().out
     record = training_record(trained / "model")
     assert '"d_model": 16' in text
@@ -311,12 +365,12 @@ def test_info_of_a_model_without_tokenizer_or_record(capsys, trained, tmp_path):
     model = SparseTransformer.from_pretrained(trained / "model")
     model.set_tokenizer(None)
     model.save_pretrained(tmp_path / "bare")
-    cli.main(["info", "--model", str(tmp_path / "bare")])
+    cli.main(["info", str(tmp_path / "bare")])
     text = capsys.readouterr().out
     assert '"d_model": 16' in text
     assert text.endswith("no tokenizer, so no tasks\n")
     words = refused(
-        capsys, "prune", "--model", str(tmp_path / "bare"), "--task", "for_while",
+        capsys, "prune", str(tmp_path / "bare"), "for_while",
         "--out", str(tmp_path / "c"),
     )  # fmt: skip
     assert words.endswith("bare has no tokenizer: there are no prompts for it")
@@ -327,14 +381,14 @@ def test_info_of_a_model_whose_loss_was_never_measured(capsys, trained, tmp_path
     record = training_record(trained / "model")
     object.__setattr__(record, "validation_loss", None)
     model.save_pretrained(tmp_path / "early", record)
-    cli.main(["info", "--model", str(tmp_path / "early"), "--pairs", "1"])
+    cli.main(["info", str(tmp_path / "early"), "--pairs", "1"])
     assert "validation loss not measured; " in capsys.readouterr().out
 
 
 def test_pruning_leaves_the_circuit_and_its_drawing(capsys, solver, corpus, tmp_path):
     out = tmp_path / "found"
     command = [
-        "prune", "--model", str(solver), "--task", "for_while", "--out", str(out), *corpus,
+        "prune", str(solver), "for_while", "--out", str(out), *corpus,
         "--pruning.steps", "40", "--pruning.batch-pairs", "8", "--pruning.selection-pairs", "16",
         "--pruning.report-pairs", "8", "--mean-sequences", "20",
     ]  # fmt: skip
@@ -351,8 +405,14 @@ def test_pruning_leaves_the_circuit_and_its_drawing(capsys, solver, corpus, tmp_
     assert str(out / "circuit.html") in text
     assert "for_while" in (out / "circuit.html").read_text(encoding="utf-8")
     assert sorted(path.name for path in out.iterdir()) == ["circuit", "circuit.html"]
-    # again into the same folder: the old circuit is replaced
-    cli.main([*command, "--pruning.seed", "1"])
+    # again into the same folder: the old circuit is replaced only if that is wanted
+    words = refused(capsys, *command, "--pruning.seed", "1")
+    assert words == (
+        f"tl-sparse: {out} has circuit, circuit.html already: choose another --out, or replace "
+        "with --overwrite"
+    )
+    assert Circuit.load(out / "circuit", model).seed == 0
+    cli.main([*command, "--pruning.seed", "1", "--overwrite"])
     assert Circuit.load(out / "circuit", model).seed == 1
 
 
@@ -366,7 +426,7 @@ def test_means_are_taken_over_windows_that_begin_with_bos(solver, corpus, tmp_pa
     monkeypatch.setattr("tl_sparse.cli.circuits.activation_means", spy)
     with pytest.raises(SystemExit, match="enough"):
         cli.main(
-            ["prune", "--model", str(solver), "--task", "for_while", "--out",
+            ["prune", str(solver), "for_while", "--out",
              str(tmp_path / "c"), *corpus, "--mean-sequences", "9"]
         )  # fmt: skip
     tokenizer = SparseTransformer.from_pretrained(solver).tokenizer
@@ -382,7 +442,7 @@ def test_pruning_reads_no_more_text_than_it_needs(solver, sixty_sources, tmp_pat
     for place in ("tl_sparse.data.corpus.first_of_each", "tl_sparse.data.corpus.build_tokenizer"):
         monkeypatch.setattr(place, refuse)
     cli.main(
-        ["prune", "--model", str(solver), "--task", "for_while", "--out", str(tmp_path / "c"),
+        ["prune", str(solver), "for_while", "--out", str(tmp_path / "c"),
          "--corpus.sources", str(sixty_sources), "--mean-sequences", "9", *QUICK]
     )  # fmt: skip
     circuit = Circuit.load(tmp_path / "c" / "circuit", SparseTransformer.from_pretrained(solver))
@@ -394,12 +454,12 @@ def test_evaluating_leaves_a_report_a_page_and_tables(capsys, solver, sixty_sour
 
     corpus = ("--corpus.sources", str(sixty_sources))
     cli.main(
-        ["prune", "--model", str(solver), "--task", "for_while", "--out", str(tmp_path / "c"),
+        ["prune", str(solver), "for_while", "--out", str(tmp_path / "c"),
          *corpus, "--mean-sequences", "9", *QUICK]
     )  # fmt: skip
     out = tmp_path / "e"
     cli.main(
-        ["evaluate", "--model", str(solver), "--circuit", str(tmp_path / "c" / "circuit"),
+        ["evaluate", str(solver), str(tmp_path / "c" / "circuit"),
          "--out", str(out), *corpus, "--sequences", "9", "--evaluation.checks", "norms",
          "minimality", "--evaluation.pairs", "8", "--thresholds", "minimal", "0.5"]
     )  # fmt: skip
@@ -410,7 +470,7 @@ def test_evaluating_leaves_a_report_a_page_and_tables(capsys, solver, sixty_sour
     assert len(pd.read_csv(out / "numbers.csv")) == len(report.to_dataframe())
     assert "for_while" in (out / "report.html").read_text(encoding="utf-8")
     words = refused(
-        capsys, "evaluate", "--model", str(solver), "--circuit", str(tmp_path), "--out", str(out),
+        capsys, "evaluate", str(solver), str(tmp_path), "--out", str(out),
         "--evaluation.checks", "X", "Y",
     )  # fmt: skip
     assert "unknown checks X, Y; choose from attention_patterns" in words
@@ -425,7 +485,7 @@ def test_a_sweep_leaves_a_row_and_a_circuit_for_every_setting(
 ):
     out = tmp_path / "sweep"
     cli.main(
-        ["sweep", "--model", str(solver), "--out", str(out), "--targets", "0.3", "0.15",
+        ["sweep", str(solver), "--out", str(out), "--targets", "0.3", "0.15",
          "--seeds", "0", "1", "--tasks", "for_while", "var_if", "--mean-sequences", "9",
          "--corpus.sources", str(sixty_sources), *QUICK]
     )  # fmt: skip
@@ -448,7 +508,7 @@ def test_a_sweep_leaves_a_row_and_a_circuit_for_every_setting(
 def test_a_sweep_takes_the_tasks_that_the_model_does(solver, sixty_sources, tmp_path):
     out = tmp_path / "sweep"
     cli.main(
-        ["sweep", "--model", str(solver), "--out", str(out), "--l0-penalties", "0.001", "0.01",
+        ["sweep", str(solver), "--out", str(out), "--l0-penalties", "0.001", "0.01",
          "--mean-sequences", "9", "--corpus.sources", str(sixty_sources), *QUICK]
     )  # fmt: skip
     rows = pd.read_csv(out / "sweep.csv")
@@ -457,7 +517,7 @@ def test_a_sweep_takes_the_tasks_that_the_model_does(solver, sixty_sources, tmp_
 
 
 def test_a_sweep_is_refused_before_anything_runs(capsys, tmp_path):
-    start = ("sweep", "--model", "m", "--out", str(tmp_path / "o"))
+    start = ("sweep", "m", "--out", str(tmp_path / "o"))
     assert "unknown task(s) quotes; choose from" in refused(capsys, *start, "--tasks", "quotes")
     words = refused(capsys, *start, "--search-rounds", "2", "--l0-penalties", "0.1")
     assert "l0_penalties and lrs are what the search chooses" in words
@@ -469,7 +529,7 @@ def test_a_search_keeps_its_trials_and_the_best_circuit(solver, sixty_sources, t
     pytest.importorskip("optuna")
     out = tmp_path / "sweep"
     cli.main(
-        ["sweep", "--model", str(solver), "--out", str(out), "--tasks", "for_while",
+        ["sweep", str(solver), "--out", str(out), "--tasks", "for_while",
          "--search-rounds", "1", "--mean-sequences", "9",
          "--corpus.sources", str(sixty_sources), *QUICK]
     )  # fmt: skip
@@ -504,8 +564,8 @@ def test_a_frontier_is_refused_before_anything_runs(capsys):
 
 def test_a_study_is_run_and_written(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "run_study", lambda config, say: seen.append(config) or "result")
-    monkeypatch.setattr(cli, "write_study", lambda result: tmp_path / result)
+    monkeypatch.setattr(studies, "run_study", lambda config, say: seen.append(config) or "result")
+    monkeypatch.setattr(studies, "write_study", lambda result: tmp_path / result)
     cli.main(["study", "here", "--widths", "16", "--l0", "0.5", "0.25", "--l0-unit", "density"])
     (config,) = seen
     assert (config.out, config.widths, config.l0) == ("here", (16,), (0.5, 0.25))

@@ -53,9 +53,12 @@ def test_heads_are_named_from_a_file_of_prompts(capsys, folder):
 
 
 def test_mistakes_are_told_in_one_line(folder):
+    (folder / "out").mkdir(exist_ok=True)
+    (folder / "out" / "heads.csv").touch()
     for options, message in (
-        (["--position", "S2"], "position='S2': choose from mean, last, max"),
-        (["--n-train", "99"], "n_train=99: there are 24 prompts"),
+        ([], "already: choose another --out, or replace with --overwrite"),
+        (["--overwrite", "--position", "S2"], "position='S2': choose from mean, last, max"),
+        (["--overwrite", "--n-train", "99"], "n_train=99: there are 24 prompts"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(folder, *options)

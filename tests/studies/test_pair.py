@@ -171,7 +171,9 @@ def test_the_command_of_a_config_is_read_back_as_that_config(changes, monkeypatc
     changes = dict(changes)
     config = pair_recipe(changes.pop("recipe", "first"), out="models", **changes)
     seen = []
-    monkeypatch.setattr(cli, "train_pair", lambda config, say: seen.append(config) or ())
+    monkeypatch.setattr(
+        "tl_sparse.cli.studies.train_pair", lambda config, say: seen.append(config) or ()
+    )
     words = model_card.shlex.split(command_line(replace(config, out="/x/y", cache="z")))
     assert words[:4] == ["tl-sparse", "pair", "--out", "models"]
     cli.main(words[1:])
@@ -373,7 +375,7 @@ def test_the_bridged_card_has_every_site_and_task(small, corpus, trained):
 
 
 def test_the_command_says_where_the_models_are(monkeypatch, capsys, trained):
-    monkeypatch.setattr(cli, "train_pair", lambda config, say: trained[0][:1])
+    monkeypatch.setattr("tl_sparse.cli.studies.train_pair", lambda config, say: trained[0][:1])
     cli.main(["pair", "--out", "here"])
     out = pair.Path("here")
     expected = f"Models: {out / 'tiny-sparse'}, {out / 'tiny-dense'}\n"

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
@@ -24,9 +23,11 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.analyses.figures import binarise_figure
 from tl_sparse.analyses.runs import CHANCE, accuracy, channels, prompt_logit_diffs
 from tl_sparse.circuits import Circuit
+from tl_sparse.progress import progress_bar
 from tl_sparse.sites import Affine, NodeIndex
 from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.tasks import Task, TaskBatch
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class Binarisation:
     """Training: step, t, loss."""
     config: BinariseConfig
     """How it was trained."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def loss_before(self) -> float:
@@ -275,7 +279,9 @@ def train_values(
     moves = torch.zeros(2, len(places), device=spread.device, requires_grad=True)
     optimizer = torch.optim.Adam([moves], lr=config.lr)
     pool, rows = len(train) // 2, []
-    for step in tqdm(range(config.steps), desc="binarise", leave=False, disable=not progress):
+    for step in progress_bar(
+        range(config.steps), desc="binarise", leave=False, disable=not progress
+    ):
         done = step / config.steps
         t = (1 - done) ** config.power
         optimizer.param_groups[0]["lr"] = config.lr * (1 - done)

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.bridges.batches import Rows, measuring
 from tl_sparse.bridges.bridges import Bridges
@@ -18,6 +17,7 @@ from tl_sparse.bridges.config import BridgesConfig
 from tl_sparse.bridges.moments import Moments
 from tl_sparse.bridges.pair import BridgedPair
 from tl_sparse.bridges.ridge import Ridge, fit_ridge
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.views.display import frame_html
@@ -110,7 +110,10 @@ def fit_bridges(
     chosen = held_out_rows(len(rows), held_out)
     seen = {site: (Moments(), Moments()) for site in pair.sites}
     n_batches = rows.count(batch_size)
-    with measuring(pair), tqdm(total=n_batches, desc="bridges", disable=not progress) as bar:
+    with (
+        measuring(pair),
+        progress_bar(total=n_batches, desc="bridges", disable=not progress) as bar,
+    ):
         for first, batch, counted in rows.batches(batch_size):
             streams = [pair.residuals(side, batch) for side in ("dense", "sparse")]
             out = chosen[first : first + len(batch), None]

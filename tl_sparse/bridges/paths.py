@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_sparse.bridges.batches import Rows, measuring
 from tl_sparse.bridges.bridges import Bridges
@@ -22,6 +21,7 @@ from tl_sparse.bridges.figures import path_figure
 from tl_sparse.bridges.pair import BridgedPair
 from tl_sparse.bridges.path import OTHER, HybridPath, Side
 from tl_sparse.bridges.reconstruction import stream_means
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.views.display import frame_html
 
@@ -180,7 +180,7 @@ def path_table(
     per_batch = []
     names: tuple[Row, ...] = ()
     counts = []
-    with measuring(pair), tqdm(total=n_batches, desc="paths", disable=not progress) as bar:
+    with measuring(pair), progress_bar(total=n_batches, desc="paths", disable=not progress) as bar:
         for _, batch, counted in rows.batches(batch_size):
             judge = Judge.of(pair, batch, counted)
             found = dict(judged(pair, judge, others, back, means))

@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_sparse.bridges.batches import Rows, measuring
 from tl_sparse.bridges.figures import fvu_figure
 from tl_sparse.bridges.pair import BridgedPair
 from tl_sparse.bridges.path import OTHER, Side
+from tl_sparse.progress import progress_bar
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def reconstruction(
     found: list[Tensor] = []
     l0 = torch.zeros(len(pair.sites), dtype=torch.float64)
     counts = []
-    with measuring(pair), tqdm(total=n_batches, desc="FVU", disable=not progress) as bar:
+    with measuring(pair), progress_bar(total=n_batches, desc="FVU", disable=not progress) as bar:
         for _, batch, counted in rows.batches(batch_size):
             streams = {side: pair.residuals(side, batch) for side in OTHER}
             sums = []
@@ -131,7 +131,7 @@ def stream_means(
     """Mean stream of each model at every site, float64."""
     totals: dict[Side, dict[str, Tensor]] = {"dense": {}, "sparse": {}}
     n, n_batches = 0, rows.count(batch_size)
-    with measuring(pair), tqdm(total=n_batches, desc="means", disable=not progress) as bar:
+    with measuring(pair), progress_bar(total=n_batches, desc="means", disable=not progress) as bar:
         for _, batch, counted in rows.batches(batch_size):
             n += int(counted.sum())
             for side in OTHER:

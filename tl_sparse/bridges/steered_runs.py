@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import logits_at
@@ -21,6 +20,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.node import Node, Nodes
 from tl_sparse.nodes.measure import logit_count
 from tl_sparse.nodes.prompts import Positions, Prompts, PromptsLike
+from tl_sparse.progress import progress_bar
 
 STRENGTHS: tuple[float, ...] = (*(round(10 ** (i / 10 - 2), 6) for i in range(21)), 2.0, 4.0)
 """The paper's 21 from 0.01 to 1, and two beyond."""
@@ -92,7 +92,7 @@ def steering_curves(
     p_correct = torch.zeros_like(p_other)
     with eval_mode(pair.dense), torch.no_grad():
         base_other, base_correct = _answers(pair, rows, None, torch.zeros(1))
-        for number, push in enumerate(tqdm(pushes, desc="steering", disable=not progress)):
+        for number, push in enumerate(progress_bar(pushes, desc="steering", disable=not progress)):
             p_other[number], p_correct[number] = _answers(pair, rows, push, levels)
     table = pd.DataFrame(
         [[p.kind, p.nodes, p.of, p.draw, _size(p, rows)] for p in pushes],

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_sparse.circuits.bisection import bisect, middle
 from tl_sparse.circuits.gates import HardGates, straight_through
 from tl_sparse.circuits.pruning_config import MAX_PAIRS, MAX_STEPS, PAIRS, check_counts
 from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, train_gates
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.json_dataclass import check_fields
 
 LossOf = Callable[[Bool[Tensor, " edge"]], float]
@@ -183,7 +183,7 @@ def remove_greedily(
         left = torch.nonzero(keep).flatten()
         order = left[effect_of(keep)[left].argsort(stable=True)]
         at, size, removed, failed = 0, max(1, len(order) // 4), False, 0
-        bar = tqdm(total=len(order), desc="greedy", leave=False, disable=not progress)
+        bar = progress_bar(total=len(order), desc="greedy", leave=False, disable=not progress)
         while at < len(order) and failed < patience:
             group = order[at : at + size]
             fewer = keep.clone()

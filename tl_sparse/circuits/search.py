@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
@@ -30,6 +29,7 @@ from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun, set_up
 from tl_sparse.circuits.search_config import RANGES, SearchConfig
 from tl_sparse.circuits.search_result import COLUMNS, SearchResult, best_of, not_beaten
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.disk_full import disk_full_named
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.tasks import Task
@@ -98,7 +98,7 @@ def search(
         check_trials(search_study.finished(study), path, set(wanted))
         with (
             search_study.Worker(study, path) as worker,
-            tqdm(
+            progress_bar(
                 total=config.rounds * config.suggestions, desc=f"search {task.name}",
                 disable=not progress,
             ) as bar,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.circuits.gates import Gates
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.finite import check_finite
 
 CHECKPOINTS = 24  # of a mask, among which the smallest one that reaches the target is chosen
@@ -81,7 +81,7 @@ def train_gates(
     penalty, average = l0_penalty.start.clone(), l0_penalty.target.clone()
     marks = {steps - 1 - i * steps // CHECKPOINTS for i in range(CHECKPOINTS)}
     checkpoints = []
-    bar = tqdm(range(steps), desc=f"{name:.40}", leave=False, disable=not progress)
+    bar = progress_bar(range(steps), desc=f"{name:.40}", leave=False, disable=not progress)
     for step in bar:
         drawn = gates.draw()
         loss, watched = objective(step, drawn)

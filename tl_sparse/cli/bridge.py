@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ from tl_sparse.bridges import (
 )
 from tl_sparse.bridges.config import EncoderKind
 from tl_sparse.bridges.objective import FOLDER
-from tl_sparse.cli.inputs import model_with_tokenizer, say
+from tl_sparse.cli.inputs import Overwrite, check_out, model_with_tokenizer, say
 from tl_sparse.cli.models import cpu_model
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, evenly_spaced, windows
@@ -37,11 +37,15 @@ class Bridge:
     between two given models.
     """
 
-    dense: tyro.conf.Positional[str]
+    dense: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")]
     """Folder of a saved model, a bundled or a released one's name. It stays as it is."""
     out: str
     """Folder for the bridges (in its subfolder bridges), and of a training for metrics.jsonl,
     checkpoints and the sparse model (in its subfolder model)."""
+    overwrite: Overwrite = False
+    """Replace the bridges that OUT has, where they are fitted."""
+    restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Begin anew where OUT has an earlier training, whose files are then removed."""
     sparse: str | None = None
     """The sparse model, likewise. A trained one that trains along should keep its density:
     --training.sparsity.anneal-start 0 --training.sparsity.anneal-end 0."""
@@ -68,6 +72,8 @@ class Bridge:
         """Make them, and say where they are and what they leave unexplained."""
         if self.sequences < 8:
             raise ValueError(f"sequences={self.sequences} must be at least 8")
+        if self.method == "fit":
+            check_out(self.out, (FOLDER,), self.overwrite)
         if self.sparse is None and (self.method == "fit" or not self.bridges.train_sparse):
             raise ValueError("there is no sparse model to leave as it is: name it with --sparse")
         dense = model_with_tokenizer(self.dense)
@@ -86,7 +92,9 @@ class Bridge:
             training = self.training
             if not self.bridges.train_sparse:
                 training = replace(training, sparsity=None)
-            result = train_bridges(pair, corpus, training, self.bridges, self.out)
+            result = train_bridges(
+                pair, corpus, training, self.bridges, self.out, restart=self.restart
+            )
             say(f"the sparse model's validation loss: {result.validation_loss:.3f} nats")
         length = context(dense, sparse)
         tokens = corpus.validation_sequences(min(64, self.sequences), length)

@@ -6,13 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import tyro
 
 from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed, prune
-from tl_sparse.cli.inputs import model_with_tokenizer, say, task_of, text_of
+from tl_sparse.cli.inputs import (
+    Overwrite,
+    check_out,
+    model_with_tokenizer,
+    say,
+    task_of,
+    text_of,
+)
 from tl_sparse.data import CorpusConfig
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import write_atomic
@@ -25,12 +33,15 @@ from tl_sparse.views import Chart, Page, PageCircuit, Section, Table, page_html
 class Prune:
     """Find the circuit of a task in a trained model."""
 
-    model: str
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of a saved model, or the name of a bundled one."""
-    task: str
-    """Name of the task; tl-sparse info lists them."""
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
+    """Name of the task (tl-sparse info lists them), or your own: a file of pairs, a line of JSON
+    each."""
     out: str
     """Folder for the circuit (in its subfolder circuit) and a drawing (circuit.html)."""
+    overwrite: Overwrite = False
+    """Replace what OUT has of an earlier run."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """Text over whose validation part removed nodes are averaged; no more is read than needed."""
     mean_sequences: int = 512
@@ -40,6 +51,7 @@ class Prune:
 
     def run(self) -> None:
         """Prune, save the circuit and its drawing, and say where they are."""
+        check_out(self.out, ("circuit", "circuit.html"), self.overwrite)
         model = model_with_tokenizer(self.model)
         task = task_of(model, self.task)
         text = text_of(model, self.corpus, self.mean_sequences, "mean_sequences")
@@ -55,10 +67,12 @@ class Prune:
 class Sweep:
     """Prune one model with many settings, seeds and tasks, trained together; or search settings."""
 
-    model: str
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of a saved model, or the name of a bundled one."""
     out: str
     """Folder for sweep.csv (a row per circuit) and the circuits (in its subfolder circuits)."""
+    overwrite: Overwrite = False
+    """Replace what OUT has of an earlier run (not the trials of a search)."""
     tasks: tuple[str, ...] = ()
     """Tasks to prune on; default those that the model does."""
     targets: tuple[float, ...] = (0.15,)
@@ -102,6 +116,7 @@ class Sweep:
 
     def run(self) -> None:
         """Prune, save table and circuits, and say the smallest circuit of every task."""
+        check_out(self.out, ("sweep.csv", "circuits"), self.overwrite)
         model = model_with_tokenizer(self.model)
         text = text_of(model, self.corpus, self.mean_sequences, "mean_sequences")
         means = activation_means(model, text)
@@ -189,10 +204,12 @@ def smallest_of(frame: pd.DataFrame) -> str:
 class FrontierOf:
     """Validation loss against the geometric mean of the circuits' edges, for several models."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODELS")]
     """Folders of saved models, or names of bundled ones; all with one tokenizer."""
     out: str = "frontier"
     """Folder for frontier.csv, tasks.csv and frontier.html."""
+    overwrite: Overwrite = False
+    """Replace what OUT has of an earlier run."""
     tasks: tuple[str, ...] = ()
     """Tasks to compare on; default those that all the models do."""
     groups: tuple[str, ...] = ()
@@ -213,6 +230,7 @@ class FrontierOf:
             raise ValueError("a model is named twice")
         if self.groups and len(self.groups) != len(self.models):
             raise ValueError(f"{len(self.groups)} groups for {len(self.models)} models")
+        check_out(self.out, ("frontier.csv", "tasks.csv", "frontier.html"), self.overwrite)
         first = model_with_tokenizer(self.models[0])
         text = text_of(first, self.corpus, self.sequences)
         found = frontier(

@@ -23,7 +23,7 @@ class Fetch:
     its manifest (sizes, SHA-256), and what differs is fetched anew.
     """
 
-    name: tyro.conf.Positional[str | None] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
     """A released model's name, an address, or hf:owner/name."""
     out: str | None = None
     """Folder to write it to, for SparseTransformer.from_openai; default the cache."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tl_sparse.cli.inputs import is_openai, model_of, say
+from tl_sparse.cli.inputs import Overwrite, check_out, is_openai, model_of, say
 from tl_sparse.compat import pretrained
 from tl_sparse.heads import (
     DiscreteSAE,
@@ -34,11 +34,13 @@ from tl_sparse.views import Chart, Page, Section, Table, page_html
 class Heads:
     """Name the heads of a task's circuit: those whose codes tell positive from negative prompts."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of a saved model, the name of a bundled or a released one, or any model's name in
     TransformerLens or on the Hub, such as gpt2."""
     out: str
     """Folder for heads.csv, heads.html (the map), edges.csv, settings.json and the circuit."""
+    overwrite: Overwrite = False
+    """Replace what OUT has of an earlier run."""
     task: str = "ioi"
     """ioi, greater_than, docstring, induction, pronoun, or a task of tl-sparse tasks."""
     file: str | None = None
@@ -77,6 +79,8 @@ class Heads:
 
     def run(self) -> None:
         """Name them, and write what was found."""
+        made = ("heads.csv", "heads.html", "edges.csv", "settings.json", "circuit")
+        check_out(self.out, made, self.overwrite)
         model: Any = model_of(self.model) if is_ours(self.model) else pretrained(self.model)
         if self.file is None:
             dataset = contrastive(self.task, model, self.prompts, seed=self.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -49,6 +50,8 @@ class Train:
     """The run. --recipe sets its defaults."""
     recipe: RecipeName = "cpu"
     """Published recipe that the training options start from."""
+    restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Begin anew where OUT has an earlier run, whose checkpoints and model are then removed."""
     wandb_project: str | None = None
     """Weights & Biases project to log to; nothing is imported or sent otherwise."""
 
@@ -58,7 +61,8 @@ class Train:
         config = replace(self.model, d_vocab=len(corpus.tokenizer))
         model = SparseTransformer(config, corpus.tokenizer)
         trainer = Trainer(
-            model, corpus, self.training, self.out, wandb_project=self.wandb_project
+            model, corpus, self.training, self.out, wandb_project=self.wandb_project,
+            restart=self.restart,
         )  # fmt: skip
         result = trainer.train()
         say(
@@ -71,7 +75,7 @@ class Train:
 class Info:
     """Describe a saved model and how well it does each task; without a model, list the tasks."""
 
-    model: str | None = None
+    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL")] = None
     """Folder of a saved model, or the name of a bundled one."""
     pairs: int = 64
     """Held-out prompt pairs per task."""
@@ -103,7 +107,7 @@ class Info:
 class Tasks:
     """Accuracy and loss (nats; chance is 0.693) of a saved model on the held-out pairs of tasks."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of a saved model, or the name of a bundled one."""
     pairs: int = 128
     """Prompt pairs per task."""

@@ -17,9 +17,9 @@ from tl_sparse.views.text import visible
 class Nodes:
     """What writes and what reads a node, by weight; traces; and the tokens of its channel."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of a saved model (ours or OpenAI's), or the name of a bundled one."""
-    node: tyro.conf.Positional[str]
+    node: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NODE")]
     """The node, such as 4.attn.act_in:1249, L10H82.v3 or 6-mlp/5543; or token:17; or the number of
     a channel of the residual stream."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10

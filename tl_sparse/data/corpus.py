@@ -12,7 +12,6 @@ from typing import Final
 
 import numpy as np
 from jaxtyping import UInt16
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from tl_sparse.data.config import CorpusConfig
@@ -21,6 +20,7 @@ from tl_sparse.data.idioms import idiom_documents
 from tl_sparse.data.sources import Document, is_validation, read_source
 from tl_sparse.data.tokenizer import build_tokenizer, check_tokenizer
 from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus, encode_documents, write_corpus
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.atomic_write import remove_drafts
 from tl_sparse.storage.locks import wait_for_lock
 
@@ -119,7 +119,9 @@ def _build(
             _tokenizer_texts(config, parts.train), config.vocab_size, config.required_words
         )
     count = len(parts.train) + len(parts.validation)
-    bar = tqdm(total=count, desc="tokenising", unit=" files", leave=False, disable=not progress)
+    bar = progress_bar(
+        total=count, desc="tokenising", unit=" files", leave=False, disable=not progress
+    )
     with bar:
 
         def encode(texts: Sequence[str]) -> list[_Stream]:
@@ -170,7 +172,7 @@ def default_cache_dir() -> Path:
 def _read(config: CorpusConfig, progress: bool) -> tuple[list[Document], int]:
     """The usable documents of all sources, and how many were skipped."""
     documents, skipped = [], 0
-    with tqdm(desc="reading", unit=" files", leave=False, disable=not progress) as bar:
+    with progress_bar(desc="reading", unit=" files", leave=False, disable=not progress) as bar:
         for source in config.sources:
             for document in read_source(
                 source,
@@ -266,7 +268,9 @@ def _tokenizer_texts(config: CorpusConfig, train: Sequence[str]) -> Iterator[str
 def _take(streams: Iterator[_Stream], wanted: int, progress: bool) -> list[_Stream]:
     """Whole documents until their tokens reach `wanted`."""
     taken, total = [], 0
-    bar = tqdm(total=wanted, desc="idioms", unit=" tokens", leave=False, disable=not progress)
+    bar = progress_bar(
+        total=wanted, desc="idioms", unit=" tokens", leave=False, disable=not progress
+    )
     with bar:
         while total < wanted:
             taken.append(next(streams))

@@ -10,7 +10,6 @@ from importlib.metadata import version
 
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation import takes_sources
 from tl_sparse.circuits import Circuit
@@ -22,6 +21,7 @@ from tl_sparse.faithfulness.registry import Check, all_checks
 from tl_sparse.faithfulness.report import FaithfulnessReport
 from tl_sparse.faithfulness.under_test import CircuitUnderTest, under_test
 from tl_sparse.faithfulness.verdict import thresholds_of
+from tl_sparse.progress import progress_bar
 from tl_sparse.tasks import Task
 
 
@@ -63,7 +63,7 @@ def evaluate(
     asked = thresholds_of(thresholds or {})
     chosen = [check for check in all_checks() if wanted(check, test.config)]
     found, said = [], caveats(test)
-    bar = tqdm(chosen, desc=f"evaluate {task.name}", leave=False, disable=not progress)
+    bar = progress_bar(chosen, desc=f"evaluate {task.name}", leave=False, disable=not progress)
     for check in bar:
         bar.set_postfix_str(check.name)
         began = time.perf_counter()

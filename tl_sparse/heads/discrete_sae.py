@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import trange
 
 from tl_sparse.heads.codes import Codes, check_kind, coded
 from tl_sparse.heads.outputs import HeadOutputs
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.finite import check_finite
 
 Mode = Literal["paper", "corrected"]
@@ -224,7 +224,7 @@ def _train(
         weight.requires_grad_(True)
     adam = torch.optim.Adam(weights, lr=lr)
     losses = torch.zeros(epochs, device=x.device)
-    for epoch in trange(epochs, desc="autoencoder", disable=not progress, leave=False):
+    for epoch in progress_bar(range(epochs), desc="autoencoder", disable=not progress, leave=False):
         _normalise(normal)
         made, units = _forward(x, *weights)
         loss = (made - x).square().mean((1, 2)).sum() + lam * units.sum(2).mean(1).sum()

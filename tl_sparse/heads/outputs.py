@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation.recording import each_batch
 from tl_sparse.heads.component import KINDS, Component, Kind
 from tl_sparse.heads.dataset import ContrastiveDataset
+from tl_sparse.progress import progress_bar
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
 
@@ -166,7 +166,9 @@ def extract_head_outputs(
             vector = torch.einsum("bhi,hiw->bhw", vector, W_O)
         found[name][number] = vector.cpu()
 
-    steps = tqdm(batches, desc=f"outputs of {dataset.name}", disable=not progress, leave=False)
+    steps = progress_bar(
+        batches, desc=f"outputs of {dataset.name}", disable=not progress, leave=False
+    )
     parts = ((i, prompts.rows(rows.to(prompts.last.device)).tokens) for i, rows in enumerate(steps))
     each_batch(model, parts, index, look)
     vectors = {

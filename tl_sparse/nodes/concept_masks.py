@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation.recording import each_batch
 from tl_sparse.node.names import BY_OPENAI
 from tl_sparse.nodes.chosen_nodes import channel_values
 from tl_sparse.nodes.concept_results import ConceptMasks
 from tl_sparse.nodes.rows import ConceptPrompts, prompt_rows
+from tl_sparse.progress import progress_bar
 from tl_sparse.sites import NodeIndex, site
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import NotFinite
@@ -134,7 +134,9 @@ def active_counts(
     seen: set[str] = set()
 
     def batches() -> Iterator[tuple[int, Tensor]]:
-        with tqdm(total=len(groups), desc="concepts", unit="set", disable=not progress) as bar:
+        with progress_bar(
+            total=len(groups), desc="concepts", unit="set", disable=not progress
+        ) as bar:
             for block in blocks(model, groups, prepend_bos, batch_size * BLOCK, bar):
                 block.sort(key=lambda item: len(item[1]))
                 for first in range(0, len(block), batch_size):

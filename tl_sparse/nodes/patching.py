@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.node import Node, NodeName, Nodes, resolve
@@ -38,6 +37,7 @@ from tl_sparse.nodes.prompts import (
     places,
     prompts_of,
 )
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.finite import check_weights
 from tl_sparse.views.display import frame_html
 from tl_sparse.views.text import number
@@ -239,7 +239,7 @@ def patch_nodes(
     entries, device = entries_of(changes), rows.last.device
     values = torch.empty(len(asked), len(rows), device=device)
     ends = {name: torch.empty(len(rows), device=device) for name in ("", *sources)}
-    with eval_mode(model), tqdm(
+    with eval_mode(model), progress_bar(
         total=len(asked) * len(rows), desc="patched runs", disable=not progress
     ) as bar, torch.no_grad():  # fmt: skip
         for chosen in chunks(model, rows, len(columns)):

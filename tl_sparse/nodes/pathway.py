@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
-from tqdm import tqdm
 
 from tl_sparse.node import Node, Nodes, resolve
 from tl_sparse.nodes.measure import Answers, Measure, measure_of
@@ -29,6 +28,7 @@ from tl_sparse.nodes.pathway_report import (
 )
 from tl_sparse.nodes.pathway_runs import Bank, Runs, Table
 from tl_sparse.nodes.prompts import Positions, Prompts, PromptsLike, prompts_of
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.finite import check_weights
 
 
@@ -118,7 +118,7 @@ class Pathway:
         if draws and not nulls:
             notes.append("null: no other nodes stand at these sites")
         runs = Runs.of(stages, nulls, with_control=others is not None, to_answer=end == "answer")
-        with tqdm(total=len(rows), desc="pathway", disable=not progress) as bar:
+        with progress_bar(total=len(rows), desc="pathway", disable=not progress) as bar:
             moved, whole = bank.moved(runs.patches, stages, bar)
         found = Shares(runs, moved, whole, len(stages), paired=rows.paired, seed=seed)
         with np.errstate(divide="ignore", invalid="ignore"):  # where nothing moves at all

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation.recording import digest, each_activation
 from tl_sparse.node import Nodes
@@ -31,6 +30,7 @@ from tl_sparse.nodes.saved_run import (
     read_state,
     write_state,
 )
+from tl_sparse.progress import progress_bar
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import NotFinite
@@ -210,7 +210,7 @@ def pass_over(
 
     if state.done < len(rows.tokens):
         begin(state.done)
-    with tqdm(
+    with progress_bar(
         total=len(rows.tokens), initial=state.done, desc="top examples", unit="sequence",
         disable=not progress,
     ) as bar:  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.recording import digest
@@ -24,6 +23,7 @@ from tl_sparse.nodes.effect_runs import Runs
 from tl_sparse.nodes.rows import Rows, real_first, token_texts
 from tl_sparse.nodes.saved_run import RECORD, own_folder
 from tl_sparse.nodes.weight_terms import Entries, chosen_entries, terms_of
+from tl_sparse.progress import progress_bar
 from tl_sparse.sparsity.weight_masks import Entry
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_weights
@@ -106,7 +106,7 @@ def weight_effects(
         own_folder(place),
         eval_mode(model),
         torch.no_grad(),
-        tqdm(total=len(chosen), desc="weights", disable=not progress) as bar,
+        progress_bar(total=len(chosen), desc="weights", disable=not progress) as bar,
     ):
         runs = Runs(model, rows, max_tokens)
         for number, part in enumerate(parts):

@@ -23,8 +23,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.disk_full import is_disk_full
 from tl_sparse.storage.json_dataclass import dataclass_from_json
@@ -223,7 +222,7 @@ def receive(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
         part.open("ab" if have else "wb") as file,
-        tqdm(
+        progress_bar(
             desc=part.name[1 : -len(PART)], total=total, initial=have, unit="B", unit_scale=True,
             disable=not progress,
         ) as bar,

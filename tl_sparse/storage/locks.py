@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
+from tl_sparse.progress import Bar, progress_bar
 from tl_sparse.storage.disk_full import disk_full_named
 from tl_sparse.storage.read_file import read_text
 
@@ -104,11 +103,11 @@ def wait_for_lock(
     Raises:
         ValueError: as :func:`acquire`.
     """
-    bar: tqdm | None = None
+    bar: Bar | None = None
     pause = POLL
     while not agreed((lock := acquire(path)) is not None):
         if bar is None:
-            bar = tqdm(bar_format="{desc} ({elapsed})", disable=not progress, leave=False)
+            bar = progress_bar(bar_format="{desc} ({elapsed})", disable=not progress, leave=False)
         bar.set_description_str(f"waiting for {holder_of(path) or path.name}")
         time.sleep(pause)
         pause = min(1.2 * pause, SLOWEST)

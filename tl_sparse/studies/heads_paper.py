@@ -89,7 +89,10 @@ LIMIT = 2**28  # bytes and lines of results
 
 @dataclass(frozen=True)
 class HeadsPaperConfig:
-    """What to reproduce, and on which models."""
+    """Find the head circuits of O'Neill and Bui's tasks in GPT-2 and attn-only-4l, and compare.
+
+    Run again, it goes on where it stopped.
+    """
 
     out: str
     """Folder of the results; a run that was stopped goes on there."""

@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.data import TokenizedCorpus, evenly_spaced, windows
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.progress import Bar, progress_bar
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import check_l0, final_budget, l0, project_all
 from tl_sparse.storage.finite import check_weights
@@ -29,6 +29,7 @@ from tl_sparse.storage.locks import wait_for_lock
 from tl_sparse.training import resume, train_step
 from tl_sparse.training.config import TrainingConfig
 from tl_sparse.training.objective import Moment, NextToken, Objective
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 
@@ -41,6 +42,9 @@ class TrainingResult:
     the objective's columns."""
     record: TrainingRecord
     """What is stored with the model."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def validation_loss(self) -> float:
@@ -126,7 +130,7 @@ class Trainer:
         check_weights(self.model)
         model = self.distributed_model()
         self.model.train()
-        bar = tqdm(
+        bar = progress_bar(
             total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True,
             disable=not (self.progress and self.accelerator.is_main_process),
         )  # fmt: skip
@@ -143,7 +147,7 @@ class Trainer:
             self.wandb.finish()
         return TrainingResult(pd.DataFrame(self.rows), record)
 
-    def run_steps(self, model: nn.Module, bar: tqdm, interrupted: threading.Event) -> None:
+    def run_steps(self, model: nn.Module, bar: Bar, interrupted: threading.Event) -> None:
         """Steps until finished or interrupted, with metrics and checkpoints at their times."""
         config = self.config
         started, first = time.perf_counter(), self.step

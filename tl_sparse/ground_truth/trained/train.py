@@ -20,7 +20,6 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tl_sparse.config import SparseTransformerConfig
@@ -34,6 +33,7 @@ from tl_sparse.ground_truth.trained.languages import (
 )
 from tl_sparse.ground_truth.trained.truth import HeadTruth, Triples, find_truth, triples_of
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.progress import progress_bar
 from tl_sparse.storage.atomic_write import atomic_file
 
 N_CTX = 32
@@ -111,7 +111,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, total_steps=total, pct_start=WARMUP, cycle_momentum=False
     )
-    bar = tqdm(range(total), desc=name, disable=not progress, mininterval=5)
+    bar = progress_bar(range(total), desc=name, disable=not progress, mininterval=5)
     model.train()
     for step in bar:
         tokens, following = drawn(language, ids, rng, BATCH)

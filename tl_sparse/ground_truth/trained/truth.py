@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tl_sparse.ground_truth.trained.languages import Triple, Words
 from tl_sparse.nodes import patch_nodes, path_patch
+from tl_sparse.progress import progress_bar
 
 Head = tuple[int, int]
 """Layer and head."""
@@ -178,7 +178,7 @@ def find_truth(model: nn.Module, triples: Triples, *, progress: bool = True) -> 
         in_pair[i] = max(float(in_pair[i]), share - float(alone[j]), key=abs)
         in_pair[j] = max(float(in_pair[j]), share - float(alone[i]), key=abs)
     left, gone = list(heads), list[Head]()
-    for _ in tqdm(range(len(heads)), desc="heads removed", disable=not progress):
+    for _ in progress_bar(range(len(heads)), desc="heads removed", disable=not progress):
         lost = shares([[*gone, head] for head in left], broken)
         best = int(lost.argmin())
         if float(lost[best]) > 1 - KEPT:
@@ -213,7 +213,7 @@ def find_edges(
     answers = (triples.correct.tolist(), triples.incorrect.tolist())
     final = [f"final_resid:{i}" for i in range(cfg.d_model)]
     rows = []
-    for sender in tqdm(heads, desc="paths", disable=not progress):
+    for sender in progress_bar(heads, desc="paths", disable=not progress):
         later = [head for head in heads if head[0] > sender[0]]
         inputs = [(head, part) for head in later for part in "qkv"]
         names: list[Any] = [[f"L{layer}H{head}.{part}"] for (layer, head), part in inputs]
