@@ -224,3 +224,16 @@ def test_a_pair_can_have_incorrect_answers_of_its_own(path, tokenizer):
     assert dict(zip(again.prompts, again.incorrect_token.tolist(), strict=True)) == found
     with pytest.raises(ValueError, match="an incorrect answer is the correct one"):
         from_jsonl(written(path, line(1, incorrect=["]", ","])), tokenizer)
+
+
+def test_a_task_with_one_split_says_what_it_cannot_do(path, tokenizer):
+    task = from_jsonl(written(path, line(1, split="train"), line(2, split="train")), tokenizer)
+    assert repr(task).startswith("Task('lists': 2 train and 0 held_out pairs; without held_out ")
+    with pytest.raises(ValueError, match=r"no pair in the split 'held_out': .* a quarter of them"):
+        task.batch(1, split="held_out", seed=0)
+    assert "x = [[" in task._repr_html_()
+    task = from_jsonl(written(path, line(1, split="held_out")), tokenizer)
+    assert repr(task).endswith("nothing can be pruned on it, but models and circuits measured)")
+    assert "these are of the split &#x27;held_out&#x27;" in task._repr_html_() or (
+        "these are of the split 'held_out'" in task._repr_html_()
+    )

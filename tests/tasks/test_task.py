@@ -1,6 +1,7 @@
 import copy
 import pickle
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,3 +251,34 @@ def test_a_task_of_a_local_function_cannot_be_sent_and_says_so(tokenizer):
 
     with pytest.raises((pickle.PicklingError, AttributeError), match="local"):
         pickle.dumps(tasks.get(local, tokenizer))
+
+
+def test_a_task_says_in_a_line_what_its_prompts_are(tokenizer):
+    task = tasks.get("single_double_quote", tokenizer)
+    assert repr(task) == f"Task('single_double_quote': {task.facts})"
+    assert task.facts.startswith("answers ")
+    assert task.facts.endswith("prompts of at most 64 tokens")
+    html = task._repr_html_()
+    assert html.count("<tr") == 1 + 6
+    assert "single_double_quote" in html
+
+
+def test_a_batch_is_a_line_and_a_table(tokenizer):
+    batch = tasks.get("single_double_quote", tokenizer).batch(20, split="train", seed=0)
+    width = batch.tokens.shape[1]
+    assert repr(batch) == f"TaskBatch(20 pairs of prompts, at most {width} tokens each)"
+    frame = batch.to_dataframe()
+    assert list(frame["pair"][:4]) == [0, 0, 1, 1]
+    assert list(frame["member"][:4]) == ["A", "B", "A", "B"]
+    assert frame["tokens"].max() == width
+    assert batch._repr_html_().count("<tr") == 1 + 16
+
+
+def test_a_task_is_taken_from_a_model_with_its_context(tokenizer):
+    model = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=48))
+    assert tasks.get("single_double_quote", model).max_tokens == 48
+    assert tasks.get("single_double_quote", model, 32).max_tokens == 32
+    with pytest.raises(ValueError, match="the model has no tokenizer"):
+        tasks.get("single_double_quote", SimpleNamespace(tokenizer=None, cfg=model.cfg))
+    with pytest.raises(TypeError, match="give a model or a tokenizer, not a str"):
+        tasks.get("single_double_quote", "python-sparse")

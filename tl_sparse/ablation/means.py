@@ -6,16 +6,20 @@ distribution, pooled over batch and positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.recording import digest, each_activation, index_of
+from tl_sparse.ablation.text import sequences_of
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
+from tl_sparse.views import frame_html
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,11 +40,24 @@ class ActivationMeans:
     """Where they are from, if somebody else measured them; "" if ``activation_means`` did."""
 
     def __repr__(self) -> str:
-        origin = self.origin or f"over {self.n_tokens:,} tokens (SHA-256 {self.tokens_hash[:12]})"
-        return (
-            f"ActivationMeans({self.index.n_nodes:,} nodes at {', '.join(self.index.sites)}; "
-            f"{origin})"
-        )
+        sites = ", ".join(self.index.sites)
+        return f"ActivationMeans({self.index.n_nodes:,} nodes at {sites}; {self.measured})"
+
+    @property
+    def measured(self) -> str:
+        """Over what they are means, in a few words."""
+        over = f"over {self.n_tokens:,} tokens (SHA-256 {self.tokens_hash[:12]})"
+        return self.origin if not self.n_tokens else f"{over} of {self.origin}".removesuffix(" of ")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row per node: the columns of ``NodeIndex.nodes``, and its mean."""
+        return self.index.nodes().assign(mean=self.values.cpu().numpy())
+
+    def _repr_html_(self) -> str:
+        by_hook = self.to_dataframe().groupby("hook", sort=False)["mean"]
+        frame = by_hook.agg(nodes="size", lowest="min", median="median", highest="max")
+        line = f"of {self.index.n_nodes:,} nodes, {self.measured}"
+        return frame_html("Mean activations", line, frame.reset_index())
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError unless this model computed them, it is unchanged, and all is finite."""
@@ -56,13 +73,16 @@ class ActivationMeans:
 @torch.no_grad()
 def activation_means(
     model: nn.Module,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Int[Tensor, "sequence pos"] | str | Sequence[str],
     sites: tuple[str, ...] | None = None,
     batch_size: int = 64,
     last: Int[Tensor, " sequence"] | None = None,
     index: NodeIndex | None = None,
 ) -> ActivationMeans:
-    """Means of every node over ``tokens``, by hooks on the model's own forward pass.
+    """Means of every node over tokens or text, by hooks on the model's own forward pass.
+
+    Text, which is one string or a list of documents, becomes at most 512 evenly spaced sequences as
+    long as the model's context (at most 256 tokens).
 
     Works on a SparseTransformer and on any TransformerLens model whose sites have hooks; ``sites``
     defaults to the eight of every layer that the model has, ``index`` names other nodes instead.
@@ -70,9 +90,10 @@ def activation_means(
     is not counted.
 
     Raises:
-        ValueError: unknown site, no tokens, a hook that never fired, or weights or means that are
-            NaN or infinite.
+        ValueError: unknown site, no tokens, text for a model without a tokenizer, a hook that never
+            fired, or weights or means that are NaN or infinite.
     """
+    tokens = sequences_of(model, tokens)
     index = index_of(model, sites, index)
     device = next(model.parameters()).device
     if last is None:

@@ -15,6 +15,7 @@ from tl_sparse.ablation.recording import digest, each_activation, index_of
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite
+from tl_sparse.views.brief import brief
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,9 @@ class ResampleSources:
     """SHA-256 of the sequences."""
     model_fingerprint: str
     """Fingerprint of the model that computed them."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def __len__(self) -> int:
         """The number of sequences."""

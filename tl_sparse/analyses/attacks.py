@@ -32,6 +32,7 @@ from tl_sparse.node import Node, NodeName
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_weights
 from tl_sparse.tasks import Split, TaskBatch, get
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Dilution:
     """Whose names the prompts have."""
     seed: int
     """Seed of the prompts."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per size, run and member: n, run, member, p_correct, loss, accuracy, activation,
@@ -146,6 +150,9 @@ class Distractor:
     """Whose names and templates the prompts have."""
     seed: int
     """Seed of the prompts."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per run, condition and member (also ``both``): p_correct, loss, accuracy, success

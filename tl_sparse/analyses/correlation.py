@@ -15,6 +15,7 @@ from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.analyses.figures import correlation_figure
 from tl_sparse.analyses.runs import token_losses
 from tl_sparse.storage.finite import check_weights
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class TokenLossCorrelation:
     """Correlation of their ranks; ties share the mean rank."""
     interval: tuple[float, float]
     """95 % interval of ``pearson`` from resampled sequences; NaN for a single sequence."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per token: sequence, position (of the token predicted), loss_a, loss_b."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation.recording import each_activation
 from tl_sparse.analyses.figures import kurtosis_figure
 from tl_sparse.sites import NodeIndex
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class ResidualKurtosis:
     """Kurtosis of every channel over tokens; NaN for a channel that never changes."""
     over_channels: Float[Tensor, "place token"]
     """Kurtosis of every token over channels; NaN for a token whose channels are all equal."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def log_mean_over_tokens(self) -> float:

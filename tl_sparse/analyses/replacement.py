@@ -30,6 +30,7 @@ from tl_sparse.analyses.runs import (
 from tl_sparse.node import Node, Nodes, resolve
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_weights
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 
@@ -45,6 +46,9 @@ class ConstantNodes:
     """The same with each node alone fixed at its mean."""
     losses_at_zero: Float[Tensor, "node sequence next"]
     """The same with each node alone fixed at zero."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per node: layer, site, channel, mean, and the increase of the loss in nats per
@@ -117,6 +121,9 @@ class LinearReplacement:
     """The same with all targets at their means over the fitted tokens."""
     losses_at_zero: Float[Tensor, "sequence next"]
     """The same with all targets at zero."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per replacement (linear, mean, zero): the loss in nats per token, its increase over

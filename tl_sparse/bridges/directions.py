@@ -31,6 +31,7 @@ from tl_sparse.model.layers import NoNorm
 from tl_sparse.node import Node, Nodes, resolve
 from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
 from tl_sparse.sites import SITE, NodeIndex
+from tl_sparse.views.brief import brief
 
 
 @runtime_checkable
@@ -56,6 +57,9 @@ class Directions:
     """The hook of each in the dense model."""
     vectors: Float[Tensor, "node d_dense"]
     """What one unit of each adds to the activation there."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def directions(

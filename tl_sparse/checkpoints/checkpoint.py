@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.storage.packing import BITS
+from tl_sparse.views.brief import brief
 
 MAX_LAYERS = 1024
 """A layer costs far more memory as modules than its smallest tensors do in a file."""
@@ -46,6 +47,9 @@ class Checkpoint:
     """A Hugging Face tokenizer; None: the model takes token ids only."""
     origin: str = "the checkpoint"
     """Where it comes from, for error messages."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def check_sizes(

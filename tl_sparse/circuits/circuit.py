@@ -342,6 +342,8 @@ class Circuit:
                 f"held-out loss {self.loss:.3f} (calibrated {self.loss_calibrated:.3f})",
                 f"accuracy {self.accuracy:.2f}",
             ]
+        if self.means.origin:
+            parts.append(f"means over {self.means.origin}")
         return f"Circuit({self.task!r}, {', '.join(parts)})"
 
     # ----------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex, site_at
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import TaskBatch
+from tl_sparse.views import frame_html
 
 SLOTS = 4096  # nodes x pairs x slots of one forward pass: more no longer fit a core's cache
 
@@ -55,6 +56,19 @@ class NodeScores:
     """Loss (nats) that changes of the loss are counted from; NaN where there are none."""
     seconds: float
     """Time it took."""
+
+    def __repr__(self) -> str:
+        return (
+            f"NodeScores({self.method!r} of {len(self.order):,} nodes"
+            f"{f' on {self.task}' if self.task else ''}, {self.seconds:.1f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        frame = self.to_dataframe()[["layer", "site", "channel", "head", "score"]].head(16)
+        line = f"{self.method} on {self.task or 'an unnamed task'}; the {len(frame)} highest of "
+        return frame_html(
+            "Scores of nodes", f"{line}{len(self.order):,}", frame.reset_index(drop=True)
+        )
 
     @property
     def order(self) -> Int[Tensor, " scored"]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.circuits.backward_elimination import backward_elimination, eliminate_from_full_model
+from tl_sparse.circuits.by_name import means_of, model_of, task_of
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning_config import PruningConfig
@@ -32,17 +33,19 @@ AT_ONCE = 2048  # prompts of one training step, all masks together
 
 
 def prune(
-    model: nn.Module,
-    task: Task,
+    model: nn.Module | str,
+    task: Task | str,
     config: PruningConfig | None = None,
     *,
-    means: ActivationMeans,
+    means: ActivationMeans | None = None,
     sources: ResampleSources | None = None,
     exclude: Bool[Tensor, " node"] | Nodes | None = None,
     groups: Int[Tensor, " node"] | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Learn which nodes a task needs, with every other node set to its mean.
+
+    >>> circuit = prune("python-sparse", "single_double_quote")
 
     Works by hooks on a SparseTransformer or any TransformerLens model. A gate per node is trained
     (task loss + l0_penalty per open gate); the nodes are ranked by τ, their number is bisected
@@ -51,11 +54,13 @@ def prune(
     result is reported on held-out templates and names. No search over settings is needed.
 
     Args:
-        model: The model.
-        task: The task.
+        model: The model, or the name of a bundled one, of a folder, or of one on the Hub.
+        task: The task, or the name of a built-in one.
         config: How to search; the defaults do without a search over settings.
         means: Means over the pretraining distribution, from ``activation_means``; their sites are
-            the sites that nodes are chosen from.
+            the sites that nodes are chosen from. None: they are measured over a little Python text
+            that comes with the package, which ``circuit.means`` then says; a model's own validation
+            text is better.
         sources: What ``ablation="resample"`` takes removed nodes from, from ``resample_sources``.
         exclude: Nodes that the circuit may not have: a mask, or any of their names.
         groups: The component of every node, from 0 on, where nodes are kept and removed together,
@@ -68,8 +73,10 @@ def prune(
         PruningFailed: the mask collapsed, all its open gates together miss the target loss, and
             ``on_collapse`` is ``fail`` or elimination did not end.
     """
+    model = model_of(model)
+    job = (task_of(task, model), config or PruningConfig())
     (found,) = prune_many(
-        model, [(task, config or PruningConfig())], means=means, sources=sources, exclude=exclude,
+        model, [job], means=means_of(means, model), sources=sources, exclude=exclude,
         groups=groups, progress=progress,
     )  # fmt: skip
     if isinstance(found, PruningFailed):

@@ -20,6 +20,7 @@ from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.read_file import check_file, map_ids, open_file
+from tl_sparse.views.brief import brief
 
 _PARTS: Final = ("train.bin", "validation.bin", "tokenizer.json")
 _INDEX: Final = "corpus.json"
@@ -90,6 +91,9 @@ class TokenizedCorpus:
     """Names of the documents dropped as copies."""
     directory: Path
     """Where the files are."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def validation_sequences(self, sequences: int, context: int) -> Int[Tensor, "sequence pos"]:
         """Evenly spaced stretches of the validation text, BOS first: the same ones every time.

@@ -23,6 +23,7 @@ from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.faithfulness.controls import CONTROLS, degrees, displacement, random_components
 from tl_sparse.faithfulness.under_test import CircuitUnderTest
 from tl_sparse.tasks import Split, Task
+from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Necessity:
     """Whose templates and names the prompts have."""
     seed: int
     """Seed of the prompts and of the random sets."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def model_loss(self) -> float:

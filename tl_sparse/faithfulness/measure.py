@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_sparse.faithfulness.config import EvaluationConfig
+from tl_sparse.views.brief import brief
 
 FEWEST = 8  # pairs: an interval of fewer would say less than it seems to
 Statistic = Callable[[Float[Tensor, "draw column"]], Float[Tensor, " draw"]]
@@ -77,6 +78,9 @@ class CheckResult:
     """Name of the check."""
     seconds: float = math.nan
     """How long it took."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def measure(self, name: str, variant: str = "") -> Measure:
         """The number of that name and variant.

@@ -30,6 +30,7 @@ from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
+from tl_sparse.views.brief import brief
 
 DRAWN_BY = ("steps", "batch_pairs", "selection_pairs", "seed")
 """Fields of a pruning config that decide which prompts a circuit is found on."""
@@ -55,6 +56,9 @@ class CircuitUnderTest:
     """Text of the pretraining distribution; None if it was not given."""
     config: EvaluationConfig
     """How thoroughly it is tested."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def origin_known(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.ground_truth import traps
 from tl_sparse.ground_truth.ground_truth_model import GroundTruthModel
+from tl_sparse.views.brief import brief
 
 MODELS: Mapping[str, Callable[[int], GroundTruthModel]] = {
     "averaging": traps.averaging,
@@ -43,6 +44,9 @@ class FalseCircuit:
     """Those that tell it from the true circuit: each of them does."""
     description: str
     """Why it looks like the circuit, and why it is not."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def circuit(self, config: PruningConfig | None = None) -> Circuit:
         """The false circuit with what it was measured to do; see ``GroundTruthModel.circuit``."""

@@ -17,6 +17,7 @@ from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task
+from tl_sparse.views.brief import brief
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,9 @@ class GroundTruthModel:
     """What the model does and how."""
     text: Int[Tensor, "sequence pos"]
     """Text of the language that the model stands in for having learned."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @classmethod
     def of(
@@ -112,6 +116,9 @@ class Recovery:
     """True nodes that are not in the set, as in ``GroundTruthModel.nodes``."""
     extra: pd.DataFrame
     """Nodes of the set that are not in the true circuit, as in ``NodeIndex.nodes``."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def exact(self) -> bool:

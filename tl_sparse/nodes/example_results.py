@@ -17,6 +17,7 @@ from tl_sparse.node import Node, NodeName, Nodes
 from tl_sparse.node.names import is_parts
 from tl_sparse.nodes.leaders import bin_edges
 from tl_sparse.nodes.saved_run import check_tensors, number, read_state, within, write_state
+from tl_sparse.views.brief import brief
 from tl_sparse.views.examples import ExampleLists, TokenExample, examples_html
 
 KIND, SCHEMA = "top_examples", 1
@@ -43,6 +44,9 @@ class Examples:
     """The node's values at the tokens around and at it; NaN outside the sequence."""
     tokens: Int[Tensor, "node example window"]
     """Ids of these tokens; -1 outside the sequence."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def name(self) -> str:

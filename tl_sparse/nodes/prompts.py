@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_sparse.tasks import TaskBatch
+from tl_sparse.views.brief import brief
 
 PromptsLike: TypeAlias = TaskBatch | Tensor | str | Sequence[str] | Sequence[Sequence[int]]
 """A task's batch; token ids [prompt, pos]; texts, or lists of token ids, of any lengths."""
@@ -36,6 +37,9 @@ class Prompts:
     """Id of the incorrect one."""
     paired: bool = False
     """Whether rows 2i and 2i + 1 are a pair that differs in a few tokens."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def __len__(self) -> int:
         """How many."""

@@ -15,6 +15,7 @@ from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import constant_sparsity, top_k_weights
 from tl_sparse.sparsity.temporary import changed
 from tl_sparse.sparsity.weight_projector import project_after_steps
+from tl_sparse.views.brief import brief
 
 Entry = tuple[str, tuple[int, ...]]
 
@@ -32,6 +33,9 @@ class WeightMasks:
     """Matrix name (``blocks.0.attn.W_Q`` ...) → mask in that matrix' shape; the rest is zeroed."""
     matrices: tuple[WeightMatrix, ...]
     """Live views of the model's weights."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @classmethod
     def top_k(

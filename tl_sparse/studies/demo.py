@@ -29,8 +29,12 @@ from tl_sparse.studies.runner import Say
 from tl_sparse.studies.trained import Kind, ModelUnit, cache_folder, load_trained, train_now
 from tl_sparse.tasks import Task, TaskResult, check_names, evaluate_task, get, names, table
 from tl_sparse.training.config import TrainingConfig
+from tl_sparse.views.brief import brief
 
 SPARSITY = SparsityConfig(density=1 / 16, floor=4, embedding_floor=4, lr_factor="unnormalised")
+
+EASIER = (0.3, 0.5)
+"""Target losses that are tried where the two models solve no task to the one asked for."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ class DemoResult:
     """Everything the report is written from."""
 
     config: DemoConfig
-    """What was asked for."""
+    """What was asked for; its target loss is the one that circuits had to reach."""
+    asked_loss: float
+    """The target loss that was asked for: lower, where both models solve no task to it."""
     corpus: TokenizedCorpus
     """What the models were trained on."""
     models: tuple[TrainedModel, ...]
@@ -102,6 +108,9 @@ class DemoResult:
     """(task, model name) → why there is no circuit."""
     rows: pd.DataFrame
     """One row per task and model, and per control."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task and model, and per control."""
@@ -128,6 +137,10 @@ def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
         f"Tasks that both solve (held-out loss < {config.target_loss}): "
         f"{', '.join(chosen) or 'none'}"
     )
+    asked = config.target_loss
+    if not chosen:
+        config, chosen = easier(config, sparse, dense, trivial)
+        say(f"  shown instead, at the target {config.target_loss}: {', '.join(chosen)}")
     circuits: dict[tuple[str, str], Circuit] = {}
     failures: dict[tuple[str, str], str] = {}
     for name in chosen:
@@ -145,7 +158,7 @@ def run_demo(config: DemoConfig, say: Say, progress: bool = True) -> DemoResult:
                 f"edges, held-out loss {circuit.loss:.3f} ({time.perf_counter() - started:.0f} s)"
             )
     rows = measure(config, (sparse, dense), circuits, chosen)
-    return DemoResult(config, corpus, (sparse, dense), circuits, failures, rows)
+    return DemoResult(config, asked, corpus, (sparse, dense), circuits, failures, rows)
 
 
 def corpus_config(config: DemoConfig) -> CorpusConfig:
@@ -232,6 +245,22 @@ def common_tasks(
         name for name, loss in worst.items() if loss < config.target_loss and name not in trivial
     ]
     return sorted(solved, key=worst.__getitem__)[: 2 if config.quick else config.max_tasks]
+
+
+def easier(
+    config: DemoConfig, sparse: TrainedModel, dense: TrainedModel, trivial: Collection[str]
+) -> tuple[DemoConfig, list[str]]:
+    """The lowest easier target to which both models do a task, and the tasks; where there is none,
+    the task that they do best, whose row says how well."""
+    for target in (loss for loss in EASIER if loss > config.target_loss):
+        other = replace(config, target_loss=target)
+        if chosen := common_tasks(other, sparse, dense, trivial):
+            return other, chosen
+    best = min(
+        (name for name in sparse.tasks if name not in trivial),
+        key=lambda name: max(m.tasks[name].loss for m in (sparse, dense)),
+    )
+    return config, [best]
 
 
 def last_token_decides(task: Task, config: DemoConfig) -> bool:

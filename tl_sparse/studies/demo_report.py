@@ -146,6 +146,12 @@ def page(result: DemoResult) -> Page:
         notes.insert(
             0, f"The validation losses differ by {gap:.3f} nats: the models are not matched."
         )
+    if target > result.asked_loss:
+        notes.insert(
+            0,
+            f"No task is done by both models to a loss of {result.asked_loss}, as was asked: "
+            f"this is what they do to {target}.",
+        )
     notes += [f"No circuit for {t}, {m}: {why}." for (t, m), why in result.failures.items()]
     by_name = {m.name: m for m in result.models}
     return Page(

@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks.contexts import Split
 from tl_sparse.tasks.task import Task, TaskBatch
+from tl_sparse.views import frame_html
 
 _CHUNK = 128  # prompts per forward pass
 
@@ -45,6 +46,21 @@ class TaskResult:
     def accuracy(self) -> float:
         """Share of prompts whose correct token got the higher logit."""
         return self.correct.float().mean().item()
+
+    def __repr__(self) -> str:
+        return (
+            f"TaskResult({self.task!r}, {self.split}: loss {self.loss:.3f} nats (chance 0.693), "
+            f"accuracy {self.accuracy:.2f}, {len(self.prompts):,} prompts)"
+        )
+
+    def _repr_html_(self) -> str:
+        frame = self.to_dataframe()[["prompt", "answer", "loss", "correct"]]
+        worst = frame.nlargest(8, "loss").reset_index(drop=True)
+        line = (
+            f"loss {self.loss:.3f} nats, accuracy {self.accuracy:.2f} on {len(frame):,} "
+            f"{self.split} prompts; the {len(worst)} with the largest losses"
+        )
+        return frame_html(self.task, line, worst.assign(answer=worst["answer"].map(repr)))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt: task, split, pair, member, prompt, answer, loss, correct."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.storage.atomic_write import atomic_file
@@ -24,6 +25,7 @@ from tl_sparse.storage.json_files import parse_json
 from tl_sparse.storage.read_file import check_file, read_lines
 from tl_sparse.tasks.contexts import SPLITS, Split
 from tl_sparse.tasks.task import Pair, StoredPairs, Task, check_tokenizer
+from tl_sparse.tasks.tokenizer_of import tokenizer_and_length
 
 MAX_LINE_BYTES: Final = 1_000_000
 MAX_PAIRS: Final = 100_000
@@ -35,20 +37,22 @@ _Line = tuple[Pair, Split | None]
 
 def from_jsonl(
     path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedTokenizerBase | nn.Module,
     *,
     name: str | None = None,
-    max_tokens: int = 64,
+    max_tokens: int | None = None,
     held_out_share: float = 0.25,
     prepend_bos: bool = True,
 ) -> Task:
-    """The task whose pairs are the lines of a file; see the module for the keys.
+    """The task whose pairs are the lines of a file, for a model or a tokenizer; see the module for
+    the keys.
 
     Its `batch` draws without repetition until all pairs of the split are used. Pairs without
     `split` are divided by a hash of their text: the same file gives the same division, and
     `held_out_share` of them, rounded, are held out. The task's name is `name`, by default the
-    file's without its ending. Prompts begin with the beginning-of-text token unless `prepend_bos`
-    is False.
+    file's without its ending. Prompts have at most `max_tokens` tokens, by default the model's
+    context, and 64 for a tokenizer. They begin with the beginning-of-text token unless
+    `prepend_bos` is False.
 
     Raises `FileNotFoundError`, and `ValueError` naming file and line for anything else than a
     valid pair: bad JSON, missing or unknown keys, equal prompts or answers, a pair that was there
@@ -58,6 +62,7 @@ def from_jsonl(
     """
     path = Path(path)
     name = path.stem if name is None else name
+    tokenizer, max_tokens = tokenizer_and_length(model, max_tokens)
     check_tokenizer(name, tokenizer, max_tokens)
     _check_share(held_out_share)
     check_file(path, MAX_FILE_BYTES)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.tasks import builtin
 from tl_sparse.tasks.task import Task, TaskSpec
+from tl_sparse.tasks.tokenizer_of import tokenizer_and_length
 from tl_sparse.tasks.variants import variants_of
 
 
@@ -24,18 +26,20 @@ def variants(task: str) -> dict[str, str]:
 
 def get(
     task: str | TaskSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int = 64,
+    model: PreTrainedTokenizerBase | nn.Module,
+    max_tokens: int | None = None,
     variant: str | None = None,
     **options: int,
 ) -> Task:
-    """The task of that name, or a specification of your own, for a tokenizer.
+    """The task of that name, or a specification of your own, for a model or a tokenizer.
 
     `variant` chooses an out-of-distribution form of a built-in task, for example "dilution" with
     the option `n=23`; its prompts are never shortened. Prompts have at most `max_tokens` tokens,
-    the beginning-of-text token included. Raises `ValueError` for an unknown name, variant or
-    option and for a tokenizer that splits an answer.
+    the beginning-of-text token included; by default the model's context, and 64 for a tokenizer.
+    Raises `ValueError` for an unknown name, variant or option, for a model without a tokenizer, and
+    for a tokenizer that splits an answer; `TypeError` for what is neither model nor tokenizer.
     """
+    tokenizer, max_tokens = tokenizer_and_length(model, max_tokens)
     spec = _spec(task) if isinstance(task, str) else task
     if variant is None:
         if options:

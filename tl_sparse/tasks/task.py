@@ -10,12 +10,14 @@ from itertools import islice
 from operator import attrgetter
 from typing import Any, Final
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_sparse.tasks.contexts import SPLITS, Split, check_split
+from tl_sparse.views import frame_html
 
 
 class TaskDoesNotFit(ValueError):
@@ -51,6 +53,13 @@ class StoredPairs:
         return self.train if split == "train" else self.held_out
 
 
+SPLIT_IS_FOR: Final[dict[Split, str]] = {
+    "train": "without train pairs nothing can be pruned on it, but models and circuits measured",
+    "held_out": "without held_out pairs nothing can be pruned on it, and losses are those of the "
+    "train split (leave `split` out of the lines, and a quarter of them is held out)",
+}
+"""What a task cannot do without the pairs of a split."""
+
 _TRIES: Final = 50  # draws per wanted pair before repeats are accepted or a failure is reported
 _CHECKED: Final = 8  # prompts of a batch whose boundary with the answer is verified
 
@@ -75,6 +84,21 @@ class TaskBatch:
     def __len__(self) -> int:
         """The number of prompts, twice the number of pairs."""
         return len(self.prompts)
+
+    def __repr__(self) -> str:
+        width = self.tokens.shape[1]
+        return f"TaskBatch({len(self) // 2:,} pairs of prompts, at most {width} tokens each)"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row per prompt: pair, member (A or B), prompt, answer, tokens (its length)."""
+        n = len(self)
+        return pd.DataFrame(
+            {"pair": [i // 2 for i in range(n)], "member": ["AB"[i % 2] for i in range(n)],
+             "prompt": self.prompts, "answer": self.answers, "tokens": (self.last + 1).tolist()}
+        )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        return prompts_html(f"{len(self) // 2:,} pairs of prompts", "a batch", self)
 
     def to(self, device: torch.device | str) -> "TaskBatch":
         """The same batch with its tensors on `device`."""
@@ -233,6 +257,27 @@ class Task:
                 bound._check_answers([spec.make(rng, split) for _ in range(_TRIES)])
         return bound
 
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}: {self.facts})"
+
+    @property
+    def facts(self) -> str:
+        """What its prompts are, in a line."""
+        if isinstance(self.make, StoredPairs):
+            numbers = [f"{len(self.make.of(split)):,} {split}" for split in SPLITS]
+            missing = [SPLIT_IS_FOR[split] for split in SPLITS if not self.make.of(split)]
+            return "; ".join([f"{' and '.join(numbers)} pairs", *missing])
+        answers = "answers of their own" if self.answers is None else (
+            f"answers {self.answers[0]!r} and {self.answers[1]!r}"
+        )  # fmt: skip
+        return f"{answers}, prompts of at most {self.max_tokens} tokens"
+
+    def _repr_html_(self) -> str:
+        split = next((s for s in SPLITS if not isinstance(self.make, StoredPairs)
+                      or self.make.of(s)), SPLITS[0])  # fmt: skip
+        line = f"{self.description} {self.facts}; these are of the split {split!r}"
+        return prompts_html(self.name, line, self.batch(3, split=split, seed=0))
+
     def batch(self, n_pairs: int, *, split: Split, seed: int) -> TaskBatch:
         """Draw `n_pairs` pairs; the same arguments give the same prompts.
 
@@ -285,7 +330,9 @@ class Task:
         if isinstance(self.make, StoredPairs):
             stored = self.make.of(split)
             if not stored:
-                raise ValueError(f"task {self.name!r} has no pair in the split {split!r}")
+                raise ValueError(
+                    f"task {self.name!r} has no pair in the split {split!r}: {SPLIT_IS_FOR[split]}"
+                )
             yield from rng.sample(stored, len(stored))
             return
         while True:
@@ -385,6 +432,14 @@ class Task:
             prompts=tuple(self.tokenizer.batch_decode(members)),
             answers=tuple(answer for pair in pairs for answer in pair.answers),
         )
+
+
+def prompts_html(title: str, line: str, batch: TaskBatch) -> str:
+    """Some prompts for a notebook, at most sixteen."""
+    frame = batch.to_dataframe().head(16).drop(columns="tokens")
+    if len(batch) > len(frame):
+        line = f"{line}; the first {len(frame)} of {len(batch):,} prompts"
+    return frame_html(title, line, frame.assign(answer=frame["answer"].map(repr)))
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:

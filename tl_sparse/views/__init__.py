@@ -1,5 +1,6 @@
 """All drawing, from plain tables: circuits as Plotly figure, SVG and page; charts; report pages."""
 
+from tl_sparse.views.brief import brief
 from tl_sparse.views.chart import Look, Panel, chart
 from tl_sparse.views.circuit_figure import circuit_figure
 from tl_sparse.views.circuit_svg import circuit_svg
@@ -12,6 +13,6 @@ from tl_sparse.views.page_circuits import PageCircuit, PageExample
 
 __all__ = [
     "Bullets", "Chart", "CircuitTable", "Layout", "Look", "Page", "PageCircuit", "PageExample",
-    "Panel", "Section", "Table", "Text", "chart", "circuit_figure", "circuit_html",
+    "Panel", "Section", "Table", "Text", "brief", "chart", "circuit_figure", "circuit_html",
     "circuit_layout", "circuit_svg", "frame_html", "heat_map", "page_html",
 ]  # fmt: skip

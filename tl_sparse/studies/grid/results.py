@@ -11,6 +11,7 @@ from tl_sparse.studies.grid.config import Cell, StudyConfig
 from tl_sparse.studies.grid.plan import CircuitUnit, GridModel, Method, Plan
 from tl_sparse.studies.interpretability import InterpretabilityResult, interpretability
 from tl_sparse.studies.trained import Kind
+from tl_sparse.views.brief import brief
 
 MODELS = ["model", "setting", "width", "l0", "seed", "kind", "validation_loss", "text_loss",
           "nonzeros", "steps", "seconds", "failure"]  # fmt: skip
@@ -47,6 +48,9 @@ class StudyResult:
     """What was asked for."""
     plan: Plan
     """All units, finished and not."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def models(self) -> pd.DataFrame:
