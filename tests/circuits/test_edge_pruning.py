@@ -192,7 +192,7 @@ def test_a_pruned_circuit_is_saved_loaded_drawn_and_not_pruned_again(found, mark
     with loaded.applied(model), torch.no_grad():
         assert torch.equal(F.softplus(-task_logit_diffs(model, batch)), pruned.losses)
     assert loaded.config == pruned.config
-    assert "<svg" in pruned._repr_html_()
+    assert "<iframe" in pruned._repr_html_()
     assert f"{pruned.n_edges} edges" in pruned.to_plotly().layout.title.text
     with pytest.raises(ValueError, match="edges of this circuit are removed"):
         prune_edges(model, pruned, marks, EDGES, progress=False)

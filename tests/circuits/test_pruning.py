@@ -111,7 +111,7 @@ def test_an_attention_only_model_is_pruned_drawn_and_stored(
     circuit = prune(model, marks, SEARCH, means=means, progress=False)
     assert named(circuit) == chain
     assert set(circuit.edges["matrix"]) == {"W_V", "W_O"}
-    assert circuit._repr_html_().count("<svg") == 1
+    assert circuit._repr_html_().count("<iframe") == 1
     circuit.save(tmp_path / "circuit")
     again = Circuit.load(tmp_path / "circuit", model)
     assert named(again) == named(circuit)

@@ -272,7 +272,7 @@ def test_the_embedding_and_the_final_stream_are_sites(
     write = (0, "attn_out", 1) if kind != "ours" else (1, "mlp_out", 2)
     assert ((0, "embed", 0), (0, "attn_in", 0)) in links
     assert (write, (1, "final_resid", write[2])) in links
-    assert circuit._repr_html_().count("<svg") == 1
+    assert circuit._repr_html_().count("<iframe") == 1
     assert "final residual" in circuit.to_plotly().to_json()
     circuit.save(tmp_path / "c")
     again = Circuit.load(tmp_path / "c", model)

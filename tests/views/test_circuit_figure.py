@@ -21,7 +21,7 @@ def test_every_node_has_a_marker_and_a_hover_text(quote_circuit):
     assert len(ids) == 12
     assert len(set(ids)) == 12
     texts = [t for trace in figure.data for t in trace.hovertext or ()]
-    assert any("key 1 of head 82" in t and "τ 0.25" in t and "mean −1.5" in t for t in texts)
+    assert any("key 657 of head 82" in t and "τ 0.25" in t and "mean −1.5" in t for t in texts)
 
 
 def test_positive_edges_are_blue_and_negative_red(quote_circuit):

@@ -40,7 +40,7 @@ def test_tooltips_name_the_node(quote_circuit):
         for e in drawn(circuit_svg(quote_circuit), "tls-node")
         if e.get("data-node") == "10.attn_q.657"
     ]
-    title = "layer 10 · query 1 of head 82\n10.attn.q:657 · mean −1.5 · τ 0.25"
+    title = "layer 10 · query 657 of head 82\n10.attn.q:657 · mean −1.5 · τ 0.25"
     assert node.findtext(f"{NS}title") == title
 
 

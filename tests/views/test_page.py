@@ -113,25 +113,31 @@ def test_page_has_all_its_parts(quote_circuit):
     assert "validation loss" in page.of_tag("dt")
     assert "One seed only." in page.of_tag("li")
     assert "0.150" in page.of_tag("td")
-    assert page.of_class("token") == ["print", '("']
-    assert sum("data-node" in attrs for _, attrs in page.elements) == 12
+    (circuit,) = payload(page)["circuits"]
+    assert circuit["examples"][0]["tokens"] == ["print", '("']
+    assert len(circuit["nodes"]) == 12
 
 
 def test_page_asks_no_network(quote_circuit):
     html = page_html(report(PageCircuit(quote_circuit, "sparse")))
     page = Parsed(html)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv"))
-    (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    assert len(digests) == 2
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
     assert policy == (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
-        f"form-action 'none'; script-src 'sha256-{digest}'"
+        f"form-action 'none'; script-src {hashes}"
     )
-    assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}
+    ours = html.replace(scripts[0], "")
+    assert set(re.findall(r"https?://[^\"' ]+", ours)) == {"http://www.w3.org/2000/svg"}
+    assert "Copyright 2010-2026 Mike Bostock" in scripts[0]
+    assert "Redistribution and use" in scripts[0]  # d3-ease's licence
     assert not {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "base"}
     assert not [a for _, a in page.elements if "src" in a]
     assert "@import" not in html
-    assert "url(" not in html
+    assert "url(" not in ours
 
 
 def test_page_follows_the_colour_scheme(quote_circuit):
@@ -148,13 +154,14 @@ def test_hostile_texts_stay_texts(quote_circuit):
         report(shown, title=evil, summary=evil, facts=((evil, evil),), table=table, notes=(evil,))
     )
     page = Parsed(html)
-    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert [tag for tag, _ in page.elements].count("script") == 3
     assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
     assert not {tag for tag, _ in page.elements} & {"img", "b"}
-    assert page.of_class("token") == [
+    (circuit,) = payload(page)["circuits"]
+    assert circuit["examples"][0]["tokens"] == [
         "<|endoftext|>", "</script><img·src=x·onerror=alert(1)>", "<!--", "\\u2028", "·a↵", "&lt;",
     ]  # fmt: skip
-    assert payload(page)["circuits"]
+    assert circuit["examples"][0]["correct"] == evil.replace(" ", "·")
 
 
 EVIL = "</title></script><script>1</script><img src=x><a href=//x>$\\href{x}{y}$\x00\u202e'\"&"
@@ -277,22 +284,17 @@ def test_activations_reach_the_script_by_node(quote_circuit):
     }
 
 
-def test_script_knows_all_edges_even_those_not_drawn(random_circuit_of):
+def test_script_knows_all_edges(random_circuit_of):
     circuit = random_circuit_of(320, 3000)
-    page = Parsed(page_html(report(PageCircuit(circuit, "dense"))))
-    (data,) = payload(page)["circuits"]
+    (data,) = payload(Parsed(page_html(report(PageCircuit(circuit, "dense")))))["circuits"]
     assert len(data["edges"]) == circuit.n_edges > 800
-    drawn = [a for _, a in page.elements if "tls-edge" in (a.get("class") or "").split()]
-    assert len(drawn) == 800
-    assert f"only the 800 strongest of {circuit.n_edges:,} edges are drawn" in "".join(
-        text for *_, text in page.texts
-    )
 
 
 def test_edges_in_the_script_join_the_right_nodes(quote_circuit):
     page = Parsed(page_html(report(PageCircuit(quote_circuit, "x"))))
     (data,) = payload(page)["circuits"]
-    named = {(data["nodes"][a]["id"], data["nodes"][b]["id"], m, w) for a, b, m, w in data["edges"]}
+    ids, matrices = [node["id"] for node in data["nodes"]], data["matrices"]
+    named = {(ids[a], ids[b], matrices[m], w) for a, b, m, w in data["edges"]}
     assert ("10.attn_in.985", "10.attn_k.657", "W_K", 1.56) in named
 
 
@@ -310,6 +312,7 @@ def test_circuits_of_a_task_stand_together_and_are_compared(quote_circuit, circu
     assert [a["data-circuit"] for _, a in page.elements if "data-circuit" in a] == ["0", "2", "1"]
     assert [len(c["nodes"]) for c in payload(page)["circuits"]] == [12, 1, 12]
     assert "97.2 %" in page.of_tag("td")
+    assert page.of_tag("h2")[2:] == ["single_double_quote", "bracket"]
 
 
 def test_table_formats_counts_shares_and_gaps():

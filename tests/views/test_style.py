@@ -19,8 +19,8 @@ def test_every_site_has_a_style():
 def test_names_say_layer_site_and_head(quote_circuit):
     names = node_names(quote_circuit.nodes)
     assert names[2] == "layer 0 · neuron 863"
-    assert names[9] == "layer 10 · key 1 of head 82"
-    assert node_labels(quote_circuit.nodes)[8:] == ["q1", "k1", "v0", "83"]
+    assert names[9] == "layer 10 · key 657 of head 82"
+    assert node_labels(quote_circuit.nodes)[8:] == ["q657", "k657", "v656", "83"]
 
 
 def test_facts_begin_with_the_released_name(quote_circuit, heads):
@@ -32,7 +32,7 @@ def test_facts_begin_with_the_released_name(quote_circuit, heads):
 
 def test_nodes_of_other_hooks_go_by_the_hooks_name(heads, features):
     assert node_names(heads.nodes)[-1] == "layer 4 · attn.z head 11"
-    assert node_labels(heads.nodes) == ["1", "3", "0", "3", "11"]
+    assert node_labels(heads.nodes) == ["H1", "H3", "H0", "H3", "H11"]
     assert node_names(features.nodes)[-1] == "layer 2 · resid_post.sae_acts 5"
     assert node_facts(features.nodes) == [""] * 6
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.eval_mode import eval_mode
@@ -92,6 +93,34 @@ def each_batch(
                 after(first + len(batch))
     if ran and (missing := set(names) - fired):
         raise ValueError(f"hooks {', '.join(sorted(missing))} never fired on this model")
+
+
+def kept_activations(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequence pos"],
+    index: NodeIndex,
+    kept: Bool[Tensor, " node"],
+    batch_size: int,
+) -> Float[Tensor, "kept sequence pos"]:
+    """The activations of some nodes at every token, in the order of the index, on the CPU.
+
+    Raises:
+        ValueError: as :func:`each_activation`.
+    """
+    pieces = {hook: torch.nonzero(kept[piece].cpu()).flatten()
+              for hook, piece in index.slices.items()}  # fmt: skip
+    starts = dict(zip(pieces, np.cumsum([0, *map(len, pieces.values())]), strict=False))
+    values = torch.zeros(int(kept.sum()), *tokens.shape)
+
+    def keep(hook: str, x: Tensor, first: int) -> None:
+        at = pieces[hook]
+        width = index.slices[hook].stop - index.slices[hook].start
+        flat = x.reshape(*x.shape[:2], width)[..., at.to(x.device)]
+        rows = slice(starts[hook], starts[hook] + len(at))
+        values[rows, first : first + len(x)] = flat.permute(2, 0, 1).float().cpu()
+
+    each_activation(model, tokens, index, keep, batch_size)
+    return values
 
 
 def last_block(hooks: Collection[str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from tl_sparse.circuits.export import NodeActivations, export_circuit, node_acti
 from tl_sparse.circuits.hard_concrete import hard_concrete
 from tl_sparse.circuits.importance import NodeScores, ablation_importance
 from tl_sparse.circuits.neuronpedia import export_neuronpedia
+from tl_sparse.circuits.on_page import page_circuit
 from tl_sparse.circuits.openai_circuit import circuit_from_openai
 from tl_sparse.circuits.openai_task import task_from_payload
 from tl_sparse.circuits.pruning import prune, prune_many
@@ -35,6 +36,6 @@ __all__ = [
     "SearchResult", "ablation_importance", "circuit_edges", "circuit_equations",
     "circuit_from_openai", "circuit_from_ranking", "circuit_of_channels", "circuit_of_heads",
     "circuit_of_nodes", "compile_circuit", "count_edges", "export_circuit", "export_neuronpedia",
-    "hard_concrete", "head_nodes", "node_activations", "prune", "prune_edges", "prune_many",
+    "hard_concrete", "head_nodes", "node_activations", "page_circuit", "prune", "prune_edges", "prune_many",
     "random_edges", "rank_nodes", "read_payload", "search", "task_from_payload", "train_curves",
 ]  # fmt: skip

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,23 @@ from tl_sparse.ablation import (
 from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.circuits.edges import no_removed_edges
+from tl_sparse.circuits.notes import checked_notes
 from tl_sparse.circuits.stored import read_circuit, write_circuit
 from tl_sparse.node import released_names
 from tl_sparse.sites import SITES, NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
-from tl_sparse.views import CircuitTable, circuit_figure, circuit_html
+from tl_sparse.storage.atomic_write import write_atomic
+from tl_sparse.tasks import Task
+from tl_sparse.views import (
+    CircuitTable,
+    Page,
+    PageCircuit,
+    circuit_figure,
+    circuit_html,
+    circuit_svg,
+    page_html,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -102,6 +113,9 @@ class Circuit:
         default_factory=lambda: pd.DataFrame(columns=["n_nodes", "loss"]).astype(CURVE)
     )
     """Loss on the selection pairs (``loss``) of the first ``n_nodes`` nodes, as tried."""
+
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Node's name, as the page shows it, to what a reader wrote about it; see :meth:`with_notes`."""
 
     @property
     def model_fingerprint(self) -> str:
@@ -327,8 +341,65 @@ class Circuit:
         """The circuit drawn: residual channels, nodes by layer and site, edges by sign and |w|."""
         return circuit_figure(self.table(), max_edges=max_edges)
 
+    def with_notes(self, notes: Mapping[str, str] | str | Path) -> Circuit:
+        """The same circuit with these notes about its nodes in place of those that it had.
+
+        Args:
+            notes: Node (by any of its names; "L0H5" for a whole head) to text; or the file that the
+                page's "save, notes" wrote.
+
+        Raises:
+            ValueError: a node that the circuit does not keep, or a file that holds no notes.
+        """
+        return replace(self, notes=checked_notes(notes, self.index, self.nodes))
+
+    def write_page(
+        self,
+        path: str | Path,
+        model: nn.Module | None = None,
+        task: Task | None = None,
+        tokens: Int[Tensor, "sequence pos"] | None = None,
+        *,
+        beside: Sequence[PageCircuit] = (),
+        title: str = "",
+    ) -> Path:
+        """Write the circuit as one self-contained page to click through; returns its path.
+
+        Alone it shows nodes, edges, and notes. With its model also the tokens and logits of its
+        channels, and on held-out prompts of the task, every node's values in model and circuit,
+        where heads look, and what removing each node does to the loss; with text, where in it each
+        node is largest and smallest. See :func:`~tl_sparse.circuits.page_circuit`.
+
+        Args:
+            path: The file, such as ``"circuit.html"``.
+            model: The circuit's model.
+            task: Its task; found by its name if it is a built-in one.
+            tokens: Text in which nodes' top examples are looked for.
+            beside: Further circuits of the page, from ``page_circuit``; those of the same task
+                stand side by side.
+            title: The page's heading.
+
+        Raises:
+            ValueError: another model than the circuit's, or a task or tokens without a model.
+        """
+        from tl_sparse.circuits.on_page import page_circuit  # slow to import, needed only here
+
+        heading = title or f"Circuit of {self.task}"
+        first = page_circuit(self, model, task, tokens, title="sparse" if beside else "circuit")
+        write_atomic(Path(path), page_html(Page(heading, circuits=(first, *beside))))
+        return Path(path)
+
     def _repr_html_(self) -> str:
-        return circuit_html(self.table())
+        return circuit_html(self.table(), self.notes)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The page in a frame, and a static picture for what shows no frames."""
+        table = self.table()
+        return {
+            "text/plain": repr(self),
+            "text/html": circuit_html(table, self.notes),
+            "image/svg+xml": circuit_svg(table),
+        }
 
     def __repr__(self) -> str:
         parts = [f"{self.n_nodes} nodes"]

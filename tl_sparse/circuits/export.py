@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation.recording import each_activation
+from tl_sparse.ablation.recording import kept_activations
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.node import released_names
 from tl_sparse.storage.atomic_write import atomic_folder
@@ -110,21 +110,8 @@ def node_activations(
     if last.shape != tokens.shape[:1] or bool(((last < 0) | (last >= tokens.shape[1])).any()):
         raise ValueError(f"last must be a place in each of the {len(tokens)} prompts, from 0 to "
                          f"{tokens.shape[1] - 1}")  # fmt: skip
-    index = circuit.index
-    pieces = {hook: torch.nonzero(circuit.kept[piece].cpu()).flatten()
-              for hook, piece in index.slices.items()}  # fmt: skip
-    starts = dict(zip(pieces, np.cumsum([0, *map(len, pieces.values())]), strict=False))
-    values = torch.zeros(circuit.n_nodes, *tokens.shape)
-
-    def keep(hook: str, x: Tensor, first: int) -> None:
-        at = pieces[hook]
-        width = index.slices[hook].stop - index.slices[hook].start
-        flat = x.reshape(*x.shape[:2], width)[..., at.to(x.device)]
-        rows = slice(starts[hook], starts[hook] + len(at))
-        values[rows, first : first + len(x)] = flat.permute(2, 0, 1).float().cpu()
-
     with circuit.applied(model) if alone else nullcontext():
-        each_activation(model, tokens, index, keep, batch_size)
+        values = kept_activations(model, tokens, circuit.index, circuit.kept, batch_size)
     return NodeActivations(circuit, tokens.cpu(), last.cpu(), values, alone)
 
 

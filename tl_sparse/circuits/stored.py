@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class CircuitRecord:
     """Kept nodes, and edges between them: compared with what the files and the model give. None in
     files of before."""
     n_edges: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What its reader wrote about nodes; not written if there are none."""
 
 
 def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
@@ -103,6 +105,8 @@ def write_circuit(folder: str | Path, values: Mapping[str, Any]) -> None:
             if getattr(means, f.name) != f.default
         },
     }
+    if values["notes"]:
+        record["notes"] = dict(values["notes"])
     text = json.dumps(plain(record), indent=1, allow_nan=False)
     check_values(values, index.n_nodes)
     check_edges(pd.concat([values["edges"], values["removed_edges"]]))
@@ -163,6 +167,7 @@ def read_circuit(folder: str | Path, model: nn.Module) -> dict[str, Any]:
         "index": index,
         "means": ActivationMeans(index, tensors["means"], **asdict(record.means)),
         "config": record.config,
+        "notes": record.notes,
         "calibration": record.calibration,
         "size_curve": curve.astype({"n_nodes": "int64", "loss": "float64"}),
     }

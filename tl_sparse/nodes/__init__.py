@@ -25,6 +25,7 @@ from tl_sparse.nodes.qk import QKChannels as QKChannels
 from tl_sparse.nodes.qk import qk_channels as qk_channels
 from tl_sparse.nodes.tokens import bigram_row as bigram_row
 from tl_sparse.nodes.tokens import channel_tokens as channel_tokens
+from tl_sparse.nodes.tokens import extreme_tokens as extreme_tokens
 from tl_sparse.nodes.top_examples import top_examples as top_examples
 from tl_sparse.nodes.trace import Trace as Trace
 from tl_sparse.nodes.trace import effective_product as effective_product

@@ -173,9 +173,13 @@ class TopExamples:
         parts = []
         for i, name in enumerate(shown):
             facts = f"mean {self.means[i]:.3g}, not zero at {100 * self.active[i]:.3g} %"
-            lists = {part.name: some._shown(part, i) for part in some.examples}
-            parts.append(ExampleLists(str(name), facts, lists))
+            parts.append(ExampleLists(str(name), facts, some.lists(i)))
         return examples_html("Top examples", line, parts)
+
+    def lists(self, row: int) -> dict[str, list[TokenExample]]:
+        """The examples of the node in a row of :attr:`nodes`, list by list, to be drawn; at most
+        eight of each."""
+        return {part.name: self._shown(part, row) for part in self.examples}
 
     def _shown(self, part: Examples, node: int) -> list[TokenExample]:
         found = []

@@ -47,6 +47,50 @@ def channel_tokens(model: nn.Module, channel: int | NodeName, k: int | None = No
     return found[["role", "token", "text", "has_token", "weight", "effective"]]
 
 
+@torch.no_grad()
+def extreme_tokens(
+    model: nn.Module, channels: Int[Tensor, " channel"], k: int = 6
+) -> pd.DataFrame:
+    """Of many channels at once: the tokens with the k largest and the k smallest weights.
+
+    The columns of :func:`channel_tokens`, with the channel first; weights that are zero are left
+    out, and so are channels after those of embedding and unembedding (positions).
+
+    Raises:
+        ValueError: a negative channel, or ``k`` below 1.
+    """
+    check_k(k)
+    part: Any = model
+    if bool((channels < 0).any()):
+        raise ValueError("channels count on from 0")
+    there = channels[channels < part.cfg.d_model].unique().to(part.W_E.device)
+    scale = final_scale(part)[there].float()
+    frames = []
+    for role, table, scales in (("writes", part.W_E[:, there].T, torch.ones_like(scale)),
+                                ("reads", part.W_U[there], scale)):  # fmt: skip
+        table = table.detach().float()
+        ends = [table.topk(min(k, table.shape[1]), largest=largest) for largest in (True, False)]
+        weights, ids = (torch.cat(x, 1) for x in zip(*ends, strict=True))
+        right = torch.arange(weights.shape[1], device=weights.device) < ends[0].values.shape[1]
+        row, column = torch.nonzero(torch.where(right, weights > 0, weights < 0), as_tuple=True)
+        token, weight = ids[row, column].cpu(), weights[row, column]
+        texts = token_texts(getattr(model, "tokenizer", None), token)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "channel": there[row].cpu().numpy(),
+                    "role": role,
+                    "token": token.numpy(),
+                    "text": pd.Series(texts, dtype=object),
+                    "has_token": [text is not None for text in texts],
+                    "weight": weight.cpu().numpy(),
+                    "effective": (weight * scales[row]).cpu().numpy(),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
 def bigram_row(model: nn.Module, token: int | str, k: int | None = None) -> pd.DataFrame:
     """What the bigram table adds to the logits after a token, by size.
 

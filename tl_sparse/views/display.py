@@ -1,27 +1,43 @@
 """What a notebook shows when a circuit or a result is the last line of a cell."""
 
+import base64
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 
 import pandas as pd
 
-from tl_sparse.views.circuit_svg import circuit_element
+from tl_sparse.views.circuit_svg import circuit_svg
 from tl_sparse.views.circuit_table import CircuitTable
-from tl_sparse.views.layout import circuit_layout
 from tl_sparse.views.markup import element, to_fragment
+from tl_sparse.views.page import Page, page_html
+from tl_sparse.views.page_circuit import PageCircuit
 from tl_sparse.views.table import add_table
 from tl_sparse.views.text import printable
 
 _MAX_EDGES = 800
+FRAME_HEIGHT = 780
+"""Pixels of a circuit's frame in a notebook."""
 
 
-def circuit_html(circuit: CircuitTable) -> str:
-    """HTML for `_repr_html_`: the task and the circuit's numbers in one line, then the SVG.
+def circuit_html(circuit: CircuitTable, notes: Mapping[str, str] | None = None) -> str:
+    """HTML for `_repr_html_`: the task and the circuit's numbers in one line, then its page in a
+    frame.
+
+    The frame works in Jupyter, VS Code and Colab without network. What shows no frames and drops
+    styles, as GitHub does, shows a static picture instead.
 
     Raises:
         ValueError: tables that `circuit_layout` refuses.
     """
-    root = _titled(circuit.task, circuit.line)
-    root.append(circuit_element(circuit_layout(circuit.nodes, circuit.edges), _MAX_EDGES))
+    root = _titled(circuit.task, circuit.line, style="display:none")
+    picture = circuit_svg(circuit, _MAX_EDGES)
+    data = base64.b64encode(picture.encode()).decode()
+    element(root, "img", alt=f"circuit of {printable(circuit.task)}", style="display:none",
+            src=f"data:image/svg+xml;base64,{data}")  # fmt: skip
+    page = page_html(Page("", circuits=(PageCircuit(circuit, "circuit", notes=notes or {}),)))
+    element(root, "iframe", srcdoc=page, title=f"circuit of {printable(circuit.task)}",
+            sandbox="allow-scripts allow-downloads", loading="lazy",
+            style=f"width:100%;height:{FRAME_HEIGHT}px;border:0")  # fmt: skip
     return to_fragment(root)
 
 
@@ -32,8 +48,8 @@ def frame_html(title: str, line: str, frame: pd.DataFrame) -> str:
     return to_fragment(root)
 
 
-def _titled(title: str, line: str) -> ET.Element:
+def _titled(title: str, line: str, style: str = "margin:0 0 .4em") -> ET.Element:
     root = ET.Element("div", {"class": "tls-display"})
-    head = element(root, "div", style="margin:0 0 .4em")
+    head = element(root, "div", style=style)
     element(head, "b", printable(title)).tail = f" · {printable(line)}"
     return root

@@ -50,7 +50,9 @@ def _serialised(root: ET.Element, method: Literal["xml", "html"]) -> str:
         if node.tag not in RAW:
             node.text = _lines(node.text)
         node.tail = _lines(node.tail)
-        node.attrib.update({name: printable(value) for name, value in node.attrib.items()})
+        # srcdoc is a whole document that this module wrote: its line breaks are its own
+        texts = {name: value for name, value in node.attrib.items() if name != "srcdoc"}
+        node.attrib.update({name: printable(value) for name, value in texts.items()})
     return ET.tostring(root, encoding="unicode", method=method, short_empty_elements=False)
 
 

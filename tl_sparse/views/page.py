@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from tl_sparse.views.markup import element, script_json, to_html
-from tl_sparse.views.page_circuits import HINT, PageCircuit, add_circuits
+from tl_sparse.views.page_circuit import PageCircuit
+from tl_sparse.views.page_circuits import add_circuits
 from tl_sparse.views.table import add_table
 from tl_sparse.views.text import printable
 
@@ -28,6 +29,11 @@ _POLICY = (
     "form-action 'none'; script-src"
 )
 """What the page may do; scripts run only if their hash is listed."""
+D3 = ("dispatch", "selection", "timer", "interpolate", "color", "ease", "transition", "drag",
+      "zoom")  # fmt: skip
+"""Parts of d3 that the viewer stands on, each after those that it needs."""
+VIEWER = ("basics", "drawing", "panel", "examples", "export", "viewer", "start")
+"""The viewer's own scripts, likewise."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,9 @@ class Page:
 def page_html(page: Page) -> str:
     """The page as one HTML string: no scripts, fonts or images from elsewhere, light and dark.
 
-    Clicking a node of a circuit (or walking there with the arrow keys and pressing Enter) shows its
-    edges by weight and colours the examples' tokens by its activation; a slider hides weak edges. A
-    fragment `#node=ID` or `#node=CIRCUIT:ID` (circuits counted from 0) preselects a node.
+    A node of a circuit that is chosen (by a click, a search, or the arrow keys and Enter) shows its
+    names, numbers, tokens, edges and texts, colours the examples' tokens by its values, and takes a
+    note. A fragment `#node=ID` or `#node=CIRCUIT:ID` (circuits counted from 0) preselects a node.
 
     Raises:
         ValueError: circuits that `circuit_layout` refuses; activations of unknown nodes, of the
@@ -122,8 +128,8 @@ def page_html(page: Page) -> str:
             element(inside, "h2", printable(section.title))
             for block in section.blocks:
                 _block(inside, block, charts)
-    circuits = add_circuits(main, page.circuits)
-    data = script_json({"hint": HINT, "circuits": circuits, "charts": charts})
+    circuits = add_circuits(main, page.circuits, page.title)
+    data = script_json({"circuits": circuits, "charts": charts})
     element(body, "script", data, type="application/json", id="tls-data")
     scripts = []
     if charts:
@@ -132,7 +138,11 @@ def page_html(page: Page) -> str:
         scripts.append(element(head, "script", get_plotlyjs()))
         scripts.append(element(body, "script", _asset("charts.js")))
     if circuits:
-        scripts.append(element(body, "script", _asset("circuits.js")))
+        licence = "".join(f"// {line}\n" for line in _asset("viewer/d3/LICENSE").splitlines())
+        d3 = "\n".join(_asset(f"viewer/d3/d3-{part}.min.js") for part in D3)
+        scripts.append(element(body, "script", licence + d3))
+        viewer = "\n".join(_asset(f"viewer/{part}.js") for part in VIEWER)
+        scripts.append(element(body, "script", viewer))
     hashes = " ".join(map(_hash, scripts)) or "'none'"
     policy.set("content", f"{_POLICY} {hashes}")
     return to_html(root)
@@ -150,7 +160,8 @@ def _asset(name: str) -> str:
 
 def _header(main: ET.Element, page: Page) -> None:
     header = element(main, "header")
-    element(header, "h1", printable(page.title))
+    if page.title:
+        element(header, "h1", printable(page.title))
     _paragraphs(header, page.summary, "summary")
     if page.facts:
         facts = element(header, "dl", class_="facts")

@@ -61,21 +61,22 @@ def node_places(nodes: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 
 
 def node_labels(nodes: pd.DataFrame) -> list[str]:
-    """Short label of every node: its channel, in a head the site's letter and the channel there; of
-    a whole head (which has no channel there) its number."""
+    """Short label of every node: its channel, in a head with the site's letter before it ("v93");
+    of a whole head, which has no channel, "H5"."""
     shorts = nodes["site"].map(lambda site: site_style(site).short)
-    place = nodes["head_channel"].fillna(nodes["head"]).fillna(nodes["channel"])
-    return (shorts + place.astype(int).astype(str)).tolist()
+    whole = nodes["head"].notna() & nodes["head_channel"].isna()
+    place = nodes["channel"].where(~whole, nodes["head"]).astype(int).astype(str)
+    return (shorts.where(~whole, "H") + place).tolist()
 
 
 def node_names(nodes: pd.DataFrame) -> list[str]:
-    """Full name of every node, e.g. "layer 10 · key 1 of head 82", "layer 0 · neuron 863" or
+    """Full name of every node, e.g. "layer 10 · key 657 of head 82", "layer 0 · neuron 863" or
     "layer 3 · attn.z head 5"."""
     layer, words = node_places(nodes)
     head = "head " + nodes["head"].astype(str)
-    inside = nodes["head_channel"].astype(str) + " of " + head
-    which = nodes["channel"].astype(str).where(nodes["head"].isna(), head)
-    which = which.where(nodes["head_channel"].isna(), inside)
+    channel = nodes["channel"].astype(str)
+    which = channel.where(nodes["head"].isna(), head)
+    which = which.where(nodes["head_channel"].isna(), channel + " of " + head)
     return ("layer " + layer.astype(str) + " · " + words + " " + which).tolist()
 
 

@@ -27,8 +27,9 @@ class Drawing {
   }
 
   setUp() {
-    const { width, height, rows } = this.circuit;
-    this.host.style.height = `${Math.round(Math.min(Math.max(Math.max(height, 1) * 58 + 110, 330), Math.max(innerHeight * 0.74, 430)))}px`;
+    const { height } = this.circuit;
+    let { rows } = this.circuit;
+    this.host.style.height = `${Math.round(Math.min(Math.max(height * 58 + 110, 220), Math.max(innerHeight * 0.74, 430)))}px`;
     this.canvas = make(this.host, "canvas");
     this.svg = makeSvg(this.host, "svg", {
       role: "group",
@@ -43,7 +44,9 @@ class Drawing {
       const group = makeSvg(this.boxes, "g");
       return { head, box: makeSvg(group, "rect", { rx: 5, class: "head" }), name: makeSvg(group, "text", { class: "head-name", "text-anchor": "end" }, head[0]) };
     });
+    if (this.circuit.ends.length) rows = [["tokens", null], ...rows, ["logits", null]];
     this.rowNames = rows.map(([label, y]) => ({ y, text: makeSvg(this.labelled, "text", { x: 8, class: "row" }, label) }));
+    this.columnNames = this.circuit.columns.map(([label, x]) => ({ x, wide: label.length * LETTER, text: makeSvg(this.labelled, "text", { class: "row", "text-anchor": "middle" }, label) }));
     this.marks = this.circuit.nodes.map((node, i) => this.mark(node, i));
     this.ends = this.circuit.ends.map((end, i) => this.endMark(end, i));
     if (this.marks.length) this.marks[0].group.setAttribute("tabindex", "0");
@@ -77,13 +80,12 @@ class Drawing {
     shape.style.fill = node.colour;
     if (node.alone) shape.classList.add("alone");
     const label = makeSvg(group, "text", { class: "label", x: 10, y: 4 }, node.label);
-    if (node.note) group.classList.add("noted");
     makeSvg(group, "title", {}, `${node.name}\n${node.what}`);
     group.addEventListener("mouseenter", () => this.hover(i));
     group.addEventListener("mouseleave", () => this.hover(null));
     group.addEventListener("click", () => this.choose(this.chosen === i ? null : i));
     group.addEventListener("keydown", (event) => this.key(event, i));
-    return { group, target, label, wide: 14 + node.label.length * LETTER };
+    return { group, target, shape, label, wide: 14 + node.label.length * LETTER };
   }
 
   endMark(end, i) {
@@ -276,7 +278,11 @@ class Drawing {
 
   placeMarks() {
     const { nodes } = this.circuit;
-    for (const { y, text } of this.rowNames) text.setAttribute("y", this.y(y) + 4);
+    for (const row of this.rowNames) {
+      const end = row.text.textContent === "logits" ? this.base - this.circuit.height * this.step - 30 : this.base + 30;
+      row.at = row.y === null ? this.view.applyY(end) : this.y(row.y);
+      row.text.setAttribute("y", row.at + 4);
+    }
     for (const { head, box, name } of this.headBoxes) {
       const [left, right, low, high] = [this.x(head[1]), this.x(head[2]), this.y(head[3]) + 13, this.y(head[4]) - 13];
       for (const [key, value] of Object.entries({ x: left, y: high, width: Math.max(right - left, 1), height: Math.max(low - high, 1) })) box.setAttribute(key, value);
@@ -286,18 +292,35 @@ class Drawing {
     }
     const shown = nodes.map((_, i) => !this.hiddenNodes[i]);
     const at = nodes.map((node) => [this.x(node.x), this.y(node.y)]);
-    const fits = this.fitting(at, shown);
+    // Of a chosen node's surroundings alone, more labels have room.
+    const few = this.lit !== null && this.lit.nodes.size < nodes.length;
+    const fits = this.fitting(at, few ? shown.map((one, i) => one && this.lit.nodes.has(i)) : shown);
+    const radius = Math.min(6.2, Math.max(3, 0.42 * this.unit * this.view.k));
     this.marks.forEach((mark, i) => {
       const [x, y] = at[i];
       mark.group.setAttribute("transform", `translate(${x.toFixed(1)} ${y.toFixed(1)})`);
       mark.group.style.display = shown[i] ? "" : "none";
-      mark.label.style.display = fits[i] || (this.lit && this.lit.nodes.has(i) && this.lit.nodes.size < 60) ? "" : "none";
-      mark.target.setAttribute("width", fits[i] ? 11 + mark.wide : 22);
+      mark.label.style.display = fits[i] ? "" : "none";
+      const above = fits[i] === "above";
+      mark.label.setAttribute("x", above ? 0 : 10);
+      mark.label.setAttribute("y", above ? -9 : 4);
+      mark.label.setAttribute("text-anchor", above ? "middle" : "start");
+      mark.target.setAttribute("width", fits[i] === "beside" ? 11 + mark.wide : 22);
+      mark.shape.setAttribute("transform", `scale(${(radius / 6.2).toFixed(2)})`);
       const lit = this.lit && this.lit.nodes.has(i);
       mark.group.classList.toggle("on", !!lit);
       mark.group.classList.toggle("off", (this.lit !== null && !lit) || (this.faint !== null && this.faint[i]));
       mark.group.classList.toggle("chosen", this.chosen === i);
     });
+    let free = -Infinity;
+    for (const { x, wide, text } of this.columnNames) {
+      const at = this.x(x);
+      const fits = at - wide / 2 > free;
+      text.style.display = fits ? "" : "none";
+      text.setAttribute("x", at);
+      text.setAttribute("y", this.view.applyY(this.base + 30));
+      if (fits) free = at + wide / 2 + 3;
+    }
     this.placeEnds();
   }
 
@@ -313,15 +336,16 @@ class Drawing {
       const fits = x - mark.wide / 2 > free[end.side];
       mark.group.setAttribute("transform", `translate(${x.toFixed(1)} ${y.toFixed(1)})`);
       mark.text.style.display = fits ? "" : "none";
-      mark.dot.style.display = fits ? "none" : "";
+      mark.dot.style.display = fits || x < free[end.side] + 4 ? "none" : "";
+      mark.target.classList.toggle("bare", !fits);
       mark.target.setAttribute("x", fits ? -mark.wide / 2 : -6);
       mark.target.setAttribute("width", fits ? mark.wide : 12);
       mark.group.classList.toggle("off", this.lit !== null && !this.lit.channels.has(end.channel));
-      if (fits) free[end.side] = x + mark.wide / 2 + 2;
+      free[end.side] = Math.max(free[end.side], x + (fits ? mark.wide / 2 + 2 : 5));
     }
   }
 
-  // Which labels have room on the right of their marks.
+  // Which labels have room on the right of their marks, or above them.
   fitting(at, shown) {
     const rows = new Map();
     at.forEach(([x, y], i) => {
@@ -334,8 +358,11 @@ class Drawing {
     for (const members of rows.values()) {
       members.sort((a, b) => at[a][0] - at[b][0]);
       members.forEach((i, place) => {
-        const next = place + 1 < members.length ? at[members[place + 1]][0] - 7 : Infinity;
-        fits[i] = at[i][0] + this.marks[i].wide <= next;
+        const here = at[i][0];
+        const next = place + 1 < members.length ? at[members[place + 1]][0] - here : Infinity;
+        const before = place > 0 ? here - at[members[place - 1]][0] : Infinity;
+        if (this.marks[i].wide <= next - 7) fits[i] = "beside";
+        else if (this.marks[i].wide - 10 <= Math.min(next, before)) fits[i] = "above";
       });
     }
     return fits;
@@ -377,7 +404,6 @@ class Drawing {
   key(event, i) {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (event.key === "Enter" || event.key === " ") this.choose(this.chosen === i ? null : i);
-    else if (event.key === "Escape") this.choose(null);
     else if (step) this.focus(this.neighbour(i, step));
     else return;
     event.preventDefault();

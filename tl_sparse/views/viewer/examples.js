@@ -21,19 +21,20 @@ class Examples {
     make(odds, "span", " over ");
     make(odds, "code", example.incorrect);
     for (const [name, p] of [["model", example.p_model], ["circuit", example.p_circuit]]) {
+      if (p === null) continue;
       const share = make(odds, "span", `${name} `, "share");
       make(make(share, "span", undefined, "track"), "i").style.width = `${100 * p}%`;
       make(share, "span", ` ${Math.round(100 * p)} %`);
     }
     if (example.bigram.length) {
-      const line = make(box, "p", "the bigram table alone adds ", "bigram");
+      const line = make(box, "p", "the bigram table alone adds to the answers, and to its highest ", "bigram");
       for (const [text, weight] of example.bigram) make(line, "code", `${text} ${format(weight)}`).style.background = tint(weight, 0.15);
     }
     return rows;
   }
 
   row(box, example, name, e) {
-    const frame = make(box, "div", undefined, `tokens ${name}`);
+    const frame = make(box, "div", undefined, `tokens of-${name}`);
     const label = make(frame, "small", name);
     const tokens = example.tokens.map((token, t) => {
       const span = make(frame, "span", token, "token");
@@ -62,7 +63,8 @@ class Examples {
     const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
     const scale = this.host.querySelector(".scale");
     if (scale) scale.remove();
-    if (i !== null && this.boxes.length) this.scale(circuit.nodes[i].name, recorded ? largest : null);
+    const looks = i !== null && circuit.nodes[i].head !== null && !recorded; // a whole head
+    if (i !== null && this.boxes.length && !looks) this.scale(circuit.nodes[i].name, recorded ? largest : null);
     this.boxes.forEach((rows, e) => {
       this.colour(rows.model, recorded && recorded[e], largest);
       this.colour(rows.circuit, alone && alone[e], largest);

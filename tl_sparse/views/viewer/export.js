@@ -16,7 +16,7 @@ const pictureOf = (drawing) => {
     });
     if (path.length) makeSvg(svg, "path", { d: path.join(""), fill: "none", stroke: stroke.colour, "stroke-width": stroke.width.toFixed(2), "stroke-opacity": stroke.opacity.toFixed(2) });
   }
-  for (const { y, text } of drawing.rowNames) makeSvg(svg, "text", { x: 8, y: drawing.y(y) + 4, fill: soft }, text.textContent);
+  for (const { at, text } of drawing.rowNames) makeSvg(svg, "text", { x: 8, y: at + 4, fill: soft }, text.textContent);
   for (const { box, name } of drawing.headBoxes) {
     const at = Object.fromEntries(["x", "y", "width", "height"].map((key) => [key, box.getAttribute(key)]));
     makeSvg(svg, "rect", { ...at, rx: 5, fill: "none", stroke: soft, "stroke-opacity": 0.6 });
@@ -28,7 +28,7 @@ const pictureOf = (drawing) => {
     const place = makeSvg(svg, "g", { transform: group.getAttribute("transform"), opacity: group.classList.contains("off") ? 0.25 : 1 });
     const paint = { fill: node.colour, stroke: drawing.chosen === i ? dark : paper, "stroke-width": 1.5 };
     makeSvg(place, node.square ? "rect" : "circle", node.square ? { x: -5.5, y: -5.5, width: 11, height: 11, rx: 1.5, ...paint } : { r: 6.2, ...paint });
-    if (label.style.display !== "none") makeSvg(place, "text", { x: 10, y: 4, fill: dark }, node.label);
+    if (label.style.display !== "none") makeSvg(place, "text", { x: label.getAttribute("x"), y: label.getAttribute("y"), "text-anchor": label.getAttribute("text-anchor"), fill: dark }, node.label);
   });
   drawing.ends.forEach(({ group, text }) => {
     if (text.style.display !== "none") makeSvg(makeSvg(svg, "g", { transform: group.getAttribute("transform") }), "text", { y: 4, fill: dark, "text-anchor": "middle" }, text.textContent);

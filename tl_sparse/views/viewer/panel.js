@@ -29,11 +29,16 @@ class Panel {
     this.note(node);
     this.tokens(node, end);
     this.links(node);
+    if (drawing.circuit.edges.length) this.bothEdges();
+    this.texts(node);
+  }
+
+  bothEdges() {
+    const { drawing, i } = this;
     const own = [...drawing.into[i], ...drawing.from[i]].map((e) => Math.abs(drawing.circuit.edges[e][3]));
     const largest = own.reduce((most, size) => Math.max(most, size), 0) || 1;
     this.edges("reads from", drawing.into[i], 0, largest);
     this.edges("is read by", drawing.from[i], 1, largest);
-    this.texts(node);
   }
 
   facts(node) {
@@ -174,8 +179,8 @@ class Notes {
     this.kept = true;
     for (const circuit of circuits) this.own.set(circuit.key, this.read(circuit.key));
     this.where = this.kept
-      ? "Kept in this browser; \u201cnotes\u201d below saves them, and circuit.with_notes(file) takes them in."
-      : "This page may keep nothing: save notes with \u201cnotes\u201d below.";
+      ? "Kept in this browser. To keep it with the circuit: save \u25be notes, then circuit.with_notes(file)."
+      : "Nothing is kept here: save \u25be notes, then circuit.with_notes(file).";
   }
 
   read(key) {

@@ -25,6 +25,7 @@
   };
   addEventListener("hashchange", followHash);
   addEventListener("keydown", (event) => {
+    if (event.key === "Escape") viewers.forEach((viewer) => viewer.choose(null, null));
     if (event.key !== "/" || !viewers.length || event.target.closest("input, textarea, select")) return;
     viewers[0].search.focus();
     event.preventDefault();

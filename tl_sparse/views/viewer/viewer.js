@@ -12,10 +12,13 @@ class Viewer {
     });
     this.examples = this.articles.map((article, k) => new Examples(article.querySelector(".examples"), circuits[k]));
     host.addEventListener("token", ({ detail: [e, t] }) => this.examples.forEach((examples) => examples.point(e, t)));
-    host.addEventListener("keydown", (event) => this.key(event));
+    for (const { circuit, marks } of this.drawings) marks.forEach(({ group }, i) => group.classList.toggle("noted", notes.of(circuit, circuit.nodes[i]) !== ""));
     this.toolbar(host.querySelector(".toolbar"));
     this.articles.forEach((article, k) => this.tables(article.querySelector(".tables"), this.drawings[k]));
     this.update();
+    const place = () => this.placePanel(this.drawings.find((drawing) => drawing.chosen !== null) || null);
+    matchMedia("(min-width: 1101px)").addEventListener("change", place);
+    place();
   }
 
   get shown() {
@@ -26,9 +29,11 @@ class Viewer {
 
   toolbar(bar) {
     this.searchBox(bar);
-    this.weightSlider(bar);
+    const joined = this.circuits.some((circuit) => circuit.edges.length);
+    if (joined) this.weightSlider(bar);
     this.filterMenu(bar);
     const whole = make(bar, "label", undefined, "check");
+    whole.hidden = !joined;
     this.whole = make(whole, "input");
     this.whole.type = "checkbox";
     this.whole.className = "paths";
@@ -239,12 +244,13 @@ class Viewer {
       const gone = total - shown;
       const nodes = drawing.hiddenNodes.filter(Boolean).length;
       const cut = drawing.cut > 0 && Number.isFinite(drawing.cut) ? ` (|w| \u2265 ${format(drawing.cut)})` : "";
-      const parts = [`${count(shown)} of ${plural(total, "edge")} shown${cut}`];
+      const parts = total ? [`${count(shown)} of ${plural(total, "edge")} shown${cut}`] : [];
       if (gone && drawing.cut === 0 && !nodes) parts.push(`the weakest ${count(gone)} are hidden: a chosen node shows all of its own`);
       if (nodes) parts.push(`${plural(nodes, "node")} hidden`);
       if (circuit.lone) parts.push(`${plural(circuit.lone, "node")} without edges (dashed)`);
       const text = parts.join(" \u00b7 ");
       this.articles[k].querySelector(".hidden-note").textContent = text;
+      if (!total) return plural(circuit.nodes.length, "node");
       return this.circuits.length > 1 ? `${circuit.title}: ${count(shown)} of ${count(total)}` : `${count(shown)} of ${plural(total, "edge")}`;
     });
     this.status.textContent = words.join(" \u00b7 ");
@@ -263,6 +269,7 @@ class Viewer {
       this.examples[k].show(twin);
     });
     this.panel.show(i === null ? null : drawing, i, end);
+    this.placePanel(drawing);
     if (i !== null && move) {
       drawing.reveal(i);
       drawing.focus(i);
@@ -274,8 +281,14 @@ class Viewer {
     }
   }
 
-  key(event) {
-    if (event.key === "Escape") this.choose(null, null);
+  // Where there is no room at the side, the panel stands below the drawing that it speaks of.
+  placePanel(drawing) {
+    const { host } = this.panel;
+    const narrow = !matchMedia("(min-width: 1101px)").matches;
+    const home = this.host.querySelector(".board");
+    const article = this.articles[Math.max(this.drawings.indexOf(drawing), 0)];
+    if (narrow && host.parentElement !== article) article.querySelector(".hidden-note").after(host);
+    else if (!narrow && host.parentElement !== home) home.append(host);
   }
 
   // ------------------------------------------------------------------------------------ tables
