@@ -9,11 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import Circuit
 from tl_sparse.studies.demo import DemoConfig, DemoResult, measure
-from tl_sparse.studies.demo_report import comparison, examples, mean_ratio, page, write_report
-from tl_sparse.tasks import get
+from tl_sparse.studies.demo_report import comparison, mean_ratio, page, write_report
 
 WIDER = (
     *((0, "attn_in", c) for c in range(3)), *((0, "mlp_in", c) for c in range(4)),
@@ -266,28 +264,3 @@ def test_a_report_without_tasks_is_still_written(result_of):
     assert values["rows"] == values["ratios"] == []
     assert values["geometric_mean_node_ratio"] is None
     assert "nothing to compare" in path.read_text(encoding="utf-8")
-
-
-def test_examples_show_what_model_and_circuit_make_of_held_out_prompts(result_of):
-    result = result_of()
-    sparse = result.models[0]
-    circuit = result.circuits["for_while", "sparse"]
-    shown = examples(sparse, circuit)
-    task = get("for_while", sparse.model.tokenizer, 48)
-    batch = task.batch(2, split="held_out", seed=circuit.seed)
-    assert len(shown) == 4
-    _, cache = sparse.model.run_with_cache(batch.tokens)
-    whole = task_logit_diffs(sparse.model, batch).sigmoid()
-    pruned = task_logit_diffs(sparse.model, batch, circuit.hooks()).sigmoid()
-    for i, example in enumerate(shown):
-        length = int(batch.last[i]) + 1
-        assert "".join(example.tokens[1:]) == batch.prompts[i]
-        assert len(example.tokens) == length
-        assert (example.correct_token, example.incorrect_token) == (
-            (" in", ":") if i % 2 == 0 else (":", " in")
-        )
-        assert example.p_model == pytest.approx(float(whole[i]))
-        assert example.p_circuit == pytest.approx(float(pruned[i]))
-        assert set(example.activations) == {"0.attn_in.0", "0.attn_v.1", "0.attn_out.1"}
-        values = cache["blocks.0.attn.hook_v"][i, :length].flatten(1)[:, 1].tolist()
-        assert example.activations["0.attn_v.1"] == pytest.approx(values)

@@ -36,6 +36,7 @@ __all__ = [
     "SearchResult", "ablation_importance", "circuit_edges", "circuit_equations",
     "circuit_from_openai", "circuit_from_ranking", "circuit_of_channels", "circuit_of_heads",
     "circuit_of_nodes", "compile_circuit", "count_edges", "export_circuit", "export_neuronpedia",
-    "hard_concrete", "head_nodes", "node_activations", "page_circuit", "prune", "prune_edges", "prune_many",
-    "random_edges", "rank_nodes", "read_payload", "search", "task_from_payload", "train_curves",
+    "hard_concrete", "head_nodes", "node_activations", "page_circuit", "prune", "prune_edges",
+    "prune_many", "random_edges", "rank_nodes", "read_payload", "search", "task_from_payload",
+    "train_curves",
 ]  # fmt: skip

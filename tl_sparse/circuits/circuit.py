@@ -30,9 +30,9 @@ from tl_sparse.circuits.notes import checked_notes
 from tl_sparse.circuits.stored import read_circuit, write_circuit
 from tl_sparse.node import released_names
 from tl_sparse.sites import SITES, NodeIndex
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
-from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.tasks import Task
 from tl_sparse.views import (
     CircuitTable,
@@ -115,7 +115,7 @@ class Circuit:
     """Loss on the selection pairs (``loss``) of the first ``n_nodes`` nodes, as tried."""
 
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Node's name, as the page shows it, to what a reader wrote about it; see :meth:`with_notes`."""
+    """Node's name, as the page shows it, to what a reader wrote of it; see :meth:`with_notes`."""
 
     @property
     def model_fingerprint(self) -> str:

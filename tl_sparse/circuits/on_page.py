@@ -46,19 +46,31 @@ class OnPage(Protocol):
     seed: int
 
     @property
-    def nodes(self) -> pd.DataFrame: ...
+    def nodes(self) -> pd.DataFrame:
+        """A row per kept node."""
+        ...
 
     @property
-    def component(self) -> Int[Tensor, " node"]: ...
+    def component(self) -> Int[Tensor, " node"]:
+        """The component of every node."""
+        ...
 
     @property
-    def model_fingerprint(self) -> str: ...
+    def model_fingerprint(self) -> str:
+        """SHA-256 of its model."""
+        ...
 
-    def table(self) -> CircuitTable: ...
+    def table(self) -> CircuitTable:
+        """What a drawing is made from."""
+        ...
 
-    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]: ...
+    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The model computes the circuit inside the block."""
+        ...
 
-    def check_model(self, model: nn.Module) -> None: ...
+    def check_model(self, model: nn.Module) -> None:
+        """ValueError for another model."""
+        ...
 
 
 def page_circuit(
@@ -158,7 +170,7 @@ def tokens_of(circuit: OnPage, model: nn.Module) -> pd.DataFrame:
 
 
 def examples(circuit: OnPage, model: nn.Module, task: Task, pairs: int) -> tuple[PageExample, ...]:
-    """Held-out prompts with both answers' odds, every kept node's values and its heads' patterns."""
+    """Held-out prompts: both answers' odds, every kept node's values, its heads' patterns."""
     part: Any = model
     batch = task.batch(pairs, split="held_out", seed=max(circuit.seed, 0))
     named, index, kept = circuit.table().nodes, circuit.index, circuit.kept
@@ -240,9 +252,7 @@ def effects(circuit: OnPage, model: nn.Module, task: Task) -> dict[str, float]:
     return dict(zip(ids(named), rises[named.index.tolist()].tolist(), strict=True))
 
 
-def removal_effects(
-    circuit: OnPage, model: nn.Module, batch: TaskBatch
-) -> Float[Tensor, " node"]:
+def removal_effects(circuit: OnPage, model: nn.Module, batch: TaskBatch) -> Float[Tensor, " node"]:
     """Of every kept node: the rise of the loss when its component is removed besides."""
     index, kept, values = circuit.index, circuit.kept.cpu(), circuit.means.values
     if circuit.groups is None:

@@ -48,9 +48,7 @@ def channel_tokens(model: nn.Module, channel: int | NodeName, k: int | None = No
 
 
 @torch.no_grad()
-def extreme_tokens(
-    model: nn.Module, channels: Int[Tensor, " channel"], k: int = 6
-) -> pd.DataFrame:
+def extreme_tokens(model: nn.Module, channels: Int[Tensor, " channel"], k: int = 6) -> pd.DataFrame:
     """Of many channels at once: the tokens with the k largest and the k smallest weights.
 
     The columns of :func:`channel_tokens`, with the channel first; weights that are zero are left

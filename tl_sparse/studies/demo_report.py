@@ -12,15 +12,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.circuits import Circuit
+from tl_sparse.circuits import page_circuit
 from tl_sparse.compat import transformer_lens_version
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.storage.atomic_write import write_atomic
-from tl_sparse.studies.demo import DemoResult, TrainedModel
+from tl_sparse.studies.demo import DemoResult
 from tl_sparse.studies.interpretability import geometric_mean
-from tl_sparse.tasks import get
-from tl_sparse.views import Bullets, Page, PageCircuit, PageExample, Section, Table, page_html
+from tl_sparse.views import Bullets, Page, Section, Table, page_html
 
 EXAMPLE_PAIRS = 2
 NAMES = ("sparse", "dense")
@@ -163,7 +161,7 @@ def page(result: DemoResult) -> Page:
             Section("Read with care", (Bullets(tuple(notes)),)),
         ),
         circuits=tuple(
-            PageCircuit(circuit.table(), model, examples(by_name[model], circuit))
+            page_circuit(circuit, by_name[model].model, title=model, pairs=EXAMPLE_PAIRS)
             for (_, model), circuit in result.circuits.items()
         ),
     )
@@ -174,39 +172,3 @@ def times(ratio: float, what: str) -> str:
     if math.isnan(ratio):
         return f"no ratio of {what}, as one circuit has none"
     return f"{ratio:.1f} times fewer {what}"
-
-
-@torch.no_grad()
-def examples(trained: TrainedModel, circuit: Circuit) -> tuple[PageExample, ...]:
-    """A few held-out prompts: answers' probabilities, and every kept node's value at each token."""
-    model, index = trained.model, circuit.index
-    task = get(circuit.task, model.tokenizer, model.config.n_ctx)
-    batch = task.batch(EXAMPLE_PAIRS, split="held_out", seed=circuit.seed)
-    hooks = circuit.hooks()
-    whole = task_logit_diffs(model, batch).sigmoid()
-    pruned = task_logit_diffs(model, batch, hooks).sigmoid()
-    seen: dict[str, torch.Tensor] = {}
-
-    def record(x: torch.Tensor, hook: Any) -> None:
-        seen[hook.name] = x.detach().clone()
-
-    model.run_with_hooks(batch.tokens, fwd_hooks=[(name, record) for name in index.slices])
-    shown = []
-    for i in range(len(batch)):
-        length = int(batch.last[i]) + 1
-        values = {}
-        for node in circuit.nodes.itertuples(index=False):
-            site = seen[node.hook][i, :length]
-            flat = site.reshape(length, -1)
-            values[f"{node.layer}.{node.site}.{node.channel}"] = flat[:, node.channel].tolist()
-        shown.append(
-            PageExample(
-                tokens=tuple(model.to_str_tokens(batch.tokens[i, :length])),
-                correct_token=model.to_string(int(batch.correct_token[i])),
-                incorrect_token=model.to_string(int(batch.incorrect_token[i])),
-                p_model=float(whole[i]),
-                p_circuit=float(pruned[i]),
-                activations=values,
-            )
-        )
-    return tuple(shown)
