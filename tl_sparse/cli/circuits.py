@@ -26,7 +26,9 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.studies.frontier import attempted, frontier
 from tl_sparse.tasks import Task, check_names, table
-from tl_sparse.views import Chart, Page, PageCircuit, Section, Table, page_html
+from tl_sparse.views import Chart, Page, Section, Table, page_html
+
+PAGE_SEQUENCES = 128  # of text, in which the page's top examples are looked for
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Prune:
     """Name of the task (tl-sparse info lists them), or your own: a file of pairs, a line of JSON
     each."""
     out: str
-    """Folder for the circuit (in its subfolder circuit) and a drawing (circuit.html)."""
+    """Folder for the circuit (in its subfolder circuit) and its page (circuit.html)."""
     overwrite: Overwrite = False
     """Replace what OUT has of an earlier run."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -50,7 +52,7 @@ class Prune:
     """The search."""
 
     def run(self) -> None:
-        """Prune, save the circuit and its drawing, and say where they are."""
+        """Prune, save the circuit and its page, and say where they are."""
         check_out(self.out, ("circuit", "circuit.html"), self.overwrite)
         model = model_with_tokenizer(self.model)
         task = task_of(model, self.task)
@@ -58,9 +60,8 @@ class Prune:
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
         circuit.save(folder)
-        drawn = PageCircuit(circuit.table(), "circuit")
-        write_atomic(page, page_html(Page(f"Circuit of {task.name}", circuits=(drawn,))))
-        say(f"{circuit!r}\nsaved in {folder}; drawing: {page}")
+        circuit.write_page(page, model, task, text[:PAGE_SEQUENCES])
+        say(f"{circuit!r}\nsaved in {folder}; page: {page}")
 
 
 @dataclass(frozen=True)

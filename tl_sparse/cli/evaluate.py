@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from tl_sparse.circuits import Circuit
+from tl_sparse.circuits import Circuit, page_circuit
 from tl_sparse.cli.inputs import (
     Overwrite,
     check_out,
@@ -68,5 +68,6 @@ class Evaluate:
         report.save(out / "report.json")
         write_atomic(out / "numbers.csv", report.to_dataframe().to_csv(index=False))
         write_atomic(out / "criteria.csv", report.criteria_frame().to_csv(index=False))
-        page = report.write_page(out / "report.html")
+        shown = page_circuit(circuit, model, task, title="the circuit that was tested")
+        page = report.write_page(out / "report.html", (shown,))
         say(f"{report.verdict}\nReport: {page}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from tl_sparse.circuits import page_circuit
 from tl_sparse.cli.inputs import Overwrite, check_out, is_openai, model_of, say
 from tl_sparse.compat import pretrained
 from tl_sparse.heads import (
@@ -16,6 +17,7 @@ from tl_sparse.heads import (
     IdentifiedHeads,
     contrastive,
     contrastive_from_jsonl,
+    contrastive_task,
     extract_head_outputs,
     identify,
     score_edges,
@@ -38,7 +40,7 @@ class Heads:
     """Folder of a saved model, the name of a bundled or a released one, or any model's name in
     TransformerLens or on the Hub, such as gpt2."""
     out: str
-    """Folder for heads.csv, heads.html (the map), edges.csv, settings.json and the circuit."""
+    """Folder for heads.csv, heads.html (map and circuit), edges.csv, settings.json, the circuit."""
     overwrite: Overwrite = False
     """Replace what OUT has of an earlier run."""
     task: str = "ioi"
@@ -99,13 +101,18 @@ class Heads:
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "heads.csv", found.to_dataframe().to_csv(index=False))
-        write_atomic(out / "heads.html", page_html(page_of(found, repr(dataset))))
         if self.edges:
             write_atomic(out / "edges.csv", score_edges(codes).to_dataframe().to_csv(index=False))
         settings = vars(self) | {"heads": [str(c) for c in chosen], "seconds": found.seconds}
         write_atomic(out / "settings.json", json.dumps(settings, indent=1))
+        circuits = []
         if chosen and all(c.kind == "head" for c in chosen):
-            found.circuit(model, dataset, chosen).save(out / "circuit")
+            circuit = found.circuit(model, dataset, chosen)
+            circuit.save(out / "circuit")
+            task = None if self.file else contrastive_task(self.task, model.tokenizer)
+            circuits.append(page_circuit(circuit, model, task))
+        page = replace(page_of(found, repr(dataset)), circuits=tuple(circuits))
+        write_atomic(out / "heads.html", page_html(page))
         names = ", ".join(str(c) for c in chosen) or "none"
         rule = f"at FDR {self.fdr:g}" if self.top is None else "highest"
         say(f"{len(chosen)} of {len(codes.components)} components {rule}: {names}")

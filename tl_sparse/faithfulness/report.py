@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import NoneType
@@ -26,6 +26,7 @@ from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json, real
 from tl_sparse.views.display import frame_html
 from tl_sparse.views.page import page_html
+from tl_sparse.views.page_circuit import PageCircuit
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -178,10 +179,14 @@ class FaithfulnessReport:
         """Every number with an interval, and its null beside it."""
         return overview_figure(self.task, self.to_dataframe())
 
-    def write_page(self, path: str | Path) -> Path:
-        """Write the report as one self-contained page; returns its path."""
+    def write_page(self, path: str | Path, circuits: Sequence[PageCircuit] = ()) -> Path:
+        """Write the report as one self-contained page; returns its path.
+
+        Below the report stand circuits to click through, from ``circuits.page_circuit``, such as
+        the one that was tested.
+        """
         page = report_page(self.task, self.verdict, self.facts, self.criteria, self.results)
-        write_atomic(Path(path), page_html(page))
+        write_atomic(Path(path), page_html(replace(page, circuits=tuple(circuits))))
         return Path(path)
 
     def __repr__(self) -> str:
