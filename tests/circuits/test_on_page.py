@@ -21,28 +21,36 @@ from tl_sparse.tasks.task import Pair
 WORDS = [f"w{i}" for i in range(5, 29)]
 
 
-@pytest.fixture
-def model(small_model, make_tokenizer):
-    return small_model("together", zeros=0.5, tokenizer=make_tokenizer())
+@pytest.fixture(scope="module")
+def model():
+    from tests.conformance.models import make_tokenizer
+    from tests.conftest import _small_model
+
+    return _small_model("together", zeros=0.5, tokenizer=make_tokenizer())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def text():
+    return torch.randint(3, 30, (2, 8), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
 def task(model):
     pairs = [Pair((f"{a} {b} w9", f"{b} {a} w9"), (" w3", " w4"))
              for a, b in zip(WORDS[::2], WORDS[1::2], strict=True)]  # fmt: skip
     return task_of_pairs("mine", pairs, model.tokenizer, description="", source="", max_tokens=8)
 
 
-@pytest.fixture
-def circuit(model, tokens):
-    means = activation_means(model, tokens)
+@pytest.fixture(scope="module")
+def circuit(model, text):
+    means = activation_means(model, text)
     kept = torch.rand(means.index.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.3
     return circuit_of_nodes(model, "mine", kept, means)
 
 
-@pytest.fixture
-def shown(circuit, model, task, tokens):
-    return page_circuit(circuit, model, task, tokens, pairs=2, k=2)
+@pytest.fixture(scope="module")
+def shown(circuit, model, task, text):
+    return page_circuit(circuit, model, task, text, pairs=2, k=2)
 
 
 def test_examples_have_the_values_of_model_and_circuit(circuit, model, task, shown):
@@ -122,8 +130,8 @@ def test_channels_have_their_rows_of_the_embedding_and_the_unembedding(circuit, 
     assert mine["weight"].max() == pytest.approx(float(scaled.max()))
 
 
-def test_texts_have_a_nodes_largest_value(circuit, model, tokens, shown):
-    _, cache = model.run_with_cache(tokens)
+def test_texts_have_a_nodes_largest_value(circuit, model, text, shown):
+    _, cache = model.run_with_cache(text)
     row = circuit.nodes[circuit.nodes["site"] == "mlp_neuron"].iloc[0]
     lists = shown.texts[f"{row['layer']}.mlp_neuron.{row['channel']}"]
     assert set(lists) == {"top", "bottom"}
@@ -132,14 +140,14 @@ def test_texts_have_a_nodes_largest_value(circuit, model, tokens, shown):
     assert first.values[first.own] == pytest.approx(float(largest))
 
 
-def test_a_circuit_of_heads_shows_where_they_look_and_what_removing_each_does(model, task, tokens):
-    heads = circuit_of_heads(model, "mine", [(0, 0), (1, 1)], tokens)
+def test_a_circuit_of_heads_shows_where_they_look_and_what_removing_each_does(model, task, text):
+    heads = circuit_of_heads(model, "mine", [(0, 0), (1, 1)], text)
     shown = page_circuit(heads, model, task)
     assert set(shown.examples[0].attention) == {"L0H0", "L1H1"}
     batch = task.batch(16, split="held_out", seed=0)
 
     def loss(chosen):
-        one = circuit_of_heads(model, "mine", chosen, tokens)
+        one = circuit_of_heads(model, "mine", chosen, text)
         return float(F.softplus(-task_logit_diffs(model, batch, one.hooks())).mean())
 
     rises = list(shown.effects.values())
@@ -149,7 +157,7 @@ def test_a_circuit_of_heads_shows_where_they_look_and_what_removing_each_does(mo
     )
 
 
-def test_without_a_model_there_is_a_page_and_no_examples(circuit, task, tokens, tmp_path):
+def test_without_a_model_there_is_a_page_and_no_examples(circuit, task, tmp_path):
     page = circuit.write_page(tmp_path / "x.html").read_text(encoding="utf-8")
     assert "Circuit of mine" in page
     assert page_circuit(circuit).examples == ()

@@ -28,6 +28,8 @@ from tl_sparse.tracing.graph_files import save_graph as save_graph
 from tl_sparse.tracing.graph_files import to_networkx as to_networkx
 from tl_sparse.tracing.interventions import FeatureChange as FeatureChange
 from tl_sparse.tracing.interventions import feature_hooks as feature_hooks
+from tl_sparse.tracing.page import page_graph as page_graph
+from tl_sparse.tracing.page import write_graph_page as write_graph_page
 from tl_sparse.tracing.roots import AttentionPattern as AttentionPattern
 from tl_sparse.tracing.roots import AttentionScore as AttentionScore
 from tl_sparse.tracing.roots import Custom as Custom
