@@ -6,9 +6,9 @@ search (learning rate 0.003, constant price 1e-4 a gate), then a bisection over 
 τ. The paper searches 256 settings a circuit and does not say how many steps a run has, so the
 reference runs once, at the centres, for as many steps as are asked for.
 
-- ``circuits``: seconds to a circuit at the target loss and its size, by ``prune`` with its defaults
-  and by the reference. Who reaches the target with no circuit smaller than a tenth of the model has
-  failed.
+- ``circuits``: seconds to a circuit at the target loss and its size, by ``prune`` with its
+  defaults, by ``prune`` with every pass of the full model, and by the reference. Who reaches the
+  target with no circuit smaller than a tenth of the model has failed.
 - ``step``: one training step of the reference against one of ``prune``, in interleaved rounds.
 - ``sweep``: ``prune_many`` on 32 settings against ``prune`` on each of a few of them, refinement
   included; what 32 would take one by one is extrapolated from these few and called so.
@@ -151,7 +151,8 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 def circuits(
     name: str, model: Any, task: Any, means: Any, target: float, steps: list[int], seed: int
 ) -> list[dict[str, Any]]:
-    """A row for prune's defaults, and one for each number of the reference's steps."""
+    """A row for prune's defaults, one without shrinking the model, and one for each number of the
+    reference's steps."""
     n_nodes, rows = means.index.n_nodes, []
 
     def row(method: str, n_steps: int, seconds: float, **more: Any) -> None:
@@ -161,20 +162,21 @@ def circuits(
         )  # fmt: skip
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
 
-    config = PruningConfig(target_loss=target, seed=seed)
+    for method, shrink in (("prune", True), ("prune, shrink off", False)):
+        config = PruningConfig(target_loss=target, seed=seed, shrink=shrink)
 
-    def default() -> Any:
-        try:
-            return prune(model, task, config, means=means, progress=False)
-        except PruningFailed as failure:
-            return failure
+        def search(config: PruningConfig = config) -> Any:
+            try:
+                return prune(model, task, config, means=means, progress=False)
+            except PruningFailed as failure:
+                return failure
 
-    found, seconds = timed(default)
-    if isinstance(found, PruningFailed):
-        row("prune", config.steps, seconds, failed=True)
-    else:
-        row("prune", config.steps, seconds, failed=found.n_nodes > n_nodes / 10,
-            nodes=found.n_nodes, edges=found.n_edges, loss=found.loss)  # fmt: skip
+        found, seconds = timed(search)
+        if isinstance(found, PruningFailed):
+            row(method, config.steps, seconds, failed=True)
+        else:
+            row(method, config.steps, seconds, failed=found.n_nodes > n_nodes / 10,
+                nodes=found.n_nodes, edges=found.n_edges, loss=found.loss)  # fmt: skip
     report = task.batch(128, split="held_out", seed=seed)
     for n_steps in steps:
 
@@ -262,7 +264,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["with_as", "while_return_true", "var_if"])
     parser.add_argument("--parts", nargs="+", default=["step", "circuits", "sweep"])
     parser.add_argument("--target-loss", type=float, default=0.15)
-    parser.add_argument("--reference-steps", type=int, nargs="+", default=[300, 500, 1000, 2000])
+    parser.add_argument("--reference-steps", type=int, nargs="*", default=[300, 500, 1000, 2000])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sweep-steps", type=int, default=300)
     parser.add_argument("--sweep-alone", type=int, default=4)
@@ -270,11 +272,14 @@ def main() -> None:
     parser.add_argument("--out", default="pruning.json")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in args.parts}
+    torch.optim.LBFGS([torch.zeros(1, requires_grad=True)])  # imports torch.compile's modules once
     for name in args.models:
         model = tls.SparseTransformer.from_pretrained(name).eval()
         means = tls.activation_means(model, text_tokens(model))
         for i, task_name in enumerate(args.tasks):
             task = tls.tasks.get(task_name, model.tokenizer)
+            for split in ("train", "held_out"):  # the library's source is read once a process
+                task.batch(1, split=split, seed=0)
             if "step" in found:
                 found["step"].append(one_step(name, model, task, means, args.rounds))
             if "circuits" in found:

@@ -61,7 +61,7 @@ def eliminate_from_full_model(
     Raises:
         PruningFailed: a few thousand masks were tried, and there is no end.
     """
-    config, few = run.config, run.on_few(PAIRS)
+    few = run.on_few(PAIRS)
     component = run.component.to(order.device)
     tried = 0
 
@@ -82,11 +82,11 @@ def eliminate_from_full_model(
     if run.exclude is not None:
         kept &= ~run.exclude.to(order.device)
     full_loss = losses(kept[None])[0]
-    if full_loss > config.target_loss:
+    if full_loss > run.goal:
         return kept  # without the excluded nodes the target is missed: nothing more can go
     ranked = ranked_components(component, order)
     for share in SHARES:
-        limit = full_loss + share * (config.target_loss - full_loss)
+        limit = full_loss + share * (run.goal - full_loss)
         todo = ranked[torch.isin(ranked, component[kept])]
         while len(todo):
             ranks = component_ranks(component, todo)

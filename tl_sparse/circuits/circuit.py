@@ -26,6 +26,7 @@ from tl_sparse.ablation import (
 from tl_sparse.circuits.calibration import Calibration
 from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.circuits.edges import no_removed_edges
+from tl_sparse.circuits.intervals import DRAWS, bootstrap_means, chance_at_most, interval
 from tl_sparse.circuits.notes import checked_notes
 from tl_sparse.circuits.stored import read_circuit, write_circuit
 from tl_sparse.node import released_names
@@ -126,6 +127,20 @@ class Circuit:
     def loss(self) -> float:
         """Mean held-out loss in nats; NaN if it was not measured."""
         return float(self.losses.mean())
+
+    @property
+    def loss_interval(self) -> tuple[float, float]:
+        """Where the mean held-out loss lies with 95% confidence: a bootstrap over prompt pairs."""
+        if not len(self.losses):
+            return math.nan, math.nan
+        return interval(bootstrap_means(self.losses[:, None], DRAWS, 0)[:, 0])
+
+    @property
+    def confidence(self) -> float:
+        """With what confidence the mean held-out loss is at most the target: the share of bootstrap
+        draws over prompt pairs, none of which any node was chosen on. NaN if it was not
+        measured."""
+        return chance_at_most(self.losses, self.target_loss)
 
     @property
     def loss_calibrated(self) -> float:

@@ -13,16 +13,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.logit_diff import last_logits, trimmed
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.compiled_parts import Read, Where, pick, rows
-from tl_sparse.circuits.folding import Folding
+from tl_sparse.circuits.folding import Folding, KeptNodes
 from tl_sparse.compat import HookedRootModule, HookPoint
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.sites import BLOCK_SITES
+from tl_sparse.sites import BLOCK_SITES, NodeIndex
 from tl_sparse.tasks import TaskBatch
 
 CHUNK = 256  # prompts per forward pass of the full model in the check
@@ -46,13 +46,14 @@ class CompiledCircuit(HookedRootModule):
     b_U: Tensor
     W_B: Tensor | None
 
-    def __init__(self, model: SparseTransformer, circuit: Circuit, token_ids: Tensor,
-                 exact_topk: bool) -> None:  # fmt: skip
+    def __init__(self, model: SparseTransformer, nodes: KeptNodes, token_ids: Tensor,
+                 exact_topk: bool, task: str = "", tables: bool = True) -> None:  # fmt: skip
+        """``tables`` off: nothing is tabulated that hooks at its reads would bypass anyway."""
         super().__init__()
-        self.task = circuit.task
+        self.task = task
         self.n_ctx = model.config.n_ctx
         self.max_deviation, self.logit_scale = float("nan"), float("nan")
-        builder = Folding(model, circuit, exact_topk)
+        builder = Folding(model, nodes, exact_topk, tables)
         self.tracked = tuple(torch.nonzero(builder.tracked).flatten().tolist())
         """Stream channels that are carried along."""
         self.register_buffer("token_ids", token_ids)
@@ -102,23 +103,37 @@ class CompiledCircuit(HookedRootModule):
         if tokens.shape[1] > self.n_ctx:
             raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {self.n_ctx}")
         places = torch.arange(tokens.shape[1], device=tokens.device)
+        if last is None:
+            return self.run(tokens, places)
+        return self.run(tokens, places, last[:, None])[:, 0]
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch slot"],
+        places: Int[Tensor, "..."],
+        ends: Int[Tensor, "batch end"] | None = None,
+        mask: Bool[Tensor, "batch slot slot"] | None = None,
+    ) -> Float[Tensor, "batch end_or_slot token_id"]:
+        """Logits at every slot, or at ``ends``; for rows that hold more than one prompt.
+
+        ``places``: the slots' positions, [slot] or [batch, slot]; ``mask``: what each slot attends
+        to, by default itself and those before it.
+        """
         static = None if self.static_embed is None else self.static_embed[tokens]
         where, x = Where(tokens, places, static), self.embed[tokens]
-        single = last is not None and self.last_attention < 0
-        if last is not None and single:
-            where, x = where.pick(last), pick(x, last)
+        if ends is not None and self.last_attention < 0:
+            where, x = where.pick(ends), pick(x, ends)
         for layer, block in enumerate(self.blocks):
             if block.attn is not None and block.ln1 is not None:
-                here = last if layer == self.last_attention else None
-                delta = block.hook_attn_out(block.attn(x, block.ln1, where, here))
+                here = ends if layer == self.last_attention else None
+                delta = block.hook_attn_out(block.attn(x, block.ln1, where, here, mask))
                 if here is not None:
                     where, x = where.pick(here), pick(x, here)
                 x = x.index_add(-1, block.attn_writes, delta)
             if block.mlp is not None and block.ln2 is not None:
                 delta = block.hook_mlp_out(block.mlp(block.ln2(x, where), where))
                 x = x.index_add(-1, block.mlp_writes, delta)
-        logits = self.hook_logits(self.read_out(x, where))
-        return logits if last is None else logits[:, 0]
+        return self.hook_logits(self.read_out(x, where))
 
     def read_out(self, x: Tensor, where: Where) -> Float[Tensor, "batch pos token_id"]:
         """Logits of the stream."""
@@ -212,30 +227,37 @@ def compile_circuit(
     if not isinstance(model, SparseTransformer):
         raise TypeError(f"only a SparseTransformer can be compiled, not a {type(model).__name__}")
     circuit.check_model(model)
-    if outside := sorted(set(circuit.index.sites) - set(BLOCK_SITES)):
-        raise ValueError(
-            f"a circuit with nodes at {', '.join(outside)} cannot be compiled: only the sites "
-            f"{', '.join(BLOCK_SITES)} can"
-        )
+    if obstacle := why_not_compiled(model, circuit.index):
+        raise ValueError(obstacle)
     circuit.hooks()  # refused now if they depend on the prompts
-    density = model.config.activation_density
-    if model.config.residual_act != "identity" or density.resid_post_attn < 1 or (
-        density.resid_post_mlp < 1
-    ):  # fmt: skip
-        raise ValueError(
-            "a circuit can be compiled only where the stream is a plain sum: this model's has "
-            f"residual_act={model.config.residual_act!r}, resid_post_attn="
-            f"{density.resid_post_attn}, resid_post_mlp={density.resid_post_mlp}"
-        )
     ids = torch.cat([batch.correct_token, batch.incorrect_token]).unique().cpu()
     if token_ids is not None:
         ids = torch.tensor(list(token_ids), dtype=torch.int64)
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.config.n_logits:
         raise ValueError(f"token_ids must be between 0 and {model.config.n_logits - 1}: {ids}")
     with torch.no_grad():
-        compiled = CompiledCircuit(model, circuit, ids, exact_topk)
+        nodes = KeptNodes(circuit.index, circuit.kept.cpu(), circuit.means.values.cpu())
+        compiled = CompiledCircuit(model, nodes, ids, exact_topk, circuit.task)
         check(compiled, circuit, model, batch, tolerance)
     return compiled
+
+
+def why_not_compiled(model: SparseTransformer, index: NodeIndex) -> str:
+    """Why no circuit of these nodes can be compiled; empty if it can."""
+    if outside := sorted(set(index.sites) - set(BLOCK_SITES)):
+        return (
+            f"a circuit with nodes at {', '.join(outside)} cannot be compiled: only the sites "
+            f"{', '.join(BLOCK_SITES)} can"
+        )
+    density = model.config.activation_density
+    resid = (density.resid_post_attn, density.resid_post_mlp)
+    if model.config.residual_act != "identity" or min(resid) < 1:
+        return (
+            "a circuit can be compiled only where the stream is a plain sum: this model's has "
+            f"residual_act={model.config.residual_act!r}, resid_post_attn="
+            f"{density.resid_post_attn}, resid_post_mlp={density.resid_post_mlp}"
+        )
+    return ""
 
 
 def check(

@@ -33,10 +33,14 @@ class Where(NamedTuple):
     """Positions, [pos] or [batch, pos]."""
     static: Float[Tensor, "batch pos untracked"] | None
 
-    def pick(self, last: Int[Tensor, " batch"]) -> Where:
-        """The same at one position of each row."""
-        static = None if self.static is None else pick(self.static, last)
-        return Where(pick(self.tokens, last), last[:, None], static)
+    def pick(self, ends: Int[Tensor, "batch end"]) -> Where:
+        """The same at a few slots of each row."""
+        static = None if self.static is None else pick(self.static, ends)
+        return Where(pick(self.tokens, ends), self.places_at(ends), static)
+
+    def places_at(self, ends: Int[Tensor, "batch end"]) -> Int[Tensor, "batch end"]:
+        """The positions of a few slots of each row."""
+        return ends if self.places.ndim == 1 else pick(self.places, ends)
 
 
 class State(NamedTuple):
@@ -49,9 +53,9 @@ class State(NamedTuple):
     """What it divides by."""
 
 
-def pick(x: Tensor, last: Int[Tensor, " batch"]) -> Tensor:
-    """``x`` [batch, pos, ...] at one position of each row, which stays as an axis of length 1."""
-    return x[torch.arange(len(x), device=x.device), last][:, None]
+def pick(x: Tensor, ends: Int[Tensor, "batch end"]) -> Tensor:
+    """``x`` [batch, slot, ...] at a few slots of each row: [batch, end, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], ends]
 
 
 def rows(table: Float[Tensor, "place_or_1 ..."], places: Tensor) -> Tensor:
@@ -361,41 +365,47 @@ class CompiledAttention(nn.Module):
             projected += [self.k(read, places), self.q(queries, to)]
         return projected
 
-    def look_up(self, where: Where, last: Int[Tensor, " batch"] | None) -> list[Tensor]:
+    def look_up(self, where: Where, ends: Int[Tensor, "batch end"] | None) -> list[Tensor]:
         """The same from the table."""
         assert self.table is not None
         cells = self.table[0 if len(self.table) == 1 else where.places, where.tokens]
         if not self.heads:
             return [cells]
         v, k, q = cells.split([self.v.n_kept, self.k.n_kept, self.q.n_kept], -1)
-        return [v, k, q if last is None else pick(q, last)]
+        return [v, k, q if ends is None else pick(q, ends)]
 
     def forward(
         self,
         x: Float[Tensor, "batch pos tracked"],
         stage: Stage,
         where: Where,
-        last: Int[Tensor, " batch"] | None,
+        ends: Int[Tensor, "batch end"] | None,
+        mask: Bool[Tensor, "batch slot src"] | None,
     ) -> Float[Tensor, "batch dest write"]:
-        """The kept writes: at every position, or at ``last`` only."""
-        to = where.places if last is None else last[:, None]
+        """The kept writes: at every slot, or at ``ends`` only.
+
+        ``mask``: what each slot attends to; None: itself and those before it.
+        """
+        to = where.places if ends is None else where.places_at(ends)
         if self.table is None or has_hooks(self.hook_act_in) or has_hooks(stage.hook_scale):
             read = self.hook_act_in(self.read(stage(x, where), where))
-            queries = read if last is None else pick(read, last)
+            queries = read if ends is None else pick(read, ends)
             projected = self.project(read, queries, where.places, to)
         else:
-            projected = self.look_up(where, last)
+            projected = self.look_up(where, ends)
         v = self.hook_v(projected[0])
-        n, mask = v.shape[1], None
-        z = v[..., self.uniform_v].cumsum(1) * self.uniform_weight[:n]
-        if last is not None:
-            z = pick(z, last)
-            mask = torch.arange(n, device=v.device) <= last[:, None, None]
+        seen, alike = mask, v[..., self.uniform_v]
+        if ends is not None and mask is not None:
+            seen = pick(mask, ends)
+        elif ends is not None:
+            seen = torch.arange(v.shape[1], device=v.device) <= ends[:, :, None]
+        total = alike.cumsum(1) if seen is None else seen.to(v.dtype) @ alike
+        z = total * self.uniform_weight[to]
         if self.heads:
             k, q = self.hook_k(projected[1]), self.hook_q(projected[2])
             live = attention(
                 self.spread_q(q), self.spread_k(k), self.spread_v(v),
-                scale=self.scale, sinks=self.sinks, mask=mask,
+                scale=self.scale, sinks=self.sinks, mask=seen,
                 hooked=has_hooks(self.hook_attn_scores) or has_hooks(self.hook_pattern),
                 hook_scores=self.hook_attn_scores, hook_pattern=self.hook_pattern,
             )  # fmt: skip

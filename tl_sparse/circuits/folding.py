@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,10 +22,20 @@ from tl_sparse.circuits.edges import input_major
 from tl_sparse.compat import HookPoint
 from tl_sparse.model.layers import Norm
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.sites import NodeIndex
 from tl_sparse.sites import site as site_row
 
-if TYPE_CHECKING:
-    from tl_sparse.circuits.circuit import Circuit
+
+@dataclass(frozen=True, eq=False)
+class KeptNodes:
+    """What a compiled model is made from: which nodes are left, and what the others are set to."""
+
+    index: NodeIndex
+    """The nodes."""
+    kept: Bool[Tensor, " node"]
+    """Those that are left, on the CPU."""
+    values: Float[Tensor, " node"]
+    """What each is set to where it is removed, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +79,9 @@ class CompiledBlock(nn.Module):
 class Folding:
     """Folds a model's weights, in float64, going down the stream once."""
 
-    def __init__(self, model: SparseTransformer, circuit: Circuit, exact_topk: bool) -> None:
-        self.model, self.circuit, self.exact = model, circuit, exact_topk
+    def __init__(self, model: SparseTransformer, nodes: KeptNodes, exact_topk: bool,
+                 tables: bool = True) -> None:  # fmt: skip
+        self.model, self.nodes, self.exact, self.tables = model, nodes, exact_topk, tables
         self.config = config = model.config
         self.groups: list[Group] = []
         self.written = False
@@ -89,18 +100,18 @@ class Folding:
 
     def kept(self, layer: int, site: str) -> Bool[Tensor, " channel"]:
         """Kept channels; a site outside the circuit's node universe is kept whole."""
-        index = self.circuit.index
+        index = self.nodes.index
         if site not in index.sites:
             return torch.ones(self.config.site_width(site), dtype=torch.bool)
-        return self.circuit.kept.cpu()[index.slices[index.hook(layer, site)]]
+        return self.nodes.kept[index.slices[index.hook(layer, site)]]
 
     def constant(self, layer: int, site: str) -> Float[Tensor, " channel"]:
         """What removed channels are set to; 0 at the kept ones."""
-        index, kept = self.circuit.index, self.kept(layer, site)
+        index, kept = self.nodes.index, self.kept(layer, site)
         if site not in index.sites:
             return torch.zeros(len(kept), dtype=torch.float64)
-        means = self.circuit.means.values.cpu()[index.slices[index.hook(layer, site)]]
-        return torch.where(kept, 0.0, means.double())
+        values = self.nodes.values[index.slices[index.hook(layer, site)]]
+        return torch.where(kept, 0.0, values.double())
 
     def k(self, site: str) -> int | None:
         """AbsTopK's k, or None where it does nothing (or is to be left out)."""
@@ -153,7 +164,7 @@ class Folding:
         kept = self.kept(layer, "attn_out")
         if bool(kept.any()):
             stage, attn = self.stage(block.ln1), self.attention(block, layer)
-            if not self.written:
+            if self.tables and not self.written:
                 attn.tabulate(stage, self.embed[:, self.tracked], self.config.n_ctx)
             self.written = True
             compiled.set_attention(stage, attn, self.place_of[kept])

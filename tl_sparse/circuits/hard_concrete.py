@@ -87,7 +87,7 @@ def train_log_alpha(
     start, target, goal, adapt_rate = (
         torch.tensor([x], device=values.device)
         for x in (
-            config.l0_penalty, config.target_loss, MARGIN * config.target_loss, config.adapt_rate
+            config.l0_penalty, run.goal, MARGIN * run.goal, config.adapt_rate
         )
     )  # fmt: skip
     adaptive = torch.tensor([config.penalty == "adaptive"], device=values.device)

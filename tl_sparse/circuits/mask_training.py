@@ -1,5 +1,5 @@
 """Node mask training (Gao et al. 2025, appendix A.5): a mask per pruning run, in shared forward
-passes, and the prompts of each step.
+passes, and the prompts of each step. As gates close, the passes are of what is left of the model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.ablation import FwdHook, ResampleSources, check_fired, gated_ablation_hooks
@@ -22,9 +22,16 @@ from tl_sparse.ablation.logit_diff import (
 from tl_sparse.ablation.masked_forward import joined
 from tl_sparse.circuits.gates import HardGates
 from tl_sparse.circuits.pruning_run import PruningRun
+from tl_sparse.circuits.shrunk import Shrunk
 from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, Objective, RowAdamW, train_gates
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import TaskBatch
+
+LOOKS = {
+    round(10 * 2 ** (i / 2)) for i in range(40)
+}  # steps at which it is looked how many gates are left
+WORTH = 0.75  # of the nodes that a pass has now: shrunk when no more than these are left
+NEAR = 0.05  # a gate that is closed by no more than this may open again, and is not left out
 
 
 def train_masks(
@@ -32,7 +39,9 @@ def train_masks(
 ) -> list[Float[Tensor, "run node"]]:
     """Train τ of a mask per run, all in the same forward passes; returns mask checkpoints.
 
-    ``objective`` stands in for the task loss.
+    ``objective`` stands in for the task loss. With the task loss, passes shrink to the nodes whose
+    gates are open in any of the runs (``PruningConfig.shrink``): of a node left out the penalty
+    alone is left, so that its gate stays closed.
     """
     configs, first = [run.config for run in runs], runs[0]
     device = next(first.model.parameters()).device
@@ -48,10 +57,11 @@ def train_masks(
         gates.parameter, [c.beta1 for c in configs], [c.beta2 for c in configs],
         [c.weight_decay for c in configs],
     )  # fmt: skip
-    lr, start, target, adapt_rate, warmup_frac = (
+    lr, start, adapt_rate, warmup_frac = (
         torch.tensor([float(getattr(c, name)) for c in configs], device=device)
-        for name in ("lr", "l0_penalty", "target_loss", "adapt_rate", "warmup_frac")
+        for name in ("lr", "l0_penalty", "adapt_rate", "warmup_frac")
     )
+    target = torch.tensor([run.goal for run in runs], device=device)
     adaptive = torch.tensor([c.penalty == "adaptive" for c in configs], device=device)
     steps = first.config.steps
 
@@ -59,8 +69,16 @@ def train_masks(
         warm = ((step + 1) / (warmup_frac * steps).clamp(min=1e-9)).clamp(max=1)
         optimizer.step((lr * (1 - step / steps) * warm).double()[:, None], grad)
 
+    pool = None if objective is not None else TrainingPool(runs)
+
+    def task_loss(step: int, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        assert pool is not None
+        if step in LOOKS:
+            pool.shrink((gates.scores() >= -NEAR).any(0))
+        return pool.objective(step, drawn)
+
     return train_gates(
-        gates, objective or TrainingPool(runs).objective, update,
+        gates, objective or task_loss, update,
         L0Penalty(start, target, MARGIN * target, adapt_rate, adaptive),
         steps=steps, name=", ".join(dict.fromkeys(run.task.name for run in runs)),
         progress=progress,
@@ -75,7 +93,8 @@ class TrainingPool:
     """
 
     def __init__(self, runs: Sequence[PruningRun]) -> None:
-        config, model = runs[0].config, runs[0].model
+        first = runs[0]
+        config, model = first.config, first.model
         device = next(model.parameters()).device
         pools: dict[tuple[tuple[str, ...], ...], tuple[int, TaskBatch]] = {}
         size, places = 0, []
@@ -104,6 +123,20 @@ class TrainingPool:
         resamples = isinstance(self.values, ResampleSources)
         packs = isinstance(model, SparseTransformer) and not self.frozen and not resamples
         self.packed = PackedBatch.of(self.batch) if packs else None
+        self.shrunk: Shrunk | None = None
+        self.shrinks = first.shrinks and self.packed is not None
+        self.shrinks &= all(row is values[0] or same(row, values[0]) for row in values)
+
+    def shrink(self, within: Bool[Tensor, " node"]) -> None:
+        """From now on passes are of these nodes alone, if that is worth it and can be."""
+        now = self.index.n_nodes if self.shrunk is None else int(self.shrunk.within.sum())
+        if not self.shrinks or int(within.sum()) > WORTH * now:
+            return
+        if self.shrunk is not None:
+            within = within & self.shrunk.within
+        assert isinstance(self.values, Tensor)
+        found = Shrunk.of(self.model, self.index, within, self.values[0], [self.batch])
+        self.shrinks, self.shrunk = found is not None, found or self.shrunk
 
     def objective(
         self, step: int, gates: Float[Tensor, "mask node"]
@@ -126,6 +159,10 @@ class TrainingPool:
                 for place, size in zip(self.places, self.sizes, strict=True)
             ]
         )  # fmt: skip
+        if self.shrunk is not None:
+            assert self.packed is not None
+            logit_diffs = self.shrunk.logit_diffs(self.packed.rows(pairs), gates)
+            return F.softplus(-logit_diffs).view(len(gates), -1).mean(1)
         values = self.values
         if isinstance(values, ResampleSources):
             rows = torch.randint(len(values), (2 * self.pairs,), generator=self.generator)
@@ -159,3 +196,8 @@ class TrainingPool:
         )
         norms: list[FwdHook] = [(name, hook.on(rows, width)) for name, hook in self.frozen]
         return batch, norms
+
+
+def same(one: object, other: object) -> bool:
+    """Whether both are the same values for removed nodes."""
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)

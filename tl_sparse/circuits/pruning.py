@@ -48,10 +48,11 @@ def prune(
     >>> circuit = prune("python-sparse", "single_double_quote")
 
     Works by hooks on a SparseTransformer or any TransformerLens model. A gate per node is trained
-    (task loss + l0_penalty per open gate); the nodes are ranked by τ, their number is bisected
-    inside the set of open gates to the target loss on selection pairs, single nodes are removed
-    while the target holds (backward elimination), the logit difference is calibrated, and the
-    result is reported on held-out templates and names. No search over settings is needed.
+    (task loss + l0_penalty per open gate), in a model that shrinks as gates close; the nodes are
+    ranked by τ, their number is bisected inside the set of open gates to the target loss (less the
+    headroom) on selection pairs, single nodes are removed while that holds (backward elimination),
+    the logit difference is calibrated, and the result is checked in the full model and reported on
+    held-out templates and names (``Circuit.confidence``). No search over settings is needed.
 
     Args:
         model: The model, or the name of a bundled one, of a folder, or of one on the Hub.
@@ -97,10 +98,11 @@ def prune_many(
 ) -> list[Circuit | PruningFailed]:
     """:func:`prune` for many settings, seeds and tasks, whose masks train in shared forward passes.
 
-    Every job is as if it were alone, but for rounding. Jobs share a pass if they have the same
-    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm`` and sources, up to
-    ``max_rows`` prompts. Nodes of one of ``groups`` are kept and removed together. A circuit's
-    ``seconds`` are its share of the training it took part in.
+    Every job is as if it were alone, but for rounding, and for the few gates that a run alone would
+    have left out and that another of its pass keeps open. Jobs share a pass if they have the same
+    ``steps``, ``batch_pairs``, ``tie_qk``, ``freeze_norm``, ``ablation``, ``shrink`` and sources,
+    up to ``max_rows`` prompts. Nodes of one of ``groups`` are kept and removed together. A
+    circuit's ``seconds`` are its share of the training it took part in.
 
     Returns:
         For each job its circuit, or why there is none.
@@ -114,7 +116,9 @@ def prune_many(
         config = run.config
         pairs = min(config.batch_pairs, len(run.train) // 2)
         source = id(run.values) if isinstance(run.values, ResampleSources) else None
-        same = (config.steps, config.tie_qk, config.freeze_norm, source)
+        same = (
+            config.steps, config.tie_qk, config.freeze_norm, config.ablation, config.shrink, source,
+        )  # fmt: skip
         alike.setdefault((pairs, same), []).append(i)
     found: dict[int, Circuit | PruningFailed] = {}
     for (pairs, _), members in alike.items():
@@ -135,8 +139,13 @@ def finalize(
 ) -> Circuit | PruningFailed:
     """The circuit of the trained masks, or the reason why there is none."""
     began = time.perf_counter()
+    late = torch.stack(checkpoints[len(checkpoints) // 2 :])
+    small = run.shrunk_to((late >= 0).any(0))
     try:
-        kept, tau, curve = select_nodes(run, checkpoints)
+        kept, tau, curve = select_nodes(small, checkpoints)
+        # where rounding turns a choice of AbsTopK, the shrunk model is not quite the full one
+        if small.shrunk is not None and not run.reached(kept[None])[0]:
+            kept, tau, curve = select_nodes(run, checkpoints)
     except PruningFailed as failure:
         return failure
     seconds += time.perf_counter() - began
@@ -155,6 +164,7 @@ def select_nodes(
     curve = None
     try:
         tau = choose_mask(run, checkpoints)
+        run = run if run.shrunk is None else run.shrunk_to(tau >= 0)
         kept, curve = choose_nodes(run, tau)
     except PruningFailed:
         if run.config.on_collapse == "fail":
@@ -179,12 +189,12 @@ def choose_mask(
     lowest = math.inf
     for tau in sorted(checkpoints, key=lambda tau: int((tau >= 0).sum())):
         lowest = min(lowest, float(run.losses((tau >= 0)[None])))
-        if lowest <= run.config.target_loss - ROUNDING:
+        if lowest <= run.goal - ROUNDING:
             return tau
     n_open = int((checkpoints[-1] >= 0).sum())
     raise PruningFailed(
         f"the mask collapsed: none of its {len(checkpoints)} checkpoints reaches the target loss "
-        f"{run.config.target_loss} (at the end {n_open} gates were open); lower l0_penalty, or "
+        f"{run.goal:g} (at the end {n_open} gates were open); lower l0_penalty, or "
         "train for more steps",
         lowest,
     )

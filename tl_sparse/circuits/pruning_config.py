@@ -31,6 +31,11 @@ class PruningConfig:
 
     target_loss: float = 0.15
     """Task loss (nats, two-way; chance is ln 2 = 0.693) that the circuit has to reach."""
+    headroom: float = 0.0
+    """Share of the target that is kept free: nodes are trained and chosen to (1 - headroom) *
+    target_loss, so that prompts with other templates and names reach the target too, on which a
+    circuit's loss is higher than on those it was chosen on. Where the full model's own loss is near
+    that, to a fifth of the way from it to the target."""
     steps: int = 300
     """Mask training steps."""
     batch_pairs: int = 16
@@ -74,6 +79,13 @@ class PruningConfig:
     refine: bool = True
     """After the number of nodes is chosen, remove single nodes for as long as the loss on the
     selection pairs stays at the target. Circuits of more than 500 nodes are left as they are."""
+    shrink: bool = True
+    """As gates close, go on in a compiled model of the nodes that are left, AbsTopK exact, so that
+    a step costs what the circuit costs. What is chosen is checked in the full model. Off: every
+    pass is of the full model, which takes several times as long for the same circuit but for
+    rounding. Has no effect in models of fewer than 1,000 nodes, and where a circuit cannot be
+    compiled: models other than a ``SparseTransformer``, ``freeze_norm``, resampling, nodes outside
+    the eight sites."""
     on_collapse: OnCollapse = "eliminate"
     """What is done when no mask checkpoint reaches the target loss. eliminate: start
     from the full model and remove nodes in the order that was learned, which takes longer. fail:
@@ -100,7 +112,7 @@ class PruningConfig:
         for name in ("weight_decay", "adapt_rate", "init_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        for name in ("beta1", "beta2", "warmup_frac"):
+        for name in ("beta1", "beta2", "warmup_frac", "headroom"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         check_fields(self)

@@ -26,7 +26,7 @@ from tl_sparse.ablation import (
     takes_sources,
 )
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.logit_diff import frozen_norms_of, task_logit_diffs
+from tl_sparse.ablation.logit_diff import PackedBatch, frozen_norms_of, task_logit_diffs
 from tl_sparse.ablation.masked_forward import masked_losses
 from tl_sparse.circuits.bisection import bisect, evenly
 from tl_sparse.circuits.calibration import calibrate, calibrated
@@ -34,6 +34,7 @@ from tl_sparse.circuits.circuit import CURVE, Circuit
 from tl_sparse.circuits.components import component_ranks, components, ranked_components
 from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.pruning_config import PruningConfig
+from tl_sparse.circuits.shrunk import Shrunk
 from tl_sparse.node import Nodes, as_mask
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
@@ -41,6 +42,8 @@ from tl_sparse.tasks import Task, TaskBatch
 
 MAX_POOL = 768  # distinct training pairs; drawing more buys nothing and takes long
 ROUNDING = 1e-6  # of a loss
+NEAREST = 0.2  # share of what lies between the full model's loss and the target: headroom's end
+LEAST = 1000  # nodes of a model that is shrunk: a pass of a smaller one costs its overhead anyway
 ABLATION_MASK_PAIRS = 24  # selection pairs that are run under ablation masks
 SIZES = 9  # numbers of nodes tried side by side in one round of the bisection
 
@@ -91,11 +94,20 @@ class PruningRun:
     None: there are no further runs."""
     ablation_limit: float = math.inf
     """Loss that each of these runs has to reach."""
+    shrunk: Shrunk | None = None
+    """The model without nodes that no mask tried is to keep: masks inside it cost less."""
 
     @property
     def index(self) -> NodeIndex:
         """The nodes."""
         return self.means.index
+
+    @property
+    def goal(self) -> float:
+        """Loss (nats) that nodes are trained and chosen to: the target less the headroom."""
+        target = self.config.target_loss
+        nearest = self.full_loss + NEAREST * (target - self.full_loss)
+        return min(target, max((1 - self.config.headroom) * target, nearest))
 
     @property
     def component(self) -> Int[Tensor, " node"]:
@@ -107,10 +119,29 @@ class PruningRun:
         """The same run with the pairs alone on which ``ablation_masks`` have to hold."""
         return self.on_few(ABLATION_MASK_PAIRS)
 
+    @cached_property
+    def packed_selection(self) -> PackedBatch:
+        """The selection pairs, a row each."""
+        return PackedBatch.of(self.selection.to(next(self.model.parameters()).device))
+
     def reached(self, keep: Bool[Tensor, "mask node"]) -> list[bool]:
-        """Whether each mask's loss on the selection pairs is at most the target."""
+        """Whether each mask's loss on the selection pairs is at most the goal."""
         # rounding differs between ways to batch the same prompts
-        return [loss <= self.config.target_loss - ROUNDING for loss in self.losses(keep).tolist()]
+        return [loss <= self.goal - ROUNDING for loss in self.losses(keep).tolist()]
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the model may be shrunk, as far as what removed nodes are set to goes."""
+        fixed = not isinstance(self.values, ResampleSources) and not self.config.freeze_norm
+        large = self.index.n_nodes >= LEAST
+        return self.config.shrink and large and fixed and self.ablation_masks is None
+
+    def shrunk_to(self, within: Bool[Tensor, " node"]) -> PruningRun:
+        """The same run in a model shrunk to these nodes, where that can be."""
+        if not self.shrinks or isinstance(self.values, ResampleSources):
+            return self
+        small = Shrunk.of(self.model, self.index, within, self.values, [self.selection])
+        return replace(self, shrunk=small)
 
     def on_few(self, pairs: int) -> PruningRun:
         """The same run with the first selection pairs alone, for what is tried often."""
@@ -127,16 +158,20 @@ class PruningRun:
         Raises:
             NotFinite: a loss is NaN or infinite.
         """
-        worst = masked_losses(
-            self.model, self.selection, self.index, keep, self.values, hooks=self.selection_hooks
-        )
+        if self.shrunk is not None and self.shrunk.holds(keep):
+            worst = self.shrunk.losses(self.packed_selection, keep)
+        else:
+            worst = masked_losses(
+                self.model, self.selection, self.index, keep, self.values,
+                hooks=self.selection_hooks,
+            )  # fmt: skip
         for mask in () if self.ablation_masks is None else self.ablation_masks.to(keep.device):
-            left = worst <= self.config.target_loss - ROUNDING
+            left = worst <= self.goal - ROUNDING
             losses = masked_losses(
                 self.model, self.few.selection, self.index, torch.where(keep[left], 1.0, mask),
                 self.values, hooks=self.few.selection_hooks,
             )  # fmt: skip
-            share = self.config.target_loss / self.ablation_limit
+            share = self.goal / self.ablation_limit
             worst[left] = worst[left].maximum(share * losses)
         check_finite(
             {self.task.name: worst},
@@ -306,7 +341,7 @@ def bisect_size(
     Raises:
         PruningFailed: all candidates together miss the target.
     """
-    target = run.config.target_loss
+    target = run.goal
     component = run.component.to(order.device)
     ranked = ranked_components(component, order)
     position = component_ranks(component, ranked)

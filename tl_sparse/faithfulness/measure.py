@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.circuits.intervals import bootstrap_means as bootstrap_means
+from tl_sparse.circuits.intervals import interval as interval
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.views.brief import brief
 
@@ -101,35 +103,6 @@ class CheckResult:
         rows = [[self.check, *(getattr(m, c) for c in columns)] for m in self.measures]
         # of nothing measured too the numbers are numbers, so that results can be put together
         return pd.DataFrame(rows, columns=["check", *columns]).astype(dict.fromkeys(numbers, float))
-
-
-def bootstrap_means(
-    columns: Float[Tensor, "prompt column"], draws: int, seed: int
-) -> Float[Tensor, "draw column"]:
-    """Means of per-prompt values over pairs drawn with replacement, all columns alike.
-
-    Raises:
-        ValueError: an odd number of prompts, or none.
-    """
-    if not len(columns) or len(columns) % 2:
-        raise ValueError(f"{len(columns)} prompts are not pairs")
-    pairs = columns.double().view(-1, 2, columns.shape[1]).mean(1)
-    generator = torch.Generator().manual_seed(seed)
-    # as weights: a matrix product instead of draws x pairs x columns in memory
-    chosen = torch.randint(len(pairs), (draws, len(pairs)), generator=generator)
-    counts = torch.zeros(draws, len(pairs), dtype=torch.float64)
-    counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-    return counts @ pairs / len(pairs)
-
-
-def interval(values: Float[Tensor, " draw"]) -> tuple[float, float]:
-    """Where the middle 95% of values lie; without end if any is undefined, NaN of none at all."""
-    if not len(values):
-        return math.nan, math.nan
-    if not bool(values.isfinite().all()):
-        return -math.inf, math.inf
-    low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return float(low), float(high)
 
 
 def measured_mean(
