@@ -17,7 +17,8 @@ Then, in the model itself, with errors kept: what is outside the set (sufficienc
 same length, or to 0; f = (m - m0) / (m1 - m0) with m the logit difference, m1 the model's and m0
 that with every feature ablated; a row's f is the ratio of means over prompts, its interval a
 bootstrap of them. R is the linear world's: the share of the root that the gate does not cut
-off; "R features" that of the embedding's features alone, as in the paper. Prompts are held out ones that had no part in training the dictionaries.
+off; "R features" that of the embedding's features alone, as in the paper. Prompts are
+held out ones that had no part in training the dictionaries.
 """
 
 from __future__ import annotations

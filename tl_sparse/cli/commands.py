@@ -99,6 +99,10 @@ COMMANDS = {
         "and compare.",
         GOES_ON, "heads_paper",
     ),
+    "trace": Command(
+        "trace", "Trace",
+        "Trace a logit, or the difference of two, back to the features of a model's dictionaries.",
+    ),
     "fetch": Command(
         "fetch", "Fetch",
         "Fetch one of OpenAI's released models, its tokenizer too; with --list, say "
