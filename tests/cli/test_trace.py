@@ -46,7 +46,7 @@ def test_a_text_is_traced_labelled_and_written(folders, tmp_path, monkeypatch):
     assert len(drawn["nodes"]) == len(nodes)
     assert any(node["clerp"] == features["label"].iloc[0] for node in drawn["nodes"])
     assert len(pd.read_csv(out / "edges.csv")) == len(graph.edges)
-    assert "logit(&#x27;w5&#x27;)" in (out / "trace.html").read_text()
+    assert features["id"].iloc[0] in (out / "trace.html").read_text()
     assert json.loads((out / "settings.json").read_text())["tau"] == 0.05
 
 

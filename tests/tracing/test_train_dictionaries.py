@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tl_sparse import SparseTransformer
 from tl_sparse.data.tokens import CorpusStats, TokenizedCorpus
 from tl_sparse.tracing import (
     DictionaryTrainingConfig,
@@ -188,3 +189,26 @@ def test_what_cannot_be_trained_is_refused(model, corpus):
         DictionaryTrainingConfig(k=0)
     with pytest.raises(ValueError, match="4 features, of which 9"):
         Place("x", "x", 4, k=9)
+
+
+def test_the_bundled_dictionaries_are_the_bundled_models():
+    """They load for their model, and the model keeps its loss with all of them in it."""
+    model = SparseTransformer.from_pretrained("python-dense")
+    found = load_dictionaries("python-dense", model)
+    assert [each.name for each in found] == ["embed", "0.attn", "0.mlp", "1.attn", "1.mlp"]
+    text = "def main(argv):\n    for name in names:\n        print('quoted text')\n"
+    tokens = model.to_tokens(text * 2)[:, :64]
+    seen, hooks = {}, []
+    for each in found:
+        if each.transcoder:
+            hooks.append((each.hook_in, lambda x, hook: seen.update({hook.name: x})))
+        hooks.append((each.hook_out, lambda x, hook, d=each: d.decode(
+            d.encode(seen[d.hook_in] if d.transcoder else x))))  # fmt: skip
+    with torch.no_grad():
+        whole = float(model(tokens, return_type="loss"))
+        spliced = float(model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks))
+        mean = float(model.run_with_hooks(
+            tokens, return_type="loss",
+            fwd_hooks=[(d.hook_out, lambda x, hook: x.mean((0, 1)).expand_as(x)) for d in found],
+        ))  # fmt: skip
+    assert spliced - whole < 0.15 * (mean - whole)
