@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -223,3 +224,79 @@ def test_bad_questions_are_refused(coded):
         coded([[0, -1], [0, -1]], 1)
     with pytest.raises(ValueError, match="score='jsd': choose from synergy"):
         score_edges(coded(CODES, 4, [0, 1, 2]), "jsd")
+
+
+def test_the_planted_composition_alone_is_named(coded):
+    codes = coded(composition(), 100, [0, 1, 0, 2, 1])
+    edges = score_edges(codes, permutations=60)
+    assert [str(edge) for edge in edges.named] == ["L0H0→L1H1"]
+    assert edges.p_values[0, 1] == pytest.approx(1 / 61)
+    frame = edges.to_dataframe()
+    assert frame["named"].tolist() == [True] + [False] * (len(frame) - 1)
+    assert len(edges.to_plotly().layout.shapes) == 1
+    rng = np.random.default_rng(1)
+    shuffled = replace(codes, positive=torch.from_numpy(rng.permutation(200) < 100))
+    assert score_edges(shuffled, permutations=60).named == []
+    assert "no null" in repr(score_edges(codes))
+    assert score_edges(codes).named == []
+
+
+def test_z_scores_and_p_values_of_edges_by_a_plain_loop(coded):
+    values = torch.randint(0, 3, (24, 4))
+    codes = coded(values, 12, [0, 0, 1, 1])
+    found = score_edges(codes, "mi", permutations=19, seed=5)
+    labels = codes.positive.numpy()
+    shuffles = np.random.default_rng(5).permuted(np.broadcast_to(labels, (19, 24)), axis=1)
+    scores = np.stack(
+        [
+            score_edges(replace(codes, positive=torch.from_numpy(row)), "mi").scores.numpy()[:2, 2:]
+            for row in (labels, *shuffles)
+        ]
+    )
+    z = (scores - scores.mean(0)) / scores.std(0)
+    np.testing.assert_allclose(found.z_scores.numpy()[:2, 2:], z[0], rtol=1e-6)
+    highest = [row.max() for row in z]
+    for a, b in np.ndindex(2, 2):
+        share = sum(x >= z[0, a, b] - 1e-6 for x in highest) / 20
+        assert found.p_values[a, b + 2] == pytest.approx(share)
+    assert bool(found.p_values.isnan()[2:].all())
+
+
+@pytest.mark.parametrize("score", ["synergy", "mi"])
+def test_chance_names_an_edge_as_seldom_as_asked(coded, score):
+    """Of 40 data sets in which labels mean nothing, about 8 at alpha = 0.2."""
+    rng, named = np.random.default_rng(0), 0
+    for seed in range(40):
+        codes = coded(rng.integers(0, 4, (30, 5)), 15, [0, 0, 1, 1, 2])
+        named += bool(score_edges(codes, score, permutations=19, alpha=0.2, seed=seed).named)
+    assert 2 <= named <= 15
+
+
+def test_edges_are_judged_by_those_that_are_known(coded):
+    edges = score_edges(coded(composition(), 100, [0, 1, 0, 2, 1]), permutations=60)
+    judged = edges.agreement([((0, 0), "L1H1")])
+    assert judged.auc == judged.average_precision == judged.f1 == 1.0
+    assert "1 true of 8 edges" in repr(judged)
+    assert judged.to_dataframe()["component"][0] == "L0H0→L1H1"
+    with pytest.raises(ValueError, match="L1H1→L0H0: edges lead to a later layer"):
+        edges.agreement([("L1H1", "L0H0")])
+    with pytest.raises(ValueError, match="not among the 5 components"):
+        edges.agreement([("L1H7", "L2H3")])
+
+
+def test_sets_of_codes_that_never_meet_have_no_score(coded):
+    sets = torch.full((6, 2, 2), -1)
+    sets[:3, 0], sets[3:, 1] = torch.tensor([1, 2]), torch.tensor([3, 4])
+    edges = score_edges(coded(sets, 2, [0, 1]), "mi", permutations=19)
+    assert float(edges.scores[0, 1]) == 0
+    assert edges.named == []
+
+
+def test_shuffles_that_cannot_name_an_edge_are_refused(coded):
+    codes = coded(composition(), 100, [0, 1, 0, 2, 1])
+    with pytest.raises(ValueError, match=r"at least 19 are needed for alpha=0\.05"):
+        score_edges(codes, permutations=18)
+    with pytest.raises(ValueError, match=r"alpha=1\.5"):
+        score_edges(codes, alpha=1.5)
+    with pytest.raises(ValueError, match="positive and negative prompts"):
+        score_edges(replace(codes, positive=codes.positive | True))

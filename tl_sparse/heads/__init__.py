@@ -10,6 +10,7 @@ from tl_sparse.heads.causal import CausalCheck as CausalCheck
 from tl_sparse.heads.causal import causal_check as causal_check
 from tl_sparse.heads.codes import Codes as Codes
 from tl_sparse.heads.component import Component as Component
+from tl_sparse.heads.component import Edge as Edge
 from tl_sparse.heads.contrastive import contrastive as contrastive
 from tl_sparse.heads.contrastive import contrastive_names as contrastive_names
 from tl_sparse.heads.contrastive import contrastive_task as contrastive_task

@@ -1,4 +1,4 @@
-"""How well scores find the components of a circuit that is known.
+"""How well scores find the components, or the edges, of a circuit that is known.
 
 Every method is judged by the same function. Equal scores count half, as scikit-learn does it.
 """
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_sparse.heads.component import Component, ComponentName, places
+from tl_sparse.heads.component import Component, ComponentName, Edge, places
 from tl_sparse.views import Look, Panel, chart, frame_html
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Agreement:
     """Which are of the circuit."""
     named: Bool[Tensor, " component"] | None
     """Which a method named, by a rule that does not know the truth; None if it named none."""
-    components: tuple[Component, ...]
-    """The components."""
+    components: tuple[Component, ...] | tuple[Edge, ...]
+    """The components, or the edges."""
 
     @property
     def auc(self) -> float:
@@ -135,7 +135,8 @@ class Agreement:
         parts = [f"AUC {self.auc:.3f}", f"average precision {self.average_precision:.3f}"]
         if self.named is not None:
             parts.append(f"F1 {self.f1:.3f}")
-        true = f"{int(self.true.sum())} true of {len(self.true)} components"
+        what = "edges" if isinstance(self.components[0], Edge) else "components"
+        true = f"{int(self.true.sum())} true of {len(self.true)} {what}"
         return f"{', '.join(parts)}; {true}"
 
     def __repr__(self) -> str:
@@ -145,7 +146,7 @@ class Agreement:
 def agreement(
     scores: Float[Tensor, " component"],
     truth: Bool[Tensor, " component"] | Iterable[ComponentName],
-    components: Sequence[Component],
+    components: Sequence[Component] | Sequence[Edge],
     named: Bool[Tensor, " component"] | Iterable[ComponentName] | None = None,
 ) -> Agreement:
     """Judge scores by the true components.
@@ -153,7 +154,8 @@ def agreement(
     Args:
         scores: A score for every component.
         truth: The true ones: a mask, or names such as ``"L9H6"`` or ``(9, 6)``.
-        components: What the scores are of.
+        components: What the scores are of; of edges, ``truth`` and ``named`` must be masks (see
+            :meth:`~tl_sparse.heads.EdgeScores.agreement`).
         named: Those that the method names of its own accord.
 
     Raises:
@@ -192,14 +194,18 @@ def curves_figure(methods: dict[str, Agreement]) -> go.Figure:
 
 
 def _mask(
-    names: Bool[Tensor, " component"] | Iterable[ComponentName], components: Sequence[Component]
+    names: Bool[Tensor, " component"] | Iterable[ComponentName],
+    components: Sequence[Component] | Sequence[Edge],
 ) -> Bool[Tensor, " component"]:
     if isinstance(names, Tensor):
         if names.shape != (len(components),) or names.dtype != torch.bool:
             raise ValueError(f"a mask must have one entry for each of {len(components)} components")
         return names.cpu()
     mask = torch.zeros(len(components), dtype=torch.bool)
-    mask[places(names, components)] = True
+    whole = [c for c in components if isinstance(c, Component)]
+    if len(whole) < len(components):
+        raise ValueError("edges are told by a mask, one entry for each of them")
+    mask[places(names, whole)] = True
     return mask
 
 

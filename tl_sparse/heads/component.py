@@ -1,4 +1,4 @@
-"""``Component``: what a code stands for, such as an attention head."""
+"""``Component``: what a code stands for, such as an attention head; ``Edge``: two of them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,20 @@ class Component:
             return cls(int(found["layer"]), part, int(found["head"]))
         layer, head = name
         return cls(int(layer), "head", int(head))
+
+
+@dataclass(frozen=True, order=True)
+class Edge:
+    """A component and one in a later layer, of which the first tells the second something."""
+
+    source: Component
+    """The earlier one."""
+    target: Component
+    """The later one."""
+
+    def __str__(self) -> str:
+        """Its name: ``L4H11→L5H5``."""
+        return f"{self.source}→{self.target}"
 
 
 def places(names: Iterable[ComponentName], components: Sequence[Component]) -> list[int]:
