@@ -35,7 +35,7 @@ def run(folder, *options):
 
 
 def test_heads_are_named_from_a_file_of_prompts(capsys, folder):
-    out = run(folder, "--top", "2", "--edges", "--position", "last")
+    out = run(folder, "--top", "2", "--edges", "--edge-shuffles", "19", "--position", "last")
     told = capsys.readouterr().out
     table = pd.read_csv(out / "heads.csv")
     best = table["component"][:2].tolist()
@@ -45,7 +45,9 @@ def test_heads_are_named_from_a_file_of_prompts(capsys, folder):
     rows = circuit.components[["layer", "head"]].itertuples(index=False)
     assert {f"L{layer}H{head}" for layer, head in rows} == set(best)
     assert circuit.task == "mine"
-    assert len(pd.read_csv(out / "edges.csv")) == (len(table) // 2) ** 2
+    edges = pd.read_csv(out / "edges.csv")
+    assert len(edges) == (len(table) // 2) ** 2
+    assert edges["p_value"].between(0.05, 1).all()
     assert json.loads((out / "settings.json").read_text())["heads"] == best
     page = (out / "heads.html").read_text()
     assert "Heads of mine" in page

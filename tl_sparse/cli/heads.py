@@ -74,6 +74,8 @@ class Heads:
     """Name so many heads instead."""
     edges: bool = False
     """Whether pairs of heads are scored too."""
+    edge_shuffles: int = 0
+    """Shuffles of the labels by which pairs are named, such as 200; 0 names none."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 32
     """Prompts of a forward pass."""
     seed: int = 0
@@ -102,7 +104,8 @@ class Heads:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "heads.csv", found.to_dataframe().to_csv(index=False))
         if self.edges:
-            write_atomic(out / "edges.csv", score_edges(codes).to_dataframe().to_csv(index=False))
+            pairs = score_edges(codes, permutations=self.edge_shuffles, seed=self.seed)
+            write_atomic(out / "edges.csv", pairs.to_dataframe().to_csv(index=False))
         settings = vars(self) | {"heads": [str(c) for c in chosen], "seconds": found.seconds}
         write_atomic(out / "settings.json", json.dumps(settings, indent=1))
         circuits = []

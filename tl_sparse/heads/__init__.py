@@ -18,6 +18,7 @@ from tl_sparse.heads.controls import Controls as Controls
 from tl_sparse.heads.controls import controls as controls
 from tl_sparse.heads.dataset import ContrastiveDataset as ContrastiveDataset
 from tl_sparse.heads.discrete_sae import DiscreteSAE as DiscreteSAE
+from tl_sparse.heads.edge_baselines import edge_baseline as edge_baseline
 from tl_sparse.heads.edges import EdgeScores as EdgeScores
 from tl_sparse.heads.edges import score_edges as score_edges
 from tl_sparse.heads.files import contrastive_from_jsonl as contrastive_from_jsonl
