@@ -4,6 +4,7 @@
     python benchmarks/heads_table.py --out FOLDER --report     # the tables, in Markdown
     python benchmarks/heads_table.py --out FOLDER --sweep      # the paper's sweeps
     python benchmarks/heads_table.py --out FOLDER --causal     # what the best heads do alone
+    python benchmarks/heads_table.py --out FOLDER --edges      # edges, where they are known
 
 A row of results.jsonl is one method on one task with one seed: of the prompts, of what is random
 in the method and, of compiled models, of the model. Seconds include the forward passes.
@@ -12,6 +13,7 @@ in the method and, of compiled models, of the model. Seconds include the forward
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -29,11 +31,14 @@ from tl_sparse.heads import (
     DiscreteSAE,
     agreement,
     causal_check,
+    edge_baseline,
     extract_head_outputs,
     identify,
+    score_edges,
 )
 from tl_sparse.heads.baselines import INTERVENING, baseline
-from tl_sparse.heads.controls import controls
+from tl_sparse.heads.controls import CODERS, SHUFFLED, controls, shuffled
+from tl_sparse.heads.edge_baselines import EDGE_METHODS
 from tl_sparse.heads.known import dataset_of
 from tl_sparse.heads.prompt_pairs import PromptPairs
 
@@ -177,6 +182,56 @@ def causal_report(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
+EDGE_TASKS = ("compiled induction", "trained induction", "trained ioi", "trained brackets")
+EDGE_CODERS = ("paper", "corrected", "untrained encoder", "hash", "k-means by head", SHUFFLED)
+EDGE_SHUFFLES = 100
+
+
+def edge_rows(name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Every method on the edges between one task's heads with one seed."""
+    known = known_heads(name, seed)
+    if not known.edges:
+        return
+    dataset = dataset_of(known, PROMPTS, seed)
+    outputs = extract_head_outputs(known.model, dataset)
+    scored = []
+    for method in EDGE_CODERS:
+        codes = CODERS["paper" if method == SHUFFLED else method](outputs, 200, seed)
+        if method == SHUFFLED:
+            codes = dataclasses.replace(codes, positive=shuffled(codes.positive, seed))
+        for score in ("synergy", "mi", "unique"):
+            shuffles = 0 if score == "unique" else EDGE_SHUFFLES
+            scored.append((method, score_edges(codes, score, permutations=shuffles, seed=seed)))
+    pairs = PromptPairs.from_dataset(dataset, min(16, dataset.n_positive))
+    scored += [(method, edge_baseline(known.model, pairs, method)) for method in EDGE_METHODS]
+    for method, edges in scored:
+        found = edges.agreement(known.edges)
+        yield {
+            "method": method, "score": "" if edges.score == "effect" else edges.score,
+            "auc": found.auc, "ap": found.average_precision, "f1": found.f1,
+            "named": len(edges.named) if edges.permutations else math.nan,
+            "seconds": edges.seconds, "edges": len(found.true), "true": int(found.true.sum()),
+        }  # fmt: skip
+
+
+def edge_report(frame: pd.DataFrame) -> str:
+    """AUC of edges by task, mean AP, F1, how many are named, in Markdown."""
+    frame = frame.assign(
+        label=frame["method"] + frame["score"].map(lambda s: f" ({s})" if s else "")
+    )
+    order = frame.groupby("label")["auc"].mean().sort_values(ascending=False).index
+    head = f"| method | {' | '.join(EDGE_TASKS)} | mean AUC | AP | F1 | named |"
+    lines = [head, "|---|" + "---|" * (len(EDGE_TASKS) + 4)]
+    for label in order:
+        rows = frame[frame["label"] == label]
+        cells = [spread(rows.loc[rows["task"] == task, "auc"]) for task in EDGE_TASKS]
+        means = rows.groupby("task")[["auc", "ap", "f1", "named"]].mean().mean()
+        cells += ["" if math.isnan(means[c]) else f"{means[c]:.2f}" for c in ("auc", "ap", "f1")]
+        cells.append("" if math.isnan(means["named"]) else f"{means['named']:.1f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def read(path: Path) -> pd.DataFrame:
     """The rows measured so far."""
     if not path.exists():
@@ -269,6 +324,7 @@ KINDS = {
     "results": (rows_of, report),
     "sweep": (sweep_rows, sweep_report),
     "causal": (causal_rows, causal_report),
+    "edges": (edge_rows, edge_report),
 }
 """What is measured, and its tables."""
 
@@ -281,10 +337,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--edges", action="store_true")
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    kind = "sweep" if given.sweep else "causal" if given.causal else "results"
+    kind = next((name for name in KINDS if getattr(given, name, False)), "results")
     path = given.out / f"{kind}.jsonl"
     rows, tables = KINDS[kind]
     if not given.report:
