@@ -17,8 +17,8 @@ def known():
 
 @pytest.fixture(scope="module")
 def pairs(known):
-    """Three prompts and their hard negatives."""
-    return PromptPairs.from_dataset(dataset_of(known, 3))
+    """Two prompts and their hard negatives."""
+    return PromptPairs.from_dataset(dataset_of(known, 2))
 
 
 @pytest.mark.parametrize("method", EDGE_METHODS)

@@ -103,7 +103,7 @@ class Heads:
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "heads.csv", found.to_dataframe().to_csv(index=False))
-        if self.edges:
+        if self.edges or self.edge_shuffles:
             pairs = score_edges(codes, permutations=self.edge_shuffles, seed=self.seed)
             write_atomic(out / "edges.csv", pairs.to_dataframe().to_csv(index=False))
         settings = vars(self) | {"heads": [str(c) for c in chosen], "seconds": found.seconds}
