@@ -124,7 +124,7 @@ class LostShare:
 
 
 def acdc(model: nn.Module, pairs: PromptPairs) -> Scores:
-    """ACDC over heads (Conmy et al. 2023): the number of thresholds at which a head is kept.
+    """ACDC (Conmy et al. 2023) over heads, not over edges: at how many thresholds a head is kept.
 
     For each of :data:`THRESHOLDS`, heads are visited from the last layer to the first; one whose
     patching from the corrupted prompt loses less of the logit difference than the threshold, beside
@@ -246,7 +246,8 @@ def baseline(model: nn.Module, pairs: PromptPairs, method: str) -> HeadScores:
     """Score every head by a method that runs the model on pairs of prompts.
 
     Works for a ``SparseTransformer``, ``HookedTransformer`` or ``TransformerBridge``. ``EAP`` and
-    ``EAP-IG`` read every head's inputs apart, as TransformerLens' switches allow.
+    ``EAP-IG`` read every head's inputs apart, as TransformerLens' switches allow: not of a native
+    TransformerBridge.
 
     Args:
         model: The model.
@@ -255,7 +256,8 @@ def baseline(model: nn.Module, pairs: PromptPairs, method: str) -> HeadScores:
             ``EAP-IG``, ``HISP``, ``ACDC`` or ``SP``.
 
     Raises:
-        ValueError: unknown method, or scores that are not finite.
+        ValueError: unknown method, one that the model does not allow, or scores that are not
+            finite.
     """
     if method not in INTERVENING:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(INTERVENING)}")

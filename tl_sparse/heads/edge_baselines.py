@@ -71,7 +71,8 @@ EDGE_METHODS: Mapping[str, Callable[[nn.Module, PromptPairs], Effects]] = {
 def edge_baseline(model: nn.Module, pairs: PromptPairs, method: str) -> EdgeScores:
     """Score every edge from a head to a later one by a method that runs the model.
 
-    Works for a ``SparseTransformer``, ``HookedTransformer`` or ``TransformerBridge``.
+    Works for a ``SparseTransformer``, ``HookedTransformer`` or ``TransformerBridge``; ``EAP`` and
+    ``EAP-IG`` not for a native TransformerBridge.
 
     Args:
         model: The model.
@@ -80,7 +81,8 @@ def edge_baseline(model: nn.Module, pairs: PromptPairs, method: str) -> EdgeScor
             ``EAP`` or ``EAP-IG``.
 
     Raises:
-        ValueError: unknown method, a model of one layer, or scores that are not finite.
+        ValueError: unknown method, one that the model does not allow, a model of one layer, or
+            scores that are not finite.
     """
     if method not in EDGE_METHODS:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(EDGE_METHODS)}")

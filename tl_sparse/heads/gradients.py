@@ -72,12 +72,16 @@ def values(model: nn.Module, prompts: Prompts, names: Sequence[str]) -> dict[str
     """Hook name → the activation."""
     seen: dict[str, Tensor] = {}
 
-    def keep(x: Tensor, hook: Any) -> Tensor:
-        seen[hook.name] = x
-        return x
+    def keeper(name: str) -> Callable[..., Tensor]:
+        # a TransformerBridge knows some hooks by two names, and calls them by the other one
+        def keep(x: Tensor, hook: Any) -> Tensor:
+            seen[name] = x
+            return x
+
+        return keep
 
     with eval_mode(model):
-        logits_at(model, prompts.tokens, prompts.last, [(name, keep) for name in names])
+        logits_at(model, prompts.tokens, prompts.last, [(name, keeper(name)) for name in names])
     return seen
 
 
@@ -118,20 +122,29 @@ def split_inputs(model: nn.Module) -> Iterator[None]:
     """Inside the block every head's queries, keys and values are read through hooks of their own.
 
     Raises:
-        ValueError: the model's class has no such switch.
+        ValueError: the model's class has no such switch, or its attention cannot be read so, as
+            that of a native TransformerBridge.
     """
     run: Any = model
     switches = ["use_split_qkv_input"] + ([] if run.cfg.attn_only else ["use_hook_mlp_in"])
     if missing := [name for name in switches if not hasattr(run, f"set_{name}")]:
         raise ValueError(f"{type(model).__name__} has no {', '.join(missing)}: EAP needs it")
     before = {name: bool(getattr(run.cfg, name, False)) for name in switches}
+    turned: list[str] = []
     try:
         for name in switches:
-            getattr(run, f"set_{name}")(True)
+            try:
+                getattr(run, f"set_{name}")(True)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"EAP reads every head's inputs apart, which this {type(model).__name__} does "
+                    f"not allow ({error}); choose another method"
+                ) from error
+            turned.append(name)
         yield
     finally:
-        for name, value in before.items():
-            getattr(run, f"set_{name}")(value)
+        for name in turned:
+            getattr(run, f"set_{name}")(before[name])
 
 
 def edge_effects(

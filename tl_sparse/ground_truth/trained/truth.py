@@ -145,10 +145,10 @@ def find_truth(model: nn.Module, triples: Triples, *, progress: bool = True) -> 
 
     A head belongs to the circuit if patching it from the hard negatives, at every position, moves
     the mean logit difference by at least :data:`NEEDED` of what patching everything moves it by:
-    alone, beside one other head (what the pair does beyond the other alone), or patched from
-    prompts with another answer; or if it is among the heads that are left when heads are patched
-    one after another, the least needed of all that remain first, until less than :data:`KEPT` of
-    the logit difference would be left. MLPs, where there are any, follow.
+    alone, or beside one other head (what the pair does beyond the other alone); or if it is among
+    the heads that are left when heads are patched one after another, the least needed of all that
+    remain first, until less than :data:`KEPT` of the logit difference would be left. MLPs, where
+    there are any, follow. What patching from prompts with another answer does is told, too.
 
     Args:
         model: The model.
