@@ -1,5 +1,7 @@
 """Hierarchical tracing: which features of a model's dictionaries a logit is made of."""
 
+from tl_sparse.tracing.aggregate import FeatureSummary as FeatureSummary
+from tl_sparse.tracing.aggregate import aggregate as aggregate
 from tl_sparse.tracing.annotation import Annotation as Annotation
 from tl_sparse.tracing.annotation import LLMAnnotator as LLMAnnotator
 from tl_sparse.tracing.annotation import RuleAnnotator as RuleAnnotator
@@ -26,10 +28,14 @@ from tl_sparse.tracing.graph import TracedGraph as TracedGraph
 from tl_sparse.tracing.graph_files import load_graph as load_graph
 from tl_sparse.tracing.graph_files import save_graph as save_graph
 from tl_sparse.tracing.graph_files import to_networkx as to_networkx
+from tl_sparse.tracing.influence import graph_scores as graph_scores
+from tl_sparse.tracing.influence import prune_by_influence as prune_by_influence
 from tl_sparse.tracing.interventions import FeatureChange as FeatureChange
 from tl_sparse.tracing.interventions import feature_hooks as feature_hooks
 from tl_sparse.tracing.page import page_graph as page_graph
 from tl_sparse.tracing.page import write_graph_page as write_graph_page
+from tl_sparse.tracing.qk import QKTrace as QKTrace
+from tl_sparse.tracing.qk import trace_qk as trace_qk
 from tl_sparse.tracing.roots import AttentionPattern as AttentionPattern
 from tl_sparse.tracing.roots import AttentionScore as AttentionScore
 from tl_sparse.tracing.roots import Custom as Custom
@@ -37,6 +43,7 @@ from tl_sparse.tracing.roots import FeatureRoot as FeatureRoot
 from tl_sparse.tracing.roots import Logit as Logit
 from tl_sparse.tracing.roots import LogitDiff as LogitDiff
 from tl_sparse.tracing.roots import LogProb as LogProb
+from tl_sparse.tracing.session import TraceSession as TraceSession
 from tl_sparse.tracing.splice import NotLinear as NotLinear
 from tl_sparse.tracing.splice import Splice as Splice
 from tl_sparse.tracing.spliced_model import SplicedModel as SplicedModel

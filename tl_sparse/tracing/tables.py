@@ -213,7 +213,7 @@ def _target_id(run: SplicedRun, row: Row, root: str) -> str:
 
 
 def head_table(
-    parts: Mapping[str, Tensor], targets: Sequence[str], nodes: PromptNodes
+    parts: Mapping[str, Tensor], targets: np.ndarray, nodes: PromptNodes
 ) -> pd.DataFrame:
     """A row per edge into features of one attention dictionary and head."""
     tables = []
@@ -221,7 +221,7 @@ def head_table(
         weights = part[..., nodes.entries[name]].detach().cpu().double().numpy()
         row, head, source = (weights != 0).nonzero()
         tables.append(pd.DataFrame(
-            {"source": nodes.ids[name][source], "target": np.array(targets, dtype=object)[row],
+            {"source": nodes.ids[name][source], "target": targets[row],
              "head": head, "weight": weights[row, head, source]}
         ))  # fmt: skip
     columns = ["source", "target", "head", "weight"]
