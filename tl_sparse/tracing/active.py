@@ -83,7 +83,7 @@ class _Read(torch.autograd.Function):
         (W_enc,), at, g = ctx.saved_tensors, ctx.at, grads[0]
         if at.dense:
             return at.spread(g) @ W_enc.T, None, None, None
-        rows = g[:, None] * W_enc[:, at.feature].T
+        rows = g[:, None] * W_enc.T[at.feature]
         back = g.new_zeros(at.n_rows, len(W_enc)).index_add(0, at.row, rows)
         return back, None, None, None
 

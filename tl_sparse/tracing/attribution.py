@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_sparse.tracing.gate import thresholds
 from tl_sparse.tracing.roots import Root
-from tl_sparse.tracing.run import SplicedRun
+from tl_sparse.tracing.run import Leaf, SplicedRun
 from tl_sparse.tracing.splice import NotLinear
 
 _STEPS = 24  # of the search for a threshold that keeps a number of features
@@ -94,19 +94,19 @@ def collect(run: SplicedRun, values: Float[Tensor, " prompt"]) -> Attribution:
         if run.sites[name].first:
             rest = score[name] - cut
             sums["feature"] = sums["feature"].index_add(0, nodes.prompt, rest)
-    leaves = leaf_parts(run, at_leaves, rows=False)
+    leaves = leaf_parts(run, run.leaves, at_leaves, rows=False)
     for (kind, _), part in leaves.items():
         sums[kind] = sums.get(kind, 0) + part.sum(-1)
     return Attribution(values, gradient, score, kept, leaves, sums)
 
 
 def leaf_parts(
-    run: SplicedRun, found: Sequence[Tensor], rows: bool
+    run: SplicedRun, leaves: Sequence[Leaf], found: Sequence[Tensor], rows: bool
 ) -> dict[LeafName, Float[Tensor, "*row prompt pos"]]:
     """Contributions of every leaf at every token, those of one name summed."""
     parts: dict[LeafName, Tensor] = {}
     shape = tuple(run.tokens.shape)
-    for leaf, gradient in zip(run.leaves, found, strict=True):
+    for leaf, gradient in zip(leaves, found, strict=True):
         part = leaf.part(gradient, rows, shape)
         name = (leaf.kind, leaf.name)
         parts[name] = parts[name] + part if name in parts else part

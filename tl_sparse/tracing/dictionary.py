@@ -77,6 +77,10 @@ class Dictionary:
         """Name the site, and refuse sizes and options that do not go together."""
         if not self.name:
             object.__setattr__(self, "name", site_name(self.hook_out))
+        if not (self.W_enc.requires_grad or self.W_dec.requires_grad):
+            # each feature's vectors lie in one piece, so that a few of them are read fast
+            object.__setattr__(self, "W_enc", self.W_enc.T.contiguous().T)
+            object.__setattr__(self, "W_dec", self.W_dec.contiguous())
         d_in, width = self.W_enc.shape
         d_out = self.W_dec.shape[1]
         sizes = {

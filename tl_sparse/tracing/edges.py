@@ -19,6 +19,7 @@ from tl_sparse.tracing.run import SplicedRun
 
 Edges = Literal["star", "direct", "through", "none"]
 ROOT = -1
+LOGITS: LeafName = ("bias", "logits")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,8 +71,7 @@ def rows(
     """
     passing = {name: ~mask.view(run.nodes[name][0].shape) for name, mask in found.kept.items()}
     run.state.passing = passing if through else {}
-    for first in range(0, max(map(len, targets)), chunk):
-        batch = [mine[first : first + chunk] for mine in targets]
+    for batch in batches(targets, chunk):
         n_rows = max(map(len, batch))
         outputs, cotangents = cotangents_of(run, found, batch, n_rows)
         at_nodes, at_leaves = batched_gradients(run, outputs, cotangents, n_rows)
@@ -79,14 +79,25 @@ def rows(
             name: nodes.activation * gradient
             for (name, (_, nodes)), gradient in zip(run.nodes.items(), at_nodes, strict=True)
         }
-        leaves = leaf_parts(run, at_leaves, rows=True)
+        leaves = leaf_parts(run, run.inner_leaves, at_leaves, rows=True)
+        of_logits = found.leaves.get(LOGITS)
         for mine in batch:
             for row, target in enumerate(mine):
-                yield Row(
-                    target,
-                    {name: weight[row] for name, weight in weights.items()},
-                    {name: part[row, target.prompt] for name, part in leaves.items()},
-                )
+                parts = {name: part[row, target.prompt] for name, part in leaves.items()}
+                if of_logits is not None:
+                    own = of_logits[target.prompt]
+                    parts[LOGITS] = own if target.site == "" else torch.zeros_like(own)
+                yield Row(target, {name: w[row] for name, w in weights.items()}, parts)
+
+
+def batches(targets: Sequence[Sequence[Target]], chunk: int) -> Iterator[list[list[Target]]]:
+    """Roots on their own, as gradients by all logits are large; then so many features at a time."""
+    roots = [[target for target in mine if target.site == ""] for mine in targets]
+    rest = [[target for target in mine if target.site != ""] for mine in targets]
+    if any(roots):
+        yield roots
+    for first in range(0, max(map(len, rest)), chunk):
+        yield [mine[first : first + chunk] for mine in rest]
 
 
 def cotangents_of(
@@ -112,9 +123,9 @@ def cotangents_of(
 def batched_gradients(
     run: SplicedRun, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], n_rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of gradients by every node (flat) and every leaf."""
+    """Rows of gradients by every node (flat) and every inner leaf."""
     nodes = [behind for behind, _ in run.nodes.values()]
-    inputs = [*nodes, *(leaf.at for leaf in run.leaves)]
+    inputs = [*nodes, *(leaf.at for leaf in run.inner_leaves)]
     grads = torch.autograd.grad(
         list(outputs), inputs, list(cotangents), retain_graph=True, allow_unused=True,
         is_grads_batched=True,

@@ -150,7 +150,9 @@ def vector_parts(
         ids = [f"{name}/{p}/{i}" for p, i in zip(places, index, strict=True)]
         tables.append(_part_table(ids, "feature", name, places, index))
         vectors.append(parts[chosen])
-    for (kind, name), part in leaf_parts(spliced, at_leaves, rows=True).items():
+    for (kind, name), part in leaf_parts(
+        spliced, spliced.inner_leaves, at_leaves, rows=True
+    ).items():
         parts = part[:, 0].T.detach().cpu()
         chosen = (parts != 0).any(1).nonzero().flatten()
         places = chosen.numpy()

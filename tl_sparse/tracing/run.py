@@ -94,6 +94,11 @@ class SplicedRun:
     _inputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def inner_leaves(self) -> list[Leaf]:
+        """Leaves without the logits' bias, which adds to nothing but a root."""
+        return [leaf for leaf in self.leaves if leaf.name != "logits"]
+
+    @property
     def n_prompts(self) -> int:
         """Prompts in the batch."""
         return len(self.tokens)
