@@ -10,6 +10,7 @@ from tl_sparse.tracing.annotation import check_labels as check_labels
 from tl_sparse.tracing.annotation import feature_cards as feature_cards
 from tl_sparse.tracing.attribution_graph import attribution_graph as attribution_graph
 from tl_sparse.tracing.attribution_graph import save_attribution_graph as save_attribution_graph
+from tl_sparse.tracing.baselines import baseline_scores as baseline_scores
 from tl_sparse.tracing.dictionary import Dictionary as Dictionary
 from tl_sparse.tracing.dictionary_config import (
     DictionaryTrainingConfig as DictionaryTrainingConfig,
