@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=24576)
     parser.add_argument("--active", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--edges", action="store_true", help="time a trace with edges too")
     options = parser.parse_args()
     torch.manual_seed(0)

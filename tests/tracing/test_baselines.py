@@ -37,7 +37,7 @@ def test_integrated_gradients_of_a_site_sum_to_what_the_site_adds(splice, prompt
 def test_refusals(splice, prompt) -> None:
     from tl_sparse.tracing import AttentionScore, Logit, baseline_scores
 
-    with pytest.raises(ValueError, match="choose from attribution"):
-        baseline_scores(splice, prompt, Logit(4), "acdc")
+    with pytest.raises(ValueError, match="one prompt"):
+        baseline_scores(splice, prompt.expand(2, -1), Logit(4), "exact")
     with pytest.raises(ValueError, match="roots of the logits"):
         baseline_scores(splice, prompt, AttentionScore(0, 0, 1, 0), "exact")

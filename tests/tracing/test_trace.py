@@ -110,7 +110,7 @@ def test_leaves_and_cut_features_sum_to_the_root(any_model, spliced, prompt, tau
 
     root = LogitDiff(4, 9)
     graph = trace(spliced(any_model), prompt, root, Gate(tau=tau), edges="none")
-    logits = any_model(prompt)[0, -1]
+    logits = any_model(prompt)[0, -1].detach()
     assert graph.value == pytest.approx(float(logits[4] - logits[9]), abs=1e-12)
     size = sum(abs(part) for part in graph.mass.values())
     assert abs(sum(graph.mass.values()) - graph.value) <= 1e-12 * size
@@ -294,7 +294,7 @@ def test_other_roots(any_model, spliced, prompt, root) -> None:
         "score": (AttentionScore(1, 2, 4, 1), score),
         "score_key": (AttentionScore(1, 2, 4, 1, side="key"), score),
         "feature": (FeatureRoot("1.mlp", index, 3), float(acts[index])),
-        "log_prob": (LogProb(4), float(any_model(prompt)[0, -1].log_softmax(-1)[4])),
+        "log_prob": (LogProb(4), float(any_model(prompt)[0, -1].detach().log_softmax(-1)[4])),
         "pattern": (AttentionPattern(1, 2, 4, 1),
                     float(cache["blocks.1.attn.hook_pattern"][0, 2, 4, 1])),
     }[root]  # fmt: skip
