@@ -60,7 +60,7 @@ def dense_unique(codes: Codes, n_codes: int) -> np.ndarray:
 
 
 def measure(
-    size: str, prompts: int, n_codes: int, epochs: int, edges: bool, dense_codes: int
+    size: str, prompts: int, n_codes: int, epochs: int, shuffles: int, dense_codes: int
 ) -> dict:
     outputs, seconds = outputs_of(size, prompts), {}
     with timed(seconds, f"training, {epochs} epochs"):
@@ -74,11 +74,13 @@ def measure(
             found = identify(codes, score=score, permutations=0)
         with timed(seconds, f"{score}, with null"):
             found = identify(codes, score=score)
-    if edges:
-        with timed(seconds, "edge votes"):
-            identify(codes, score="edge_votes")
-        with timed(seconds, "edges"):
-            score_edges(codes)
+    with timed(seconds, "edge votes"):
+        identify(codes, score="edge_votes")
+    with timed(seconds, "edges"):
+        score_edges(codes)
+    if shuffles:
+        with timed(seconds, f"edges, {shuffles} shuffles"):
+            score_edges(codes, permutations=shuffles)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if dense_codes:
         with timed(seconds, f"dense edge votes, {dense_codes} codes"):
@@ -97,17 +99,19 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--dense-codes", type=int, default=20, help="0: not timed")
-    parser.add_argument("--edges-up-to", type=int, default=400, help="heads")
+    parser.add_argument("--shuffles", type=int, default=100, help="of labels, for edges")
+    parser.add_argument(
+        "--small", type=int, default=400, help="heads: up to so many, the above too"
+    )
     parser.add_argument("--out", default="", help="a JSON file for the results")
     parser.add_argument("--one", default="", help="measure this size in this process")
     args = parser.parse_args()
     if args.one:
         layers, heads, *_ = SIZES[args.one]
-        small = layers * heads <= args.edges_up_to
-        dense = args.dense_codes if small else 0
-        sys.stdout.write(
-            json.dumps(measure(args.one, args.prompts, args.codes, args.epochs, small, dense))
-        )
+        small = layers * heads <= args.small
+        dense, shuffles = (args.dense_codes, args.shuffles) if small else (0, 0)
+        sizes = (args.prompts, args.codes, args.epochs)
+        sys.stdout.write(json.dumps(measure(args.one, *sizes, shuffles, dense)))
         return
     rows = []
     for size in args.sizes:

@@ -282,6 +282,19 @@ def test_edges_are_judged_by_those_that_are_known(coded):
         edges.agreement([("L1H1", "L0H0")])
     with pytest.raises(ValueError, match="not among the 5 components"):
         edges.agreement([("L1H7", "L2H3")])
+    with pytest.raises(ValueError, match="is no edge"):
+        edges.agreement(["L0H0→L1H1"])
+
+
+def test_codes_of_many_bits_are_told_apart(coded):
+    """Pairs of them, on many prompts, would not fit 64 bits as one number."""
+    values = composition()
+    large = torch.as_tensor(values) * (2**30 - 1)
+    few, many = (
+        score_edges(coded(x, 100, [0, 1, 0, 2, 1], n_codes=n), "mi").scores
+        for x, n in ((values, 2), (large, 2**30))
+    )
+    torch.testing.assert_close(many, few, equal_nan=True)
 
 
 def test_sets_of_codes_that_never_meet_have_no_score(coded):

@@ -110,6 +110,8 @@ class EdgeScores:
         """
         true = torch.zeros_like(self.exists)
         for pair in truth:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"{pair!r} is no edge: write ('L0H1', 'L1H2') or ((0, 1), (1, 2))")
             source, target = places(pair, self.components)
             if not self.exists[source, target]:
                 raise ValueError(
@@ -143,8 +145,7 @@ class EdgeScores:
         )
 
     def to_plotly(self) -> go.Figure:
-        """The scores as a map, a row per source and a column per target; named edges have a
-        frame."""
+        """The scores as a map of sources × targets; named edges have a frame."""
         names = [str(c) for c in self.components]
         title = f"{self.name}: {self.score} of pairs ({self.method})"
         return heat_map(
@@ -256,8 +257,7 @@ def forward(components: Sequence[Component]) -> np.ndarray:
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
-    """Scores [labelling, pair] less their means, over their standard deviations; 0 where all
-    labellings score alike."""
+    """Scores [labelling, pair] in standard deviations from their means; 0 where there is none."""
     apart = scores - scores.mean(0)
     sd = apart.std(0)
     return np.divide(apart, sd, out=np.zeros_like(apart), where=sd > ROUNDING)
@@ -318,8 +318,13 @@ def pair_symbols(
     """
     from scipy import sparse  # slow to import
 
-    values = codes.values.cpu().numpy().astype(np.int64)
-    n, kinds = len(values), (codes.n_codes + 1) ** 2
+    # every component's own symbols from 0: codes as they are may be as large as 2^30
+    present, rank = np.unique(codes.symbols, return_inverse=True)
+    begin = np.searchsorted(present, np.arange(len(codes.components)) * (codes.n_codes + 1))
+    own = rank.reshape(codes.symbols.shape) - begin[:, None]
+    values = np.where(codes.symbols < 0, ABSENT, own)
+    n, most = len(values), int(values.max()) + 1
+    kinds = most**2
     some_absent = bool((values == ABSENT).any())
     each = n * values.shape[2] ** 2 * labellings
     step = max(1, CHUNK // each)
@@ -327,7 +332,7 @@ def pair_symbols(
     for first in range(0, len(all_sources), step):
         sources, targets = (x[first : first + step] for x in (all_sources, all_targets))
         a, b = values[:, sources, :, None], values[:, targets, None, :]
-        both = a * (codes.n_codes + 1) + b + kinds * np.arange(len(sources))[:, None, None]
+        both = a * most + b + kinds * np.arange(len(sources))[:, None, None]
         # one number for symbol and prompt: to sort numbers is faster than to sort their places
         keys = both * n + np.arange(n)[:, None, None, None]
         key = np.sort(keys[(a != ABSENT) & (b != ABSENT)] if some_absent else keys.ravel())
