@@ -1,7 +1,6 @@
 import csv
 import json
 import math
-import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -34,7 +33,7 @@ def result_of(corpus, solvers, circuit_of, tmp_path):
                 circuits["for_while", model.name] = circuit
         demo = DemoConfig(out=str(tmp_path / "out"), pairs=4, **config)
         rows = measure(demo, models, circuits, list(chosen))
-        return DemoResult(demo, corpus, models, circuits, failures or {}, rows)
+        return DemoResult(demo, demo.target_loss, corpus, models, circuits, failures or {}, rows)
 
     return build
 
@@ -192,24 +191,16 @@ def test_the_page_needs_no_network(result_of):
     links.feed(text)
     assert all(link.startswith("#") for link in links.found)
     assert not links.tags & {"link", "iframe", "img", "object", "embed"}
-    addresses = set(re.findall(r"https?://[^\s\"'<>)]*", text))
-    assert addresses <= {"http://www.w3.org/2000/svg"}  # a name, which nothing fetches
     assert "default-src 'none'" in text
     assert "for_while" in "".join(links.text)
 
 
 def test_tokens_are_escaped(result_of, monkeypatch):
-    result = result_of()
-    model = result.models[0].model
-    real = model.to_string
-    monkeypatch.setattr(
-        model, "to_string", lambda ids: "</script><b>&bold" if isinstance(ids, int) else real(ids)
-    )
-    strings = ["</script><b>&bold"] * 100
-    monkeypatch.setattr(model, "to_str_tokens", lambda ids: strings[: len(ids)])
-    text = write_report(result).read_text(encoding="utf-8")
+    evil = "</script><b>&bold"
+    monkeypatch.setattr("tl_sparse.circuits.on_page.text", lambda model, token: evil)
+    text = write_report(result_of()).read_text(encoding="utf-8")
     assert "</script><b>" not in text
-    assert "&lt;/script&gt;&lt;b&gt;&amp;bold" in text
+    assert "\\u003c/script\\u003e\\u003cb\\u003e\\u0026bold" in text
     links = Links()
     links.feed(text)
     assert "b" not in links.tags
