@@ -147,3 +147,13 @@ def test_a_graph_becomes_a_circuit_that_the_suite_judges(own_model, spliced, gra
     ablated = model.run_with_hooks(tokens, fwd_hooks=hooks)
     check_fired([(name, hook) for name, hook in hooks if hasattr(hook, "fired")])
     assert not torch.allclose(ablated, own_model(tokens), atol=1e-3)
+
+
+def test_a_circuit_belongs_to_its_dictionaries(own_model, spliced, prompt) -> None:
+    from tl_sparse.tracing import SplicedModel, feature_circuit
+
+    circuit = feature_circuit(SplicedModel(spliced(own_model)), [("1.mlp", 3)], "t", prompt)
+    circuit.check_model(SplicedModel(spliced(own_model), "linear"))
+    other = spliced(own_model, changes={"1.mlp": {"b_enc": torch.zeros(24, dtype=torch.float64)}})
+    with pytest.raises(ValueError, match="model"):
+        circuit.check_model(SplicedModel(other))

@@ -7,8 +7,6 @@ sparse model's terms: means, ablations, pruning, and the faithfulness suite.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -23,9 +21,8 @@ from tl_sparse.bridges.directions import (
     write_hook,
 )
 from tl_sparse.bridges.reading import BridgedHook
-from tl_sparse.compat import HookedRootModule, HookPoint, has_hooks
-from tl_sparse.model.hook_names import switch_of
-from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.compat import HookPoint, has_hooks
+from tl_sparse.model.added_points import AddedPoints
 from tl_sparse.nodes.prompts import Prompts, PromptsLike
 from tl_sparse.sites import NodeIndex
 
@@ -40,7 +37,7 @@ class BridgedPoints(nn.Module):
         self.hook_bridged_out, self.hook_error_out = HookPoint(), HookPoint()
 
 
-class BridgedDense(HookedRootModule):
+class BridgedDense(AddedPoints):
     """The dense model of a bridged pair, hooked in the sparse model's channels as well.
 
     Beside the dense model's own hooks every sublayer (named by the sparse model's layer) has
@@ -93,34 +90,13 @@ class BridgedDense(HookedRootModule):
                     f"directions_{number}_{side}", site_directions(pair, number, reads, ratios)
                 )
         self.blocks = nn.ModuleList(blocks)
-        self._places, self._points, self._where = places, points, where
+        self._places, self._where = places, where
+        self.add_points(points)
 
     @property
-    def hook_dict(self) -> dict[str, Any]:
-        """The dense model's hook points that fire, and those of the bridges, by name."""
-        dense: Any = self.dense
-        fires = {
-            name: point
-            for name, point in dense.hook_dict.items()
-            if not (isinstance(dense, SparseTransformer) and (switch := switch_of(name)))
-            or getattr(dense.cfg, switch)
-        }
-        return {**fires, **self._points}
-
-    @property
-    def mod_dict(self) -> dict[str, Any]:
-        """The same, where TransformerLens looks for them."""
-        return self.hook_dict
-
-    @property
-    def tokenizer(self) -> Any:
-        """The dense model's."""
-        return getattr(self.dense, "tokenizer", None)
-
-    def to_tokens(self, *args: Any, **options: Any) -> Int[Tensor, "batch pos"]:
-        """Token ids of texts, as the dense model makes them."""
-        dense: Any = self.dense
-        return dense.to_tokens(*args, **options)
+    def inner(self) -> nn.Module:  # type: ignore[override]
+        """The dense model."""
+        return self.dense
 
     def directions(self, name: str) -> Float[Tensor, "d_sparse d_dense"]:
         """The directions of the channels at one of the bridges' points, by its name."""
@@ -155,40 +131,6 @@ class BridgedDense(HookedRootModule):
         dense: Any = self.dense
         with dense.hooks(fwd_hooks=self._bridged()):
             return dense(tokens, return_type=return_type, **options)
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[tuple[Any, Any]] = (),
-        bwd_hooks: Sequence[tuple[Any, Any]] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[BridgedDense]:
-        """Hooks inside a block: on the bridges' points, and on the dense model's own."""
-        own, theirs = zip(*map(self._divided, (fwd_hooks, bwd_hooks)), strict=True)
-        dense: Any = self.dense
-        with (
-            dense.hooks(*theirs, reset_hooks_end, clear_contexts),
-            super().hooks(*own, reset_hooks_end, clear_contexts),
-        ):
-            yield self
-
-    def hook_points(self) -> list[Any]:
-        """The bridges' points: the dense model looks after its own."""
-        return list(self._points.values())
-
-    def _divided(
-        self, hooks: Sequence[tuple[Any, Any]]
-    ) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-        named = [
-            (name, function)
-            for wanted, function in hooks
-            for name in ([wanted] if isinstance(wanted, str) else filter(wanted, self.hook_dict))
-        ]
-        if unknown := [name for name, _ in named if name not in self.hook_dict]:
-            raise KeyError(f"unknown hook {unknown[0]!r} (model.hook_dict lists all)")
-        own = [(name, fn) for name, fn in named if name in self._points]
-        return own, [(name, fn) for name, fn in named if name not in self._points]
 
     def _bridged(self) -> list[FwdHook]:
         """Hooks on the dense model at those sites alone where somebody looks."""

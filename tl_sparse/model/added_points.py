@@ -17,7 +17,7 @@ from tl_sparse.model.transformer import SparseTransformer
 class AddedPoints(HookedRootModule):
     """What a model needs whose hook points are those of a model inside it, and more.
 
-    A subclass sets ``inner``, adds points with :meth:`add_points`, and runs ``inner`` in its
+    A subclass has ``inner``, adds points with :meth:`add_points`, and runs ``inner`` in its
     forward pass; everything that takes a model of TransformerLens' kind then takes it.
     """
 

@@ -136,7 +136,7 @@ class Dictionary:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Dictionary:
         """The same on a device and in a floating point type."""
-        tensors = {
+        tensors: dict[str, Any] = {
             f.name: value.to(device=device, dtype=dtype)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

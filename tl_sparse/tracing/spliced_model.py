@@ -71,6 +71,10 @@ class SplicedModel(AddedPoints):
         self.cfg: Any = splice.model.cfg
         self.names = {d.name: feature_hook(splice, d.name) for d in splice.dictionaries}
         self.add_points({name: HookPoint() for name in self.names.values()})
+        # of a model's fingerprint, so that a circuit is not taken for one of other dictionaries
+        weights = [w for d in splice.dictionaries for w in (d.W_enc, d.b_enc, d.W_dec, d.b_dec)]
+        sums = [[w.double().sum(), w.double().abs().sum()] for w in weights]
+        self.register_buffer("dictionary_sums", torch.tensor(sums).view(-1, 2))
 
     def index(self, sites: Iterable[str] | None = None) -> NodeIndex:
         """Features as nodes, of all dictionaries or some."""
@@ -93,7 +97,7 @@ class SplicedModel(AddedPoints):
 
     def _held(self) -> list[str]:
         """Hooks of what stays constant in the linear world."""
-        points: Any = self.inner.hook_dict  # type: ignore[union-attr]
+        points: Any = self.inner.hook_dict
         found = [name for name in points if name.endswith(("attn.hook_pattern", "hook_scale"))]
         return found + [mlp_hooks(layer)[2] for layer in plain_mlps(self.splice)]
 

@@ -183,11 +183,11 @@ def edge_tables(
             pos = mine.leaves[kind, name].nonzero().flatten()
             sources.append(np.array([leaf_id(kind, name, p) for p in pos.tolist()], dtype=object))
             weights.append(part[pos].detach().cpu().double().numpy())
-        source, weight = np.concatenate(sources), np.concatenate(weights)
-        there = weight != 0
+        source, added = np.concatenate(sources), np.concatenate(weights)
+        there = added != 0
         size = activation[prompt][target]
         scale = attribution[prompt][target] / size if size else 0.0
-        found[prompt].append((target, source[there], weight[there], scale))
+        found[prompt].append((target, source[there], added[there], scale))
         sums[prompt].append({"target": target, "activation": size} | total)
     return [(_edges(mine), pd.DataFrame(of)) for mine, of in zip(found, sums, strict=True)]
 

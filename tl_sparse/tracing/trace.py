@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, overload
 
 import pandas as pd
@@ -165,9 +165,7 @@ def trace_each(
 
 def root_of(root: Root, chosen: Sequence[int], n_prompts: int) -> Root:
     """The root of some of the prompts, where it has a token for each."""
-    from dataclasses import fields, replace
-
-    change = {}
+    change: dict[str, Any] = {}
     for field in fields(root):
         value = getattr(root, field.name)
         if isinstance(value, Sequence) and not isinstance(value, str):
