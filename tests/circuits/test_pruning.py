@@ -9,9 +9,11 @@ from tl_sparse.ablation import ablation_hooks, activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import (
     Circuit,
+    NodeScores,
     PruningConfig,
     PruningFailed,
     circuit_edges,
+    circuit_from_ranking,
     head_nodes,
     prune,
     pruning,
@@ -385,3 +387,16 @@ def test_closed_gates_are_never_chosen(posed):
     assert not kept[tau < 0].any()
     assert (kept & kept_of(run.index, chain)).sum() == 6
     assert curve["n_nodes"].iloc[-1] == (tau >= 0).sum()
+
+
+def test_each_phase_of_a_search_is_named_in_a_log(found, marks, monkeypatch, capsys):
+    """Where nobody watches a line is written every half minute; here at once."""
+    model, _, circuit = found
+    monkeypatch.setattr("tl_sparse.progress.EVERY", 0.0)
+    scores = NodeScores(circuit.index, circuit.tau, "given", "", math.nan, 0.0)
+    circuit_from_ranking(model, marks, scores, SEARCH, means=circuit.means)
+    told = capsys.readouterr().err
+    for phase in ("choosing how many nodes", "removing single nodes", "measuring on held-out"):
+        assert f"marked: {phase}" in told
+    circuit_from_ranking(model, marks, scores, SEARCH, means=circuit.means, progress=False)
+    assert capsys.readouterr().err == ""

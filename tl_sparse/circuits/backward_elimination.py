@@ -37,6 +37,7 @@ def backward_elimination(run: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[T
     runs = 1 + (0 if run.ablation_masks is None else len(run.ablation_masks))
     if runs * int(kept.sum()) > LARGEST:
         return kept
+    run.phase("removing single nodes")
     few = run.on_few(SCREEN)
     component = run.component.to(kept.device)
     while True:
@@ -61,6 +62,7 @@ def eliminate_from_full_model(
     Raises:
         PruningFailed: a few thousand masks were tried, and there is no end.
     """
+    run.phase("removing nodes from the full model")
     few = run.on_few(PAIRS)
     component = run.component.to(order.device)
     tried = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.importance import NodeScores, ablation_importance, restoration_importance
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, bisect_size, build_circuit, set_up
+from tl_sparse.progress import Phases
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
 
@@ -156,6 +157,7 @@ def circuit_from_ranking(
     config: PruningConfig | None = None,
     *,
     means: ActivationMeans,
+    progress: bool = True,
 ) -> Circuit:
     """The circuit of the fewest highest-scored nodes that reach the target loss.
 
@@ -174,7 +176,8 @@ def circuit_from_ranking(
         raise ValueError(f"the scores are for task {scores.task!r}, not {task.name!r}")
     config = config or PruningConfig()
     run = set_up(model, task, config, means=means)
-    return circuit_of(run, scores)
+    with Phases(task.name, progress) as phases:
+        return circuit_of(replace(run, phases=phases), scores)
 
 
 def circuit_of(run: PruningRun, scores: NodeScores) -> Circuit:

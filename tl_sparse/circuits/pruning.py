@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -27,6 +28,7 @@ from tl_sparse.circuits.pruning_run import (
     set_up_many,
 )
 from tl_sparse.node import Nodes
+from tl_sparse.progress import Phases
 from tl_sparse.tasks import Task
 
 AT_ONCE = 2048  # prompts of one training step, all masks together
@@ -130,7 +132,10 @@ def prune_many(
                 checkpoints = train_masks(group, progress)
                 share = (time.perf_counter() - began) / len(group)
                 for row, i in enumerate(members[start : start + size]):
-                    found[i] = finalize(runs[i], [masks[row] for masks in checkpoints], share)
+                    masks_of_run = [masks[row] for masks in checkpoints]
+                    with Phases(runs[i].task.name, progress) as phases:
+                        run = replace(runs[i], phases=phases)
+                        found[i] = finalize(run, masks_of_run, share)
     return [found[i] for i in range(len(runs))]
 
 
@@ -186,6 +191,7 @@ def choose_mask(
     Raises:
         PruningFailed: none reaches it.
     """
+    run.phase("choosing a mask")
     lowest = math.inf
     for tau in sorted(checkpoints, key=lambda tau: int((tau >= 0).sum())):
         lowest = min(lowest, float(run.losses((tau >= 0)[None])))

@@ -36,6 +36,7 @@ from tl_sparse.circuits.edges import circuit_edges, count_edges
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.shrunk import Shrunk
 from tl_sparse.node import Nodes, as_mask
+from tl_sparse.progress import Phases
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
@@ -96,6 +97,8 @@ class PruningRun:
     """Loss that each of these runs has to reach."""
     shrunk: Shrunk | None = None
     """The model without nodes that no mask tried is to keep: masks inside it cost less."""
+    phases: Phases | None = None
+    """What shows how far the search is; None: nothing does."""
 
     @property
     def index(self) -> NodeIndex:
@@ -143,6 +146,11 @@ class PruningRun:
         small = Shrunk.of(self.model, self.index, within, self.values, [self.selection])
         return replace(self, shrunk=small)
 
+    def phase(self, name: str) -> None:
+        """A part of the search begins; masks are counted anew."""
+        if self.phases is not None:
+            self.phases.phase(name, "masks tried")
+
     def on_few(self, pairs: int) -> PruningRun:
         """The same run with the first selection pairs alone, for what is tried often."""
         few = self.selection.pairs(0, min(pairs, len(self.selection) // 2))
@@ -173,6 +181,8 @@ class PruningRun:
             )  # fmt: skip
             share = self.goal / self.ablation_limit
             worst[left] = worst[left].maximum(share * losses)
+        if self.phases is not None:
+            self.phases.tick(len(keep))
         check_finite(
             {self.task.name: worst},
             f"losses with nodes removed, in {next(self.model.parameters()).dtype}",
@@ -341,6 +351,7 @@ def bisect_size(
     Raises:
         PruningFailed: all candidates together miss the target.
     """
+    run.phase("choosing how many nodes")
     target = run.goal
     component = run.component.to(order.device)
     ranked = ranked_components(component, order)
@@ -391,6 +402,7 @@ def build_circuit(
         config: What is stored as the config; default the run's.
     """
     model, index, task_config = run.model, run.index, run.config
+    run.phase("measuring on held-out prompts")
     hooks = ablation_hooks(index, kept, run.values)
     with eval_mode(model), torch.no_grad():
         chosen = task_logit_diffs(model, run.selection, [*run.selection_hooks, *hooks])

@@ -8,9 +8,9 @@ from typing import Any, overload
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
+from tl_sparse.progress import progress_bar
 from tl_sparse.tracing.attribution import Attribution, attribute
 from tl_sparse.tracing.edges import Edges, head_rows, rows, targets_of
 from tl_sparse.tracing.gate import Gate
@@ -153,7 +153,7 @@ def trace_each(
         root = LogitDiff(given.correct.tolist(), given.incorrect.tolist())
     graphs: list[TracedGraph] = []
     starts = range(0, len(given), batch_size)
-    for first in tqdm(starts, desc="tracing", disable=not progress, leave=False):
+    for first in progress_bar(starts, desc="tracing", disable=not progress, leave=False):
         number = torch.arange(first, min(first + batch_size, len(given)))
         part = given.rows(number.to(given.last.device))
         graphs += batch_graphs(
