@@ -326,9 +326,10 @@ def test_info_without_a_model_lists_the_tasks(capsys):
 
 
 def test_info_tells_the_config_the_training_and_every_task(capsys, trained):
-    cli.main(["info", str(trained / "model"), "--pairs", "2"])
+    cli.main(["info", str(trained / "model"), "--pairs", "2", "--config"])
     text = capsys.readouterr().out
     record = training_record(trained / "model")
+    assert text.splitlines()[0].startswith(f"{trained / 'model'}: 1 layers, width 16, ")
     assert '"d_model": 16' in text
     assert f"trained 6 steps on {6 * 4 * 48:,} tokens" in text
     assert f"validation loss {record.validation_loss:.3f} nats" in text
@@ -367,7 +368,8 @@ def test_info_of_a_model_without_tokenizer_or_record(capsys, trained, tmp_path):
     model.save_pretrained(tmp_path / "bare")
     cli.main(["info", str(tmp_path / "bare")])
     text = capsys.readouterr().out
-    assert '"d_model": 16' in text
+    assert "width 16" in text
+    assert "d_model" not in text
     assert text.endswith("no tokenizer, so no tasks\n")
     words = refused(
         capsys, "prune", str(tmp_path / "bare"), "for_while",

@@ -18,6 +18,7 @@ from tl_sparse.sparsity.weight_masks import WeightMasks
 from tl_sparse.studies.demo import (
     DemoConfig,
     common_tasks,
+    easier,
     last_token_decides,
     measure,
     model_config,
@@ -85,6 +86,18 @@ def test_common_tasks_are_those_that_both_solve_best_first(solvers):
     assert common_tasks(DemoConfig(max_tasks=2), sparse, dense, {"d"}) == ["a", "b"]
     named = DemoConfig(tasks=("var_if", "for_while", "var_if"))
     assert common_tasks(named, sparse, dense) == ["var_if", "for_while"]
+
+
+def test_without_a_common_task_an_easier_target_is_tried(solvers):
+    sparse, dense = solvers()
+    sparse = with_losses(sparse, a=0.01, b=0.4, c=0.2, d=0.001)
+    dense = with_losses(dense, a=0.6, b=0.45, c=0.29, d=0.28)
+    config, chosen = easier(DemoConfig(), sparse, dense, {"d"})
+    assert (config.target_loss, chosen) == (0.3, ["c"])
+    config, chosen = easier(DemoConfig(target_loss=0.3), sparse, dense, {"d"})
+    assert (config.target_loss, chosen) == (0.5, ["c", "b"])
+    config, chosen = easier(DemoConfig(), sparse, dense, {"b", "c", "d"})
+    assert (config.target_loss, chosen) == (0.15, ["a"])
 
 
 def test_the_table_holds_what_the_models_and_circuits_were_measured_to_do(solvers, circuit_of):
@@ -166,9 +179,12 @@ def test_the_job_from_text_to_circuits(small, corpus, planted_in, tmp_path):
     text = corpus.validation_sequences(512, 48)
     assert first.models[0].means.n_tokens == text.numel()
     assert first.corpus.fingerprint == corpus.fingerprint
-    assert first.circuits == first.failures == {}
-    assert len(first.to_dataframe()) == 0
     assert any(line.startswith("Tasks that both solve") and line.endswith("none") for line in said)
+    # untrained models do no task to any target: the one that they do best, and how well
+    assert first.circuits == {}
+    ((best, _), _) = first.failures
+    assert first.to_dataframe()["task"].tolist() == [best] * 3
+    assert said[-3].startswith("  shown instead, at the target 0.15: ")
 
     teach(tmp_path / "cache", planted_in)
     said.clear()

@@ -79,6 +79,8 @@ class Info:
     """Folder of a saved model, or the name of a bundled one."""
     pairs: int = 64
     """Held-out prompt pairs per task."""
+    config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say all of the config too, as JSON."""
 
     def run(self) -> None:
         """Say it."""
@@ -87,7 +89,13 @@ class Info:
             return
         model = SparseTransformer.from_pretrained(self.model)
         record = training_record(self.model)
-        say(json.dumps(model.config.to_dict(), indent=1))
+        size = model.config
+        say(
+            f"{self.model}: {size.n_layers} layers, width {size.d_model}, {size.n_heads} heads of "
+            f"{size.d_head}, context {size.n_ctx}, {size.d_vocab:,} tokens"
+        )
+        if self.config:
+            say(json.dumps(size.to_dict(), indent=1))
         if record is not None:
             loss = record.validation_loss
             say(

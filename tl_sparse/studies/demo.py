@@ -220,6 +220,7 @@ def trained(
         f"  validation loss {validation_loss:.3f} nats, {sum(record.l0.values()):,} nonzero "
         f"weights, solves {', '.join(solved) or 'no task'}"
     )
+    say(f"  SparseTransformer.from_pretrained({str(one.unit.folder / 'model')!r})")
     return TrainedModel(
         name=kind,
         model=model,
