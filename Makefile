@@ -14,6 +14,7 @@ DEMO_OUT ?= demo-report
 VENV := .venv
 VENV_TL3 := .venv-tl3
 VENV_TL2 := .venv-tl2
+VENV_DOCS := .venv-docs
 
 # One thread a process: the test models are so small that threads only get in each other's way.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
@@ -25,7 +26,7 @@ PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile --durations 20
 NO_SHAPES := --no-shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 test-tl2 conformance lint format types notebooks clean
+.PHONY: help demo test test-tl3 test-tl2 conformance lint format types notebooks docs clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +112,18 @@ notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
 			--nbmake-timeout=600 notebooks; \
 	fi
 
+# The site needs neither torch nor the package: docstrings are read from the source.
+DOCS_TOOLS = $$($(PYTHON) -c "import tomllib; \
+	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+
+$(VENV_DOCS)/.set-up: pyproject.toml
+	@test -x $(VENV_DOCS)/bin/pip || $(PYTHON) -m venv $(VENV_DOCS)
+	@$(VENV_DOCS)/bin/pip install --quiet $(DOCS_TOOLS)
+	@touch $@
+
+docs: $(VENV_DOCS)/.set-up ## Build the documentation site (site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet
+
 clean: ## Remove the environments, caches and built files
-	rm -rf $(VENV) $(VENV_TL3) $(VENV_TL2) demo-report build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL3) $(VENV_TL2) $(VENV_DOCS) demo-report build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
