@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 
-from tests.tracing.conftest import dictionaries, random_dictionary, sparse_transformer, tl_model
+from tests.tracing.conftest import (
+    dictionaries,
+    random_dictionary,
+    randomized,
+    sparse_transformer,
+    tl_model,
+)
 from tests.tracing.explicit import Explicit
 
 
@@ -144,8 +152,8 @@ def test_published_mode_is_not_linear(any_model, spliced, prompt) -> None:
     compat = spliced(any_model, freeze=Freeze.compat())
     published = attribute(run(compat, prompt, last, Gate.open(), biases=True), Logit(4))
     assert torch.equal(strict.values, published.values)
-    assert float((strict.total - strict.values).abs()) < 1e-10
-    assert float((published.total - published.values).abs()) > 0.1
+    assert float((strict.total - strict.values).detach().abs()) < 1e-10
+    assert float((published.total - published.values).detach().abs()) > 0.1
 
 
 def test_direct_rows_sum_to_activations(any_model, spliced, prompt) -> None:
@@ -320,6 +328,83 @@ def test_score_nodes_do_not_depend_on_a_constant_in_all_scores(own_model, splice
     assert float(scores(False, 0).abs().max()) > 0
     assert torch.allclose(scores(False, 0), scores(False, 5.0), atol=1e-10)
     assert not torch.allclose(scores(True, 0), scores(True, 5.0), atol=1e-3)
+
+
+def test_a_model_from_hugging_face(tmp_path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from tl_sparse.compat import bridge_class
+    from tl_sparse.tracing import Logit, Splice, trace
+
+    if not hasattr(bridge_class(), "boot_transformers"):
+        pytest.skip("this TransformerLens has no TransformerBridge")
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 12, "vocab_size": 20}
+    randomized(GPT2LMHeadModel(GPT2Config(**sizes))).save_pretrained(tmp_path)
+    core = Tokenizer(WordLevel({f"w{i}": i for i in range(20)}, "w0"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="w0", eos_token="w1", bos_token="w1"
+    ).save_pretrained(tmp_path)
+    model = bridge_class().boot_transformers(str(tmp_path), device="cpu").double()
+    with torch.no_grad():  # a caller's no_grad does no harm
+        graph = trace(Splice(model, dictionaries()), torch.tensor([[3, 7, 1, 12]]), Logit(4))
+    expected = model(torch.tensor([[3, 7, 1, 12]]))[0, -1, 4].detach()
+    assert graph.value == pytest.approx(float(expected))
+    sums = graph.rows.drop(columns=["target", "activation"]).sum(axis=1)
+    assert float((sums - graph.rows["activation"]).abs().max()) < 1e-9
+
+
+def test_a_model_that_is_not_held_constant_is_refused(own_model, spliced, prompt) -> None:
+    from tl_sparse.tracing import Logit, NotLinear, trace
+
+    hook = ("ln_final.hook_normalized", lambda x, hook=None: x * x.detach().sum().sin() + x**2)
+    with own_model.hooks(fwd_hooks=[hook]), pytest.raises(NotLinear, match="parts sum to"):
+        trace(spliced(own_model), prompt, Logit(4))
+
+
+def test_dictionaries_that_do_not_fit_are_refused(own_model, prompt) -> None:
+    from tl_sparse.tracing import Gate, Logit, Splice, trace
+
+    wide = random_dictionary("blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out")
+    with pytest.raises(ValueError, match="has 32 channels, not 16"):
+        trace(Splice(own_model, [wide]), prompt, Logit(4))
+    other = dictionaries()[0].to(dtype=torch.float32)
+    with pytest.raises(ValueError, match="float32"):
+        trace(Splice(own_model, [other]), prompt, Logit(4))
+    with pytest.raises(ValueError, match="two dictionaries"):
+        Splice(own_model, dictionaries()[:1] * 2)
+    with pytest.raises(ValueError, match="no hook"):
+        Splice(own_model, [random_dictionary("blocks.0.hook_x", "blocks.0.hook_mlp_out")])
+    with pytest.raises(ValueError, match="no feature's id"):
+        Gate(ban=("1.mlp",))
+
+
+def test_protected_and_banned_nodes(own_model, spliced, prompt) -> None:
+    from tl_sparse.tracing import Gate, Logit, trace
+
+    gate = Gate(tau=math.inf, protect=("1.mlp/*/5", "0.attn/5/0"))
+    kept = trace(spliced(own_model), prompt, Logit(4), gate, edges="none").features
+    assert set(zip(kept["site"], kept["index"], strict=True)) <= {("1.mlp", 5), ("0.attn", 0)}
+    assert len(kept) == 2
+    free = trace(spliced(own_model), prompt, Logit(4), edges="none").features["id"]
+    gone = next(name for name in free if name.startswith("1.attn/5/"))
+    gate = Gate(ban=(gone.replace("/5/", "/*/"),))
+    banned = trace(spliced(own_model), prompt, Logit(4), gate, edges="none").features["id"]
+    assert gone not in set(banned)
+    assert len(banned) > 0
+
+
+@pytest.mark.parametrize(("mode", "tau"), [("budget", 9), ("top_k", 2), ("quantile", 0.9)])
+def test_modes_that_count(own_model, spliced, prompt, mode, tau) -> None:
+    from tl_sparse.tracing import Gate, Logit, trace
+
+    gate = Gate(tau=tau, mode=mode, sign="absolute")
+    kept = trace(spliced(own_model), prompt[:, :4], Logit(4), gate, edges="none").features
+    if mode == "budget":
+        assert 6 <= len(kept) <= 9
+    elif mode == "top_k":
+        assert kept["site"].value_counts().to_dict() == dict.fromkeys(kept["site"].unique(), 2)
+    else:
+        assert 0 < len(kept) < 25
 
 
 OPTIONS = {

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tl_sparse.tracing.gate import thresholds
 from tl_sparse.tracing.roots import Root
-from tl_sparse.tracing.run import Leaf, SplicedRun
 from tl_sparse.tracing.splice import NotLinear
+from tl_sparse.tracing.spliced_run import Leaf, SplicedRun
 
 _STEPS = 24  # of the search for a threshold that keeps a number of features
 LeafName = tuple[str, str]
@@ -52,7 +52,8 @@ def gradients(
     """Gradients of the sum of ``values`` by every node (flat) and every leaf."""
     nodes = [behind for behind, _ in run.nodes.values()]
     inputs = [*nodes, *(leaf.at for leaf in run.leaves)]
-    found = torch.autograd.grad(values.sum(), inputs, retain_graph=True, allow_unused=True)
+    ones = torch.ones_like(values)
+    found = torch.autograd.grad([values], inputs, [ones], retain_graph=True, allow_unused=True)
     whole = [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
     return [g.flatten() for g in whole[: len(nodes)]], whole[len(nodes) :]
 
@@ -65,7 +66,9 @@ def attribute(
     Raises:
         NotLinear: the splice is strict, and the parts do not sum to the root's value.
     """
-    values = root.of(run) if values is None else values
+    if values is None:
+        with torch.enable_grad():
+            values = root.of(run)
     gate = run.state.gate
     run.state.passing = None
     if gate.mode == "budget":

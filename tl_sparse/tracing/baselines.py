@@ -17,9 +17,10 @@ from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
 from tl_sparse.tracing.attribution import attribute
 from tl_sparse.tracing.gate import Gate, GateState
 from tl_sparse.tracing.roots import Root
-from tl_sparse.tracing.run import SplicedRun, run
+from tl_sparse.tracing.run import run
 from tl_sparse.tracing.splice import Splice
 from tl_sparse.tracing.spliced_model import SplicedModel, World
+from tl_sparse.tracing.spliced_run import SplicedRun
 
 Method = Literal["attribution", "gradient", "ig", "exact"]
 

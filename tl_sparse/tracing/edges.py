@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.tracing.attribution import Attribution, LeafName, leaf_parts
-from tl_sparse.tracing.run import SplicedRun
+from tl_sparse.tracing.spliced_run import SplicedRun
 
 Edges = Literal["star", "direct", "through", "none"]
 ROOT = -1

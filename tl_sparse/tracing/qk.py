@@ -22,8 +22,9 @@ from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
 from tl_sparse.tracing.attribution import leaf_parts
 from tl_sparse.tracing.edges import batched_gradients
 from tl_sparse.tracing.roots import attention_scale, position, qk_hooks
-from tl_sparse.tracing.run import SplicedRun, run
+from tl_sparse.tracing.run import run
 from tl_sparse.tracing.splice import NotLinear, Splice
+from tl_sparse.tracing.spliced_run import SplicedRun
 from tl_sparse.tracing.tables import leaf_id, prompt_words
 from tl_sparse.views.display import frame_html
 

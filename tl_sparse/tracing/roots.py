@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.nodes.tokens import token_id
-from tl_sparse.tracing.run import SplicedRun
 from tl_sparse.tracing.splice import Splice
+from tl_sparse.tracing.spliced_run import SplicedRun
 
 TokenLike = int | str
 Side = Literal["query", "key"]

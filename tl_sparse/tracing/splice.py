@@ -32,8 +32,8 @@ class Splice:
     sum of what its features, errors, biases, tokens and positions contribute.
 
     It works on SparseTransformer (without AbsTopK inside attention) and on every TransformerLens
-    model (HookedTransformer, TransformerBridge in compatibility mode) whose attention patterns can
-    be set by a hook; every trace checks that the sum comes out.
+    model (HookedTransformer, TransformerBridge, native or from Hugging Face) whose attention
+    patterns can be set by a hook; every trace checks that the sum comes out.
 
     Source: Ge et al. 2024 (arXiv 2405.13868), §2 and §3.
     """

@@ -17,7 +17,7 @@ from tl_sparse.tracing.attribution import Attribution
 from tl_sparse.tracing.edges import Row
 from tl_sparse.tracing.graph import EDGE_COLUMNS, NODE_COLUMNS
 from tl_sparse.tracing.roots import FeatureRoot, Root, position
-from tl_sparse.tracing.run import SplicedRun
+from tl_sparse.tracing.spliced_run import SplicedRun
 
 LEAF_KINDS = ("error", "bias", "token", "position")
 

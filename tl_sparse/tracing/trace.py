@@ -16,8 +16,9 @@ from tl_sparse.tracing.edges import Edges, head_rows, rows, targets_of
 from tl_sparse.tracing.gate import Gate
 from tl_sparse.tracing.graph import TracedGraph
 from tl_sparse.tracing.roots import LogitDiff, Root
-from tl_sparse.tracing.run import SplicedRun, run
+from tl_sparse.tracing.run import run
 from tl_sparse.tracing.splice import Splice
+from tl_sparse.tracing.spliced_run import SplicedRun
 from tl_sparse.tracing.tables import (
     PromptNodes,
     edge_tables,
