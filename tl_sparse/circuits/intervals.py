@@ -42,7 +42,8 @@ def interval(values: Float[Tensor, " draw"]) -> tuple[float, float]:
 
 
 def chance_at_most(losses: Float[Tensor, " prompt"], target: float) -> float:
-    """The share of bootstrap draws of a mean loss that are at most a target; NaN of no prompts."""
-    if not len(losses):
+    """The share of bootstrap draws of a mean loss that are at most a target; NaN of no prompts, or
+    of no target."""
+    if not len(losses) or math.isnan(target):
         return math.nan
     return float((bootstrap_means(losses[:, None], DRAWS, 0)[:, 0] <= target).double().mean())

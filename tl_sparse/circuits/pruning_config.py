@@ -84,8 +84,8 @@ class PruningConfig:
     a step costs what the circuit costs. What is chosen is checked in the full model. Off: every
     pass is of the full model, which takes several times as long for the same circuit but for
     rounding. Has no effect in models of fewer than 1,000 nodes, and where a circuit cannot be
-    compiled: models other than a ``SparseTransformer``, ``freeze_norm``, resampling, nodes outside
-    the eight sites."""
+    compiled: models other than a ``SparseTransformer`` or with hooks of others, ``freeze_norm``,
+    resampling, nodes outside the eight sites."""
     on_collapse: OnCollapse = "eliminate"
     """What is done when no mask checkpoint reaches the target loss. eliminate: start
     from the full model and remove nodes in the order that was learned, which takes longer. fail:

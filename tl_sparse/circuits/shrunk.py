@@ -20,6 +20,7 @@ from tl_sparse.ablation import FwdHook, Intervention
 from tl_sparse.ablation.logit_diff import PackedBatch
 from tl_sparse.circuits.compiled import CompiledCircuit, why_not_compiled
 from tl_sparse.circuits.folding import KeptNodes
+from tl_sparse.compat import has_hooks
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
@@ -53,10 +54,13 @@ class Shrunk:
     ) -> Shrunk | None:
         """The model shrunk to some nodes, for the answers of some batches.
 
-        None where it cannot be: another model than a :class:`SparseTransformer`, nodes outside the
-        blocks, or a stream that is no plain sum.
+        None where it cannot be: another model than a :class:`SparseTransformer`, or one with hooks
+        of others, which the compiled one would not have; nodes outside the blocks, or a stream that
+        is no plain sum.
         """
         if not isinstance(model, SparseTransformer) or why_not_compiled(model, index):
+            return None
+        if any(has_hooks(point) for point in model.hook_dict.values()):
             return None
         ids = torch.cat([x for b in batches for x in (b.correct_token, b.incorrect_token)])
         nodes = KeptNodes(index, within.cpu(), values.detach().cpu())
