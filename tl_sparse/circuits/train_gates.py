@@ -96,8 +96,8 @@ def train_gates(
         if step in marks:
             checkpoints.append(gates.scores().detach().clone())
         if progress and step % 20 == 0:
-            loss = float(average.detach().mean())
-            text = f"loss {loss:.3f}, {float(n_open.detach().mean()):.0f} gates open"
+            shown = float(average.detach().mean())
+            text = f"loss {shown:.3f}, {float(n_open.detach().mean()):.0f} gates open"
             bar.set_postfix_str(text, refresh=False)
     return checkpoints
 
