@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
@@ -171,7 +171,8 @@ def agreement(
     if bool(true.all()) or not bool(true.any()):
         raise ValueError("some components must be of the circuit, and some not")
     chosen = None if named is None else _mask(named, components)
-    return Agreement(scores.detach().cpu().double(), true, chosen, tuple(components))
+    judged = cast("tuple[Component, ...] | tuple[Edge, ...]", tuple(components))
+    return Agreement(scores.detach().cpu().double(), true, chosen, judged)
 
 
 def curves_figure(methods: dict[str, Agreement]) -> go.Figure:
