@@ -61,6 +61,9 @@ def test_fit(run, models, capsys):
     said = capsys.readouterr().out
     assert "Reconstruction(3 sites" in said
     assert f"bridges in {out / 'bridges'}" in said
+    page = (out / "bridge.html").read_text(encoding="utf-8")
+    assert "Reconstruction(3 sites" in page
+    assert "0.mid" in page
 
 
 def test_train_a_new_sparse_model(run, models, capsys):

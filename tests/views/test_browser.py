@@ -113,6 +113,7 @@ def test_nodes_are_found_by_name_token_text_and_note(open_page, full):
         page.locator(".search input").fill(words)
         page.keyboard.press("Enter")
         assert page.text_content(CHOSEN) == name
+        assert page.locator(".node.chosen.off").count() == 0
     page.locator(".search input").fill("no such thing")
     assert page.text_content(".found .none") == "nothing found"
 

@@ -376,6 +376,7 @@ class Circuit:
         tokens: Int[Tensor, "sequence pos"] | None = None,
         *,
         beside: Sequence[PageCircuit] = (),
+        label: str = "circuit",
         title: str = "",
     ) -> Path:
         """Write the circuit as one self-contained page to click through; returns its path.
@@ -392,6 +393,7 @@ class Circuit:
             tokens: Text in which nodes' top examples are looked for.
             beside: Further circuits of the page, from ``page_circuit``; those of the same task
                 stand side by side.
+            label: What tells it from those beside it, such as "sparse".
             title: The page's heading.
 
         Raises:
@@ -400,7 +402,7 @@ class Circuit:
         from tl_sparse.circuits.on_page import page_circuit  # slow to import, needed only here
 
         heading = title or f"Circuit of {self.task}"
-        first = page_circuit(self, model, task, tokens, title="sparse" if beside else "circuit")
+        first = page_circuit(self, model, task, tokens, title=label)
         write_atomic(Path(path), page_html(Page(heading, circuits=(first, *beside))))
         return Path(path)
 

@@ -3,6 +3,7 @@ what removing each does, and where in text it is most active."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -36,14 +37,45 @@ BIGRAMS = 4
 class OnPage(Protocol):
     """A circuit, as far as a page needs to know it."""
 
-    task: str
-    index: NodeIndex
-    kept: Bool[Tensor, " node"]
-    means: ActivationMeans
-    groups: Int[Tensor, " node"] | None
-    config: Any
-    notes: Any
-    seed: int
+    @property
+    def task(self) -> str:
+        """Name of its task."""
+        ...
+
+    @property
+    def index(self) -> NodeIndex:
+        """The nodes it was chosen from."""
+        ...
+
+    @property
+    def kept(self) -> Bool[Tensor, " node"]:
+        """Which are kept."""
+        ...
+
+    @property
+    def means(self) -> ActivationMeans:
+        """What the others are set to."""
+        ...
+
+    @property
+    def groups(self) -> Int[Tensor, " node"] | None:
+        """The component of every node, where there are any."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """How it was found."""
+        ...
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """What was written of its nodes."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of its prompts; -1 if unknown."""
+        ...
 
     @property
     def nodes(self) -> pd.DataFrame:
@@ -171,7 +203,6 @@ def tokens_of(circuit: OnPage, model: nn.Module) -> pd.DataFrame:
 
 def examples(circuit: OnPage, model: nn.Module, task: Task, pairs: int) -> tuple[PageExample, ...]:
     """Held-out prompts: both answers' odds, every kept node's values, its heads' patterns."""
-    part: Any = model
     batch = task.batch(pairs, split="held_out", seed=max(circuit.seed, 0))
     named, index, kept = circuit.table().nodes, circuit.index, circuit.kept
     rows = [circuit.nodes.index.get_loc(i) for i in named.index]
@@ -187,13 +218,10 @@ def examples(circuit: OnPage, model: nn.Module, task: Task, pairs: int) -> tuple
         with circuit.applied(model):
             inside = task_logit_diffs(model, batch).sigmoid().tolist()
             alone = kept_activations(model, tokens, index, kept, BATCH)
-    bigrams = part.bigram.W_B.float().cpu() if "bigram" in part._modules else None
     found = []
     for i in range(len(batch)):
         n = int(batch.last[i]) + 1
         answers = int(batch.correct_token[i]), int(batch.incorrect_token[i])
-        adds = None if bigrams is None else bigrams[batch.tokens[i, n - 1]]
-        most = [] if adds is None else [*answers, *adds.topk(BIGRAMS).indices.tolist()]
         found.append(
             PageExample(
                 tokens=tuple(text(model, token) for token in batch.tokens[i, :n].tolist()),
@@ -206,10 +234,22 @@ def examples(circuit: OnPage, model: nn.Module, task: Task, pairs: int) -> tuple
                     name: alone[r, i, :n].numpy() for r, name in shown
                 },
                 attention={name: x[i, :n, :n].numpy() for name, x in patterns.items()},
-                bigram=tuple((text(model, t), float(adds[t])) for t in dict.fromkeys(most)),
+                bigram=bigram_adds(model, int(batch.tokens[i, n - 1]), answers),
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def bigram_adds(
+    model: nn.Module, token: int, answers: tuple[int, int]
+) -> tuple[tuple[str, float], ...]:
+    """What the bigram table adds after a token: to the answers' logits, and to its highest."""
+    part: Any = model
+    if "bigram" not in part._modules:
+        return ()
+    adds = part.bigram.W_B[token].detach().float().cpu()
+    most = dict.fromkeys([*answers, *adds.topk(min(BIGRAMS, len(adds))).indices.tolist()])
+    return tuple((text(model, t), float(adds[t])) for t in most)
 
 
 def text(model: nn.Module, token: int) -> str:

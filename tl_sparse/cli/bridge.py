@@ -25,7 +25,11 @@ from tl_sparse.cli.models import cpu_model
 from tl_sparse.config import SparseTransformerConfig
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, build_corpus, evenly_spaced, windows
 from tl_sparse.model.transformer import SparseTransformer
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.training.config import TrainingConfig
+from tl_sparse.views import Chart, Page, Section, Table, page_html
+
+PAGE = "bridge.html"
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Bridge:
     dense: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DENSE")]
     """Folder of a saved model, a bundled or a released one's name. It stays as it is."""
     out: str
-    """Folder for the bridges (in its subfolder bridges), and of a training for metrics.jsonl,
-    checkpoints and the sparse model (in its subfolder model)."""
+    """Folder for the bridges (in its subfolder bridges), their page (bridge.html), and of a
+    training for metrics.jsonl, checkpoints and the sparse model (in its subfolder model)."""
     overwrite: Overwrite = False
     """Replace the bridges that OUT has, where they are fitted."""
     restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -73,7 +77,7 @@ class Bridge:
         if self.sequences < 8:
             raise ValueError(f"sequences={self.sequences} must be at least 8")
         if self.method == "fit":
-            check_out(self.out, (FOLDER,), self.overwrite)
+            check_out(self.out, (FOLDER, PAGE), self.overwrite)
         if self.sparse is None and (self.method == "fit" or not self.bridges.train_sparse):
             raise ValueError("there is no sparse model to leave as it is: name it with --sparse")
         dense = model_with_tokenizer(self.dense)
@@ -98,8 +102,13 @@ class Bridge:
             say(f"the sparse model's validation loss: {result.validation_loss:.3f} nats")
         length = context(dense, sparse)
         tokens = corpus.validation_sequences(min(64, self.sequences), length)
-        say(repr(reconstruction(pair, tokens, progress=False)))
-        say(f"bridges in {Path(self.out) / FOLDER}")
+        found = reconstruction(pair, tokens, progress=False)
+        page = Path(self.out) / PAGE
+        sections = (Section("Sites", (Chart(found.to_plotly()), Table(found.to_dataframe()))),)
+        title = f"Bridges of {self.dense}"
+        write_atomic(page, page_html(Page(title, repr(found), sections=sections)))
+        say(repr(found))
+        say(f"bridges in {Path(self.out) / FOLDER}; page: {page}")
 
     def first_bridges(
         self, dense: SparseTransformer, sparse: SparseTransformer, corpus: TokenizedCorpus

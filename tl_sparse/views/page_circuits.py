@@ -56,7 +56,7 @@ def add_circuits(
         columns = element(board, "div", class_="columns")
         element(board, "aside", class_="panel", aria_live="polite")
         for i in members:
-            _circuit(columns, i, circuits[i], data[i])
+            _circuit(columns, i, circuits[i], data[i], alone=len(members) == 1)
         help_ = element(section, "details", class_="help")
         element(help_, "summary", "How to read this")
         for words in READING:
@@ -86,9 +86,11 @@ def _comparison(section: ET.Element, members: dict[int, PageCircuit]) -> None:
         element(bar, "i", class_="bar", style=f"width:{100 * circuit.n_edges / most:.2f}%")
 
 
-def _circuit(parent: ET.Element, i: int, page_circuit: PageCircuit, data: dict[str, Any]) -> None:
+def _circuit(
+    parent: ET.Element, i: int, page_circuit: PageCircuit, data: dict[str, Any], alone: bool
+) -> None:
     article = element(parent, "article", id=f"circuit-{i}", class_="circuit", data_circuit=i)
-    if page_circuit.title != "circuit":
+    if not (alone and page_circuit.title == "circuit"):
         element(article, "h3", printable(page_circuit.title))
     element(article, "p", printable(page_circuit.circuit.line), class_="line")
     element(article, "div", class_="drawing")

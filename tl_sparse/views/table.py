@@ -27,7 +27,7 @@ def add_table(parent: ET.Element, table: pd.DataFrame) -> None:
     classes = [_class(column, shown) for column, shown in zip(columns, texts, strict=True)]
     for name, class_ in zip(table.columns, classes, strict=True):
         words = " · ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-        element(head_row, "th", printable(words), scope="col", class_=class_)
+        element(head_row, "th", printable(words).replace("_", " "), scope="col", class_=class_)
     for cells in zip(*texts, strict=True):
         row = element(body, "tr")
         for name, text, class_ in zip(table.columns, cells, classes, strict=True):

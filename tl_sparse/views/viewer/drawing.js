@@ -233,8 +233,8 @@ class Drawing {
   // What belongs to the node that is chosen, or else hovered: edges, nodes, residual channels.
   litSet() {
     const i = this.chosen === null ? this.hovered : this.chosen;
-    if (i === null) return null;
-    const { edges, nodes } = this.circuit;
+    const { edges, nodes, lanes } = this.circuit;
+    if (i === null || !(edges.length || lanes.length)) return null; // nothing that could belong to it
     const before = this.whole ? this.reach(i, false) : new Set([i]);
     const after = this.whole ? this.reach(i, true) : new Set([i]);
     const lit = { edges: new Set(), nodes: new Set([...before, ...after]), channels: new Set() };

@@ -185,7 +185,8 @@ class Notes {
 
   read(key) {
     try {
-      return JSON.parse(localStorage.getItem(`tls-notes:${key}`) || "{}");
+      const found = JSON.parse(localStorage.getItem(`tls-notes:${key}`) || "{}");
+      return Object.fromEntries(Object.entries(found || {}).filter(([, text]) => typeof text === "string"));
     } catch {
       this.kept = false; // a frame without an address, or storage is switched off
       return {};

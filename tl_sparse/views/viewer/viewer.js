@@ -59,6 +59,7 @@ class Viewer {
     let found = [];
     const pick = (entry) => {
       list.hidden = true;
+      for (const drawing of this.drawings) drawing.faint = null;
       this.choose(entry[0], entry[1], true);
     };
     input.addEventListener("input", () => {
