@@ -135,7 +135,7 @@ def ratio(numerator: Tensor, denominator: Tensor, seed: int = 0) -> tuple[float,
 
 def gradients(model, splice, batch, features: Features):
     """Plain gradient times activation of every node, its gradient, and recovery's root values."""
-    graphs = trace_each(splice, batch, gate=Gate.open(), edges="none")
+    graphs = trace_each(splice, batch, gate=Gate.off(), edges="none")
     score = {name: torch.zeros_like(x) for name, x in features.active.items()}
     gradient = {name: torch.zeros_like(x) for name, x in features.active.items()}
     for prompt, graph in enumerate(graphs):

@@ -28,7 +28,7 @@ def test_pairs_and_marginals_sum_to_the_score(any_model, spliced, prompt) -> Non
     assert {"feature", "error", "bias", "position"} <= set(found.queries["kind"])
     # the marginals are what tracing the score from either side says of direct parents
     for side, table in (("query", found.queries), ("key", found.keys)):
-        graph = trace(splice, prompt, AttentionScore(1, 2, 4, 1, side=side), Gate.open())
+        graph = trace(splice, prompt, AttentionScore(1, 2, 4, 1, side=side), Gate.off())
         edges = graph.edges[graph.edges["target"] == graph.root].set_index("source")["weight"]
         assert edges.to_dict() == pytest.approx(table.set_index("id")["marginal"].to_dict())
 

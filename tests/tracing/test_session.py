@@ -14,7 +14,7 @@ def test_a_session_finds_the_direct_edges_of_a_trace(splice, prompt) -> None:
     from tl_sparse.tracing import Gate, Logit, TraceSession, trace
 
     session = TraceSession(splice, prompt, Logit(4), threshold=0.0)
-    whole = trace(splice, prompt, Logit(4), Gate.open()).edges.set_index(["target", "source"])
+    whole = trace(splice, prompt, Logit(4), Gate.off()).edges.set_index(["target", "source"])
     found = session.expand()
     assert found["weight"].abs().is_monotonic_decreasing
     node = found[found["site"].isin(["1.mlp", "1.attn", "0.mlp"])].iloc[0]["id"]

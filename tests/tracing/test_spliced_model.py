@@ -112,7 +112,7 @@ def test_in_the_linear_world_what_is_cut_is_what_was_traced(own_model, spliced, 
     index = model.index()
     # all features of the last layer's MLP go: their contributions to the logit do
     hooks = [(model.names["1.mlp"], lambda x, hook=None: torch.zeros_like(x))]
-    full = trace(splice, prompt, Logit(4), Gate.open(), edges="none").features
+    full = trace(splice, prompt, Logit(4), Gate.off(), edges="none").features
     last = full[full["site"] == "1.mlp"]["attribution"].sum()
     change = logit(own_model, prompt) - logit(model, prompt, hooks)
     assert change == pytest.approx(last, abs=1e-9)

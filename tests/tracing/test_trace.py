@@ -148,9 +148,9 @@ def test_published_mode_is_not_linear(any_model, spliced, prompt) -> None:
     from tl_sparse.tracing.run import run
 
     last = torch.tensor([5])
-    strict = attribute(run(spliced(any_model), prompt, last, Gate.open()), Logit(4))
+    strict = attribute(run(spliced(any_model), prompt, last, Gate.off()), Logit(4))
     compat = spliced(any_model, freeze=Freeze.compat())
-    published = attribute(run(compat, prompt, last, Gate.open(), biases=True), Logit(4))
+    published = attribute(run(compat, prompt, last, Gate.off(), biases=True), Logit(4))
     assert torch.equal(strict.values, published.values)
     assert float((strict.total - strict.values).detach().abs()) < 1e-10
     assert float((published.total - published.values).detach().abs()) > 0.1
@@ -179,7 +179,7 @@ def test_edges_through_cut_features_carry_the_plain_attribution(own_model, splic
     from tl_sparse.tracing import Gate, Logit, trace
 
     splice = spliced(own_model)
-    plain = trace(splice, prompt, Logit(4), Gate.open(), edges="none")
+    plain = trace(splice, prompt, Logit(4), Gate.off(), edges="none")
     plain_scores = plain.nodes.set_index("id")["attribution"]
     graph = trace(splice, prompt, Logit(4), Gate(tau=1.0, sign="absolute"), edges="through")
     activation = graph.nodes.set_index("id")["activation"]
@@ -195,7 +195,7 @@ def test_edges_are_those_worked_out_by_hand(any_model, spliced, prompt) -> None:
     from tl_sparse.tracing import Gate, Logit, trace
 
     splice = spliced(any_model)
-    graph = trace(splice, prompt, Logit(4), Gate.open(), heads=True)
+    graph = trace(splice, prompt, Logit(4), Gate.off(), heads=True)
     by_hand = Explicit(any_model, list(splice.dictionaries), prompt)
     edges = graph.edges.set_index(["target", "source"])["weight"]
     heads = graph.heads.set_index(["target", "source", "head"])["weight"]
@@ -237,7 +237,7 @@ def test_open_gate_is_gradient_times_activation(own_model, prompt) -> None:
     from tl_sparse.tracing import Gate, Logit, Splice, trace
 
     d = random_dictionary("blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out")
-    graph = trace(Splice(own_model, [d]), prompt, Logit(4), Gate.open(), edges="none")
+    graph = trace(Splice(own_model, [d]), prompt, Logit(4), Gate.off(), edges="none")
     kept: dict[str, torch.Tensor] = {}
 
     def read(x: torch.Tensor, hook: Any = None) -> None:
@@ -321,7 +321,7 @@ def test_score_nodes_do_not_depend_on_a_constant_in_all_scores(own_model, splice
     def scores(raw: bool, shift: float) -> torch.Tensor:
         splice = spliced(own_model, score_nodes=True, raw_scores=raw, freeze=Freeze(pattern=False))
         with own_model.hooks([("blocks.1.attn.hook_attn_scores", lambda x, hook=None: x + shift)]):
-            found = run(splice, prompt, torch.tensor([5]), Gate.open())
+            found = run(splice, prompt, torch.tensor([5]), Gate.off())
         return attribute(found, Logit(4)).score["1.scores"]
 
     assert bool(scores(False, 0).isfinite().all())  # masked entries are -inf

@@ -64,7 +64,7 @@ def baseline_scores(
         raise ValueError("baseline_scores takes roots of the logits: Logit, LogitDiff, LogProb ...")
     spliced = run(splice, prompts.tokens, prompts.last, biases=False)
     if method == "attribution":
-        opened = run(splice, prompts.tokens, prompts.last, Gate.open())
+        opened = run(splice, prompts.tokens, prompts.last, Gate.off())
         scores = {name: x.detach() for name, x in attribute(opened, root).score.items()}
     else:
         model = SplicedModel(splice, world)
@@ -84,7 +84,7 @@ def _value(
 ) -> Float[Tensor, " copy"]:
     """The root in each of several runs of the prompt."""
     copies = len(logits)
-    state = GateState(Gate.open(), torch.zeros(copies))
+    state = GateState(Gate.off(), torch.zeros(copies))
     tokens, last = spliced.tokens.expand(copies, -1), spliced.last.expand(copies)
     return root.of(SplicedRun(spliced.splice, tokens, last, state, logits))
 

@@ -54,7 +54,7 @@ class Gate:
             parse_id(name)
 
     @classmethod
-    def open(cls) -> Gate:
+    def off(cls) -> Gate:
         """Every node passes: plain gradient times activation."""
         return cls(tau=-math.inf, sign="absolute")
 

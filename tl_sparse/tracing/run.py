@@ -42,7 +42,7 @@ def run(
     Raises:
         ValueError: a hook of the model did not fire, or biases have no part of their own.
     """
-    gate = Gate.open() if gate is None else gate
+    gate = Gate.off() if gate is None else gate
     real = real_tokens(tokens, last)
     dtype = next(p.dtype for p in splice.model.parameters() if p.is_floating_point())
     tau = torch.full((len(tokens),), gate.tau, device=tokens.device, dtype=dtype)

@@ -83,7 +83,7 @@ class TraceSession:
             raise ValueError(f"a session is about one prompt, not {len(prompts)}")
         self.root, self.threshold, self.top_k = root, threshold, top_k
         self._run = run(
-            splice, prompts.tokens, prompts.last, Gate.open(), points=root.hooks(splice)
+            splice, prompts.tokens, prompts.last, Gate.off(), points=root.hooks(splice)
         )
         self._found = attribute(self._run, root)
         self._nodes = prompt_nodes(self._run, self._found, root, 0)
@@ -169,7 +169,7 @@ class TraceSession:
         empty = pd.DataFrame(columns=list(EDGE_COLUMNS))
         edges = pd.concat(list(self._edges.values()) or [empty], ignore_index=True)
         mass = {kind: float(part[0]) for kind, part in self._found.mass.items()}
-        settings = settings_of(self._run.splice, Gate.open(), "direct")
+        settings = settings_of(self._run.splice, Gate.off(), "direct")
         return TracedGraph(
             self.prompt, prompt_words(self._run, 0), name, float(self._found.values[0].detach()),
             nodes, edges, mass, settings=settings | {"expansions": list(self.expansions)},
