@@ -7,14 +7,16 @@ import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import pandas as pd
 
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.json_files import plain, read_json, real
 from tl_sparse.tracing.graph import EDGE_COLUMNS, KINDS, NODE_COLUMNS, TracedGraph
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 28
@@ -128,6 +130,8 @@ def to_networkx(graph: TracedGraph) -> nx.DiGraph:
     """The graph for networkx: nodes by their ids with the columns of ``graph.nodes``, edges with
     ``weight`` and ``attribution``, and the graph's root, value, words and mass as its own
     attributes."""
+    import networkx as nx  # slow to import, and seldom needed
+
     found: nx.DiGraph = nx.DiGraph(
         root=graph.root, value=graph.value, words=list(graph.words), mass=dict(graph.mass)
     )
