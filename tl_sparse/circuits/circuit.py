@@ -21,16 +21,18 @@ from tl_sparse.ablation import (
     ResampleSources,
     ablation_hooks,
     frozen_norm_hooks,
+    permanent,
     takes_sources,
 )
 from tl_sparse.circuits.calibration import Calibration
+from tl_sparse.circuits.digraph import digraph
 from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.circuits.edges import no_removed_edges
 from tl_sparse.circuits.intervals import DRAWS, bootstrap_means, chance_at_most, interval
 from tl_sparse.circuits.notes import checked_notes
 from tl_sparse.circuits.stored import read_circuit, write_circuit
 from tl_sparse.node import released_names
-from tl_sparse.sites import SITES, NodeIndex
+from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
@@ -300,39 +302,7 @@ class Circuit:
 
         Residual links (a write and a later read of one channel) are edges of ``kind="residual"``.
         """
-        import networkx as nx
-
-        graph = nx.DiGraph(task=self.task, loss=self.loss)
-        names = list(self.nodes[["layer", "site", "channel"]].itertuples(index=False, name=None))
-        for name, tau, mean in zip(names, self.nodes["tau"], self.nodes["mean"], strict=True):
-            graph.add_node(name, tau=float(tau), mean=float(mean))
-        for row in self.edges.itertuples(index=False):
-            graph.add_edge(
-                (row.layer, row.source_site, row.source),
-                (row.layer, row.target_site, row.target),
-                kind="weight", matrix=row.matrix, weight=float(row.weight),
-            )  # fmt: skip
-        stream = [row for row in SITES if row.kind == "residual"]
-        order = {row.name: place for place, row in enumerate(stream)}
-        written = {row.name for row in stream if row.written_by}
-        read_there = {row.name for row in stream if row.read_by}
-        by_channel: dict[int, list[tuple[int, str, int]]] = {}
-        for name in names:
-            if name[1] in order:
-                by_channel.setdefault(name[2], []).append(name)
-        for same in by_channel.values():
-            graph.add_edges_from(
-                (
-                    (write, read)
-                    for write in same
-                    for read in same
-                    if write[1] in written
-                    and read[1] in read_there
-                    and (write[0], order[write[1]]) < (read[0], order[read[1]])
-                ),
-                kind="residual",
-            )
-        return graph
+        return digraph(self.nodes, self.edges, task=self.task, loss=self.loss)
 
     def table(self) -> CircuitTable:
         """The tables that a drawing is made from, for :mod:`tl_sparse.views`.
@@ -450,21 +420,3 @@ class Circuit:
             ValueError: the model is another one, the schema another version, or a file is broken.
         """
         return cls(**read_circuit(folder, model))
-
-
-@contextmanager
-def permanent(model: nn.Module, hooks: list[FwdHook]) -> Iterator[None]:
-    """Hooks that ``reset_hooks`` leaves alone, removed at the end."""
-    points: Any = model
-    handles = []
-    try:
-        for name, function in hooks:
-            point = points.hook_dict[name]
-            point.add_hook(function, is_permanent=True)
-            handles.append((point, point.fwd_hooks[-1]))
-        yield
-    finally:
-        for point, handle in handles:
-            handle.hook.remove()
-            # reset_hooks inside the block put another list in the place of the first
-            point.fwd_hooks = [held for held in point.fwd_hooks if held is not handle]
