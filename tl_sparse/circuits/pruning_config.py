@@ -82,10 +82,11 @@ class PruningConfig:
     shrink: bool = True
     """As gates close, go on in a compiled model of the nodes that are left, AbsTopK exact, so that
     a step costs what the circuit costs. What is chosen is checked in the full model. Off: every
-    pass is of the full model, which takes several times as long for the same circuit but for
-    rounding. Has no effect in models of fewer than 1,000 nodes, and where a circuit cannot be
-    compiled: models other than a ``SparseTransformer`` or with hooks of others, ``freeze_norm``,
-    resampling, nodes outside the eight sites."""
+    pass is of the full model, which takes several times as long for the same circuit, or one that
+    differs in a node or so: rounding, and gates left out, which are not let open again. Has no
+    effect in models of fewer than 1,000 nodes, and where a circuit cannot be compiled: models other
+    than a ``SparseTransformer`` or with hooks of others, ``freeze_norm``, resampling, nodes outside
+    the eight sites."""
     on_collapse: OnCollapse = "eliminate"
     """What is done when no mask checkpoint reaches the target loss. eliminate: start
     from the full model and remove nodes in the order that was learned, which takes longer. fail:
