@@ -14,11 +14,12 @@ at a position), chosen by
 
 Then, in the model itself, with errors kept: what is outside the set (sufficiency f) or inside it
 (necessity 1 - f of the rest) is set to its value on the pair's other prompt, where that has the
-same length, or to 0; f = (m - m0) / (m1 - m0) with m the logit difference, m1 the model's and m0
-that with every feature ablated; a row's f is the ratio of means over prompts, its interval a
-bootstrap of them. R is the linear world's: the share of the root that the gate does not cut
-off; "R features" that of the embedding's features alone, as in the paper. Prompts are
-held out ones that had no part in training the dictionaries.
+same length ("pair"; "active": of features that are active in the prompt alone, so that none comes
+to it from the other prompt), or to 0; f = (m - m0) / (m1 - m0) with m the logit difference, m1
+the model's and m0 that with every feature ablated; a row's f is the ratio of means over prompts,
+its interval a bootstrap of them. R is the linear world's: the share of the root that the gate
+does not cut off; "R features" that of the embedding's features alone, as in the paper. Prompts
+are held out ones that had no part in training the dictionaries.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def gradients(model, splice, batch, features: Features):
     return score, gradient
 
 
-def table_of(model, dictionaries, task: str, pairs: int, sizes) -> list[dict[str, Any]]:
+def table_of(model, dictionaries, task: str, pairs: int, sizes, ablations) -> list[dict[str, Any]]:
     """All rows of a task."""
     batch = get(task, model.tokenizer, model.config.n_ctx).batch(pairs, split="held_out", seed=0)
     splice = Splice(model, dictionaries)
@@ -162,7 +163,9 @@ def table_of(model, dictionaries, task: str, pairs: int, sizes) -> list[dict[str
     zero = {name: torch.zeros_like(x) for name, x in features.active.items()}
     change = {k: gradient[k] * (features.active[k] - features.other[k]) for k in score}
     written = {k: x * norms[k] for k, x in features.active.items()}
-    empty = {"pair": features.diffs(all_of, features.other), "zero": features.diffs(all_of, zero)}
+    there = {k: x > 0 for k, x in features.active.items()}
+    worlds = {"pair": (all_of, features.other), "active": (there, features.other),
+              "zero": (all_of, zero)}  # fmt: skip
     rows = []
     for n in sizes:
         gated = {}
@@ -179,12 +182,14 @@ def table_of(model, dictionaries, task: str, pairs: int, sizes) -> list[dict[str
             "activation": features.top(written, n),
             "random": features.random_like(gated["positive"], generator),
         }  # fmt: skip
-        for kind, values in (("pair", features.other), ("zero", zero)):
-            whole = full - empty[kind]
+        for kind in ablations:
+            universe, values = worlds[kind]
+            empty = features.diffs(universe, values)
+            whole = full - empty
             for method, inside in chosen.items():
-                outside = {k: all_of[k] & ~inside[k] for k in inside}
-                f = ratio(features.diffs(outside, values) - empty[kind], whole)
-                c = ratio(features.diffs(inside, values) - empty[kind], whole)
+                outside = {k: universe[k] & ~inside[k] for k in inside}
+                f = ratio(features.diffs(outside, values) - empty, whole)
+                c = ratio(features.diffs(inside, values) - empty, whole)
                 gates = method == "hierarchical"
                 rows.append({
                     "task": task, "ablation": kind, "N": n, "method": method,
@@ -195,7 +200,7 @@ def table_of(model, dictionaries, task: str, pairs: int, sizes) -> list[dict[str
                     "R": ratio(roots - cut, roots)[0] if gates else float("nan"),
                     "R features": ratio(leaves, roots)[0] if gates else float("nan"),
                     "accuracy": accuracy, "prompts": len(batch),
-                    "m1": float(full.mean()), "m0": float(empty[kind].mean()),
+                    "m1": float(full.mean()), "m0": float(empty.mean()),
                 })  # fmt: skip
     return rows
 
@@ -207,6 +212,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--pairs", type=int, default=52)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--ablations", nargs="+", default=["pair", "active", "zero"])
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -214,7 +220,7 @@ def main() -> None:
     dictionaries = load_dictionaries(options.dictionaries or options.model, model)
     rows: list[dict[str, Any]] = []
     for task in tqdm(options.tasks):
-        rows += table_of(model, dictionaries, task, options.pairs, options.sizes)
+        rows += table_of(model, dictionaries, task, options.pairs, options.sizes, options.ablations)
         table = pd.DataFrame(rows)
         if options.out is not None:
             Path(options.out).write_text(json.dumps(rows, indent=1))

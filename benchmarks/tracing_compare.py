@@ -1,0 +1,96 @@
+"""One task, four circuits: pruned nodes of the sparse model, those nodes over bridges in the dense
+model, pruned nodes of the dense model, and traced features of the dense model.
+
+    OMP_NUM_THREADS=1 python benchmarks/tracing_compare.py [--task TASK] [--cache DIR]
+
+Every circuit is a set of nodes or features that is the same at all positions; what is outside it
+is set to its mean over validation text. f = (m - m0) / (m1 - m0) with m the logit difference on
+held-out prompts, m1 the model's and m0 that with the circuit's whole universe removed; a
+bootstrap of prompts gives the interval. Traced features are the N of largest mean absolute
+attribution over training prompts (hierarchical gating with a budget, summed over positions).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from tl_sparse import SparseTransformer
+from tl_sparse.ablation import activation_means
+from tl_sparse.ablation.logit_diff import task_logit_diffs
+from tl_sparse.bridges import BridgedPair, dense_circuit, fit_bridges
+from tl_sparse.circuits import PruningConfig, prune
+from tl_sparse.data import CorpusConfig, build_corpus
+from tl_sparse.tasks import get
+from tl_sparse.tracing import (
+    Gate,
+    Splice,
+    SplicedModel,
+    feature_circuit,
+    load_dictionaries,
+    trace_each,
+)
+
+SIZES = (25, 50, 100, 200, 400)
+
+
+def measured(name, model, circuit, batch) -> dict:
+    """Loss, accuracy and share of the logit difference of a circuit on held-out prompts."""
+    with torch.no_grad():
+        full = task_logit_diffs(model, batch)
+        with circuit.applied(model):
+            alone = task_logit_diffs(model, batch)
+        with replace(circuit, kept=torch.zeros_like(circuit.kept)).applied(model):
+            empty = task_logit_diffs(model, batch)
+    shares = ((alone - empty) / (full - empty).mean()).double()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(shares), (1000, len(shares)), generator=generator)
+    low, high = shares[rows].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return {"circuit": name, "nodes": circuit.n_nodes, "of": len(circuit.kept),
+            "loss": float(F.softplus(-alone).mean()), "accuracy": float((alone > 0).float().mean()),
+            "model's loss": float(F.softplus(-full).mean()),
+            "f": float(shares.mean()), "low": low, "high": high}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="single_double_quote")
+    parser.add_argument("--target", type=float, default=0.15)
+    parser.add_argument("--cache", default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dense, sparse = (SparseTransformer.from_pretrained(f"python-{k}") for k in ("dense", "sparse"))
+    corpus = build_corpus(CorpusConfig(idiom_share=0.5), options.cache, progress=False)
+    tokens = corpus.validation_sequences(128, dense.config.n_ctx)
+    task = get(options.task, dense.tokenizer, dense.config.n_ctx)
+    batch = task.batch(64, split="held_out", seed=1)
+    config = PruningConfig(target_loss=options.target)
+    found = prune(sparse, task, config, means=activation_means(sparse, tokens), progress=False)
+    rows = [measured("sparse model, pruned nodes", sparse, found, batch)]
+    pair = BridgedPair(dense, sparse, fit_bridges(dense, sparse, tokens, progress=False).bridges)
+    carried = dense_circuit(pair, found, tokens)
+    rows.append(measured("the same over bridges, in the dense model", carried.model,
+                         carried.circuit, batch))  # fmt: skip
+    own = prune(dense, task, config, means=activation_means(dense, tokens), progress=False)
+    rows.append(measured("dense model, pruned nodes", dense, own, batch))
+
+    splice = Splice(dense, load_dictionaries("python-dense", dense))
+    train = task.batch(26, split="train", seed=0)
+    graphs = trace_each(splice, train, gate=Gate(80, "budget", "absolute"), edges="none")
+    table = pd.concat([g.features.assign(size=g.features["attribution"].abs()) for g in graphs])
+    ranked = table.groupby(["site", "index"])["size"].sum().sort_values(ascending=False)
+    world = SplicedModel(splice, "original")
+    for n in SIZES:
+        chosen = [(str(s), int(i)) for s, i in ranked.index[:n]]
+        if len(chosen) == n:
+            circuit = feature_circuit(world, chosen, task.name, tokens)
+            rows.append(measured(f"dense model, {n} traced features", world, circuit, batch))
+    print(pd.DataFrame(rows).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
