@@ -140,7 +140,7 @@ class Trace:
         """The dictionaries that were named."""
         if not self.dictionaries:
             return load_dictionaries(self.model, model)
-        found = []
+        found: list[Dictionary] = []
         for name in self.dictionaries:
             if (Path(name) / "dictionaries.json").is_file() or not Path(name).exists():
                 found += load_dictionaries(name, model)

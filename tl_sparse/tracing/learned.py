@@ -29,6 +29,7 @@ class LearnedDictionary(nn.Module):
     been active.
     """
 
+    b_in: Tensor
     scale_in: Tensor
     scale_out: Tensor
     threshold: Tensor
@@ -168,6 +169,11 @@ class LearnedDictionaries(nn.Module):
             LearnedDictionary(place, sizes[place.hook_in], sizes[place.hook_out], config, number)
             for number, place in enumerate(chosen)
         )
+
+    @property
+    def dictionaries(self) -> list[LearnedDictionary]:
+        """One for each place."""
+        return [each for each in self.each if isinstance(each, LearnedDictionary)]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write weights and buffers to the bit."""

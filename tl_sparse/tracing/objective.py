@@ -63,8 +63,9 @@ class DictionaryObjective:
         """Add the gradients of all dictionaries on one batch."""
         with moment.autocast(), torch.no_grad():
             seen = activations_at(model, tokens, self.places)
-        measured, total = {}, []
-        for place, dictionary in zip(self.places, self.learned.each, strict=True):
+        measured: dict[str, Float[Tensor, ""]] = {}
+        total = []
+        for place, dictionary in zip(self.places, self.learned.dictionaries, strict=True):
             x, y = (seen[hook].float().flatten(0, 1) for hook in (place.hook_in, place.hook_out))
             dictionary.start(x, y)
             with moment.autocast():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -124,17 +125,18 @@ def train_dictionaries(
         "tokens": result.record.tokens, "corpus": corpus.fingerprint,
     }  # fmt: skip
     return TrainedDictionaries(
-        tuple(dictionary_of(each, made) for each in objective.learned.each), result
+        tuple(dictionary_of(each, made) for each in objective.learned.dictionaries), result
     )
 
 
 def dictionary_of(learned: LearnedDictionary, metadata: dict[str, object]) -> Dictionary:
     """A dictionary as it is used, from one in training."""
+    weights: dict[str, Any] = dict(learned.weights())
     place, settings = learned.place, asdict(learned.config) | {"k": learned.k}
     return Dictionary(
         hook_in=place.hook_in, hook_out=place.hook_out, activation=learned.config.activation,
         k=learned.k if learned.config.activation == "batchtopk" else None,
-        metadata=metadata | {"training": settings}, **learned.weights(),
+        metadata=metadata | {"training": settings}, **weights,
     )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ class LLMAnnotator:
         usage = getattr(reply, "usage", None)
         counts = [getattr(usage, n, None) for n in ("prompt_tokens", "completion_tokens")]
         tokens = [n if isinstance(n, int) else 0 for n in counts]
-        self._note(kind, *tokens, time.perf_counter() - started, number)
+        self._note(kind, tokens[0], tokens[1], time.perf_counter() - started, number)
         choices = getattr(reply, "choices", None)
         content = choices[0].message.content if choices and choices[0].message else None
         return content if isinstance(content, str) else ""

@@ -32,7 +32,8 @@ class RuleAnnotator:
         """The largest, with labels."""
         ranked = sorted(request["nodes"], key=lambda row: row["rank"])
         total = sum(abs(row["attribution"]) for row in ranked)
-        wanted, reached, keep = request["keep_about"], 0.0, []
+        wanted, reached = request["keep_about"], 0.0
+        keep: list[dict[str, Any]] = []
         for row in ranked:
             full = len(keep) >= wanted if wanted is not None else reached >= self.share * total
             if full and keep:
