@@ -69,7 +69,7 @@ def of_circuit(page_circuit: PageCircuit) -> dict[str, Any]:
     nodes = nodes_of(layout, ends)
     heads = layout.heads.itertuples()
     return {
-        "width": layout.width, "height": layout.height,
+        "graph": False, "width": layout.width, "height": layout.height,
         "rows": [[f"L{r.layer} {printable(str(r.label))}", float(r.y)]
                  for r in layout.rows.itertuples()],
         "columns": [],
@@ -109,7 +109,7 @@ def of_graph(graph: GraphTable) -> dict[str, Any]:
     used = sorted(set(table["row"]))
     names = [graph.rows[int(r)] if int(r) < len(graph.rows) else str(r) for r in used]
     return {
-        "width": layout.width, "height": layout.height,
+        "graph": True, "width": layout.width, "height": layout.height,
         "rows": [[printable(name), float(y)] for y, name in enumerate(names)],
         "columns": [[visible(str(c.label)), fine(c.x)] for c in layout.columns.itertuples()],
         "lanes": [], "heads": [], "nodes": nodes, "matrices": matrices, "edges": ends, "lone": 0,

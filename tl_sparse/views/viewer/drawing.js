@@ -117,7 +117,7 @@ class Drawing {
       part.style.height = `${box.height}px`;
     }
     const { width, height } = this.circuit;
-    const ends = this.circuit.ends.length ? 20 : 0;
+    const ends = this.circuit.ends.length || this.circuit.columns.length ? 20 : 0;
     const room = Math.max(box.width - SIDE.left - SIDE.right, 60);
     this.unit = Math.min(room / Math.max(width, 1), 110);
     this.start = SIDE.left + (room - this.unit * width) / 2;

@@ -43,15 +43,15 @@ class Panel {
 
   facts(node) {
     const list = make(this.host, "dl", undefined, "node-facts");
-    const add = (name, value, title) => {
+    const add = (name, value, title, wide) => {
       if (value === null || value === undefined || value === "") return;
-      const pair = make(list, "div");
+      const pair = make(list, "div", undefined, wide || "");
       if (title) pair.title = title;
       make(pair, "dt", name);
       make(pair, "dd", value);
     };
-    add("TransformerLens", node.tl);
-    add("also called", node.aliases.join(", "));
+    add("TransformerLens", node.tl, "", "wide code");
+    add("also called", node.aliases.join(", "), "", "wide");
     for (const [name, value, title] of node.numbers) add(name, format(value), title);
   }
 
@@ -80,7 +80,7 @@ class Panel {
     area.placeholder = "What does this node do?";
     area.value = this.notes.of(this.drawing.circuit, node);
     area.addEventListener("input", () => this.notes.set(this.drawing, this.i, area.value));
-    make(box, "small", this.notes.where);
+    make(box, "small", this.drawing.circuit.graph ? "Kept in this browser; save \u25be notes writes a file." : this.notes.where);
   }
 
   tokens(node, end) {
