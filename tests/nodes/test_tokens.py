@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tl_sparse.nodes import bigram_row, channel_tokens
+from tl_sparse.nodes import bigram_row, channel_tokens, extreme_tokens
 from tl_sparse.nodes.tokens import token_texts
 
 
@@ -77,3 +77,18 @@ def test_a_tokenizer_that_raises_for_an_empty_id_is_caught():
             raise KeyError(token)
 
     assert token_texts(Strict(), torch.tensor([1, 2])) == [None, None]
+
+
+def test_many_channels_at_once_have_their_largest_and_smallest_weights(model):
+    frame = extreme_tokens(model, torch.tensor([5, 2, 5, model.config.d_model]), k=2)
+    assert set(frame["channel"]) == {5}  # 2 has no weight, and the last is a position
+    writes = frame[frame["role"] == "writes"]
+    assert writes["token"].tolist() == [31, 7, 12]
+    assert writes["weight"].tolist() == [1.0, 0.5, -2.0]
+    assert writes["text"].isna().tolist() == [True, False, False]
+    reads = frame[frame["role"] == "reads"]
+    scale = model.ln_final.w[5].item()
+    assert reads["token"].tolist() == [9, 4]
+    assert reads["effective"].tolist() == pytest.approx([0.25 * scale, -0.75 * scale])
+    with pytest.raises(ValueError, match="count on from 0"):
+        extreme_tokens(model, torch.tensor([-1]))
