@@ -1,5 +1,6 @@
 """Dictionaries of other packages: each format's own definition, against what is read of it."""
 
+import importlib.util
 import json
 import sys
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tl_sparse.tracing import read_dictionary
+from tl_sparse.tracing import from_sae_lens, read_dictionary
 
 D, F, T = 6, 10, 5  # channels, features, tokens
 IN, OUT = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
@@ -228,3 +229,42 @@ def test_what_is_no_dictionary_is_refused(tmp_path, parts):
     save_file(bad, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="NaN"):
         read_dictionary(tmp_path / "x.safetensors", IN, OUT)
+
+
+@pytest.mark.parametrize("key", ["architecture", "k", "activation_fn", "normalize_activations",
+                                 "metadata", "activation_fn_kwargs"])  # fmt: skip
+def test_settings_of_the_wrong_type_are_refused_or_mean_nothing(tmp_path, parts, key):
+    for architecture in ("standard", "topk"):
+        for wrong in (None, True, -1, "x", [], {"a": 1}, [[1]], 0.5):
+            config = {"architecture": architecture, "k": 2, "hook_name": OUT} | {key: wrong}
+            try:
+                read_dictionary(sae_lens(tmp_path, parts, config))
+            except ValueError as error:
+                assert str(tmp_path) in str(error)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="SAELens: `make test-tl3`")
+def test_what_sae_lens_itself_computes(tmp_path):
+    """Dictionaries that SAELens saves, against its own encode and decode."""
+    from tl_sparse.model.legacy_aliases import install_legacy_aliases
+
+    with install_legacy_aliases():
+        import sae_lens as lens
+        from sae_lens.saes.sae import SAEMetadata
+    of = SAEMetadata(hook_name=OUT)
+    x = torch.randn(T, D)
+    for cls, config in (
+        (lens.StandardSAE, lens.StandardSAEConfig),
+        (lens.JumpReLUSAE, lens.JumpReLUSAEConfig),
+        (lens.TopKSAE, lens.TopKSAEConfig),
+    ):
+        more = {"k": 3} if cls is lens.TopKSAE else {}
+        sae = cls(config(d_in=D, d_sae=F, metadata=of, **more))
+        with torch.no_grad():
+            for name, parameter in sae.named_parameters():
+                parameter.copy_(torch.rand_like(parameter) - 0.5 * (name != "threshold"))
+            features = sae.encode(x)
+            out = sae.decode(features)
+        sae.save_model(tmp_path)
+        close(read_dictionary(tmp_path), features, out, x)
+        close(from_sae_lens(sae), features, out, x)

@@ -62,7 +62,7 @@ def from_parts(
     meta: dict[str, Any] = inner if isinstance(inner, dict) else values
     # before version 6 a config had no metadata, and the decoder's bias was taken off by default
     centres = values.get("apply_b_dec_to_input", not isinstance(inner, dict))
-    architecture = values.get("architecture", "standard")
+    architecture = str(values.get("architecture", "standard"))
     kwargs = values.get("activation_fn_kwargs")
     k = values.get("k", kwargs.get("k") if isinstance(kwargs, dict) else None)
     if values.get("activation_fn") == "topk" and architecture == "standard":
@@ -87,6 +87,7 @@ def from_parts(
     if "scaling_factor" in tensors and values.get("finetuning_scaling_factor"):
         factor = w.taken(tensors, {"factor": "scaling_factor"}, origin)["factor"]
         found["W_dec"] = found["W_dec"] * factor[:, None]
+    counts = activation in ("topk", "batchtopk") and "threshold" not in found
     is_transcoder = "transcoder" in architecture
     if centres and not is_transcoder:
         w.without_decoder_bias(found, found["b_dec"])
@@ -97,7 +98,7 @@ def from_parts(
         scale = w.number(values, "norm_scaling_factor", origin)
         w.with_scales(found, scale, scale)
         normalises = "none"
-    if normalises not in NORMS:
+    if str(normalises) not in NORMS:
         raise ValueError(f"{origin}: normalize_activations is {normalises!r:.80}; read are "
                          f"expected_average_only_in, {', '.join(NORMS)}")  # fmt: skip
     reads = hook_in or w.text(meta, "hook_name", origin)
@@ -105,6 +106,6 @@ def from_parts(
     kept = {key: meta[key] for key in PROCESSING if meta.get(key) is not None}
     return w.made(
         found, origin, hook_in=reads, hook_out=writes, activation=activation,
-        k=k if activation == "topk" or "threshold" not in found else None,
+        k=int(w.number({"k": k}, "k", origin)) if counts else None,
         norm=NORMS[normalises], metadata={"format": "sae_lens", **kept},
     )  # fmt: skip
