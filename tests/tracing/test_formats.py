@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 import numpy as np
@@ -237,10 +238,8 @@ def test_settings_of_the_wrong_type_are_refused_or_mean_nothing(tmp_path, parts,
     for architecture in ("standard", "topk"):
         for wrong in (None, True, -1, "x", [], {"a": 1}, [[1]], 0.5):
             config = {"architecture": architecture, "k": 2, "hook_name": OUT} | {key: wrong}
-            try:
-                read_dictionary(sae_lens(tmp_path, parts, config))
-            except ValueError as error:
-                assert str(tmp_path) in str(error)
+            with suppress(ValueError):  # and nothing else
+                assert read_dictionary(sae_lens(tmp_path, parts, config)).d_sae == F
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="SAELens: `make test-tl3`")
