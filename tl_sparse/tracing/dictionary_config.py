@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -93,7 +93,8 @@ def places(
     known = ("embed", "attn", "mlp")
     if unknown := sorted(set(parts) - set(known)):
         raise ValueError(f"unknown part(s) {', '.join(unknown)}; choose from {', '.join(known)}")
-    cfg, hooks = model.cfg, model.hook_dict
+    part: Any = model
+    cfg, hooks = part.cfg, part.hook_dict
     width = int(cfg.d_model) * expansion
     found = []
     if "embed" in parts:

@@ -66,7 +66,8 @@ def made(found: dict[str, Tensor], origin: str, **fields: Any) -> Dictionary:
         if found["W_dec"].shape[0] != found["W_enc"].shape[1]:
             raise ValueError(f"W_enc is {tuple(found['W_enc'].shape)}, W_dec "
                              f"{tuple(found['W_dec'].shape)}")  # fmt: skip
-        return Dictionary(**found, **fields)
+        everything: dict[str, Any] = {**found, **fields}
+        return Dictionary(**everything)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
 
