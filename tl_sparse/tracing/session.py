@@ -82,9 +82,7 @@ class TraceSession:
         if len(prompts) != 1:
             raise ValueError(f"a session is about one prompt, not {len(prompts)}")
         self.root, self.threshold, self.top_k = root, threshold, top_k
-        self._run = run(
-            splice, prompts.tokens, prompts.last, Gate.off(), points=root.hooks(splice)
-        )
+        self._run = run(splice, prompts.tokens, prompts.last, Gate.off(), points=root.hooks(splice))
         self._found = attribute(self._run, root)
         self._nodes = prompt_nodes(self._run, self._found, root, 0)
         self._by_id = self._nodes.table.set_index("id", drop=False)
