@@ -19,8 +19,10 @@ class LogLines(Bar):
 
     disable: bool
 
-    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
-        self.written = time.monotonic()
+    def __init__(
+        self, iterable: Iterable[Any] | None = None, at_once: bool = False, **options: Any
+    ) -> None:
+        self.written = time.monotonic() - (EVERY if at_once else 0)
         self.lines = 0
         options |= {"mininterval": 0, "miniters": 1, "dynamic_ncols": False, "ncols": 0}
         super().__init__(iterable, **options)
@@ -50,12 +52,19 @@ class LogLines(Bar):
         self._decr_instances(self)
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Bar:
-    """A tqdm bar with these options, or its lines where nobody watches (see :class:`LogLines`)."""
+def progress_bar(
+    iterable: Iterable[Any] | None = None, at_once: bool = False, **options: Any
+) -> Bar:
+    """A tqdm bar with these options, or its lines where nobody watches (see :class:`LogLines`).
+
+    Args:
+        iterable: What is gone through, if anything.
+        at_once: Whether the first line is written at once: for what is no work, such as waiting.
+        options: tqdm's.
+    """
     file = options.get("file") or sys.stderr
     watched = file.isatty() or any(c.__module__ == "tqdm.notebook" for c in tqdm.__mro__)
-    kind: Any = tqdm if watched else LogLines
-    return kind(iterable, **options)
+    return tqdm(iterable, **options) if watched else LogLines(iterable, at_once, **options)
 
 
 class Phases:

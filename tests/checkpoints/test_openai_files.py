@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.openai_container import right_md5
+from tl_sparse import progress
 from tl_sparse.checkpoints.openai_files import BrokenAtSource, fetch_model, local_folder
 from tl_sparse.circuits import read_payload
 from tl_sparse.model.transformer import SparseTransformer
@@ -45,9 +46,10 @@ def names_asked(handler):
 
 
 def test_a_model_is_fetched_by_name_once_with_the_tokenizer_beside_models(
-    container, tmp_path, capsys
+    container, tmp_path, capsys, monkeypatch
 ):
     base, root, handler = container
+    monkeypatch.setattr(progress, "EVERY", 0)  # a line for every piece
     model = load(base, progress=True)
     assert same(model, root / "models" / "csp_yolo2")
     assert model.tokenizer.decode(model.to_tokens("ab").flatten().tolist()) == "ab"

@@ -11,7 +11,7 @@ from tests.checkpoints.openai_payloads import PLACES, drop, make_payload, set_at
 from tests.checkpoints.openai_reference_model import BASE, D, V, random_state
 from tl_sparse import Circuit, activation_means
 from tl_sparse.ablation import ActivationMeans, means_from_openai
-from tl_sparse.circuits import circuit_from_openai, read_payload
+from tl_sparse.circuits import circuit_from_openai, page_circuit, read_payload
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_SITES
 
@@ -98,7 +98,7 @@ def test_what_a_payload_does_not_hold_is_unknown(saved, model, means):
     assert (circuit.n_active, circuit.seed) == (-1, -1)
     assert len(circuit.to_dataframe()) == 0
     assert "quote" in repr(circuit)
-    assert "nan" not in circuit._repr_html_().lower().replace("accuracy nan", "")
+    assert "nan" not in page_circuit(circuit).circuit.line.lower()
 
 
 def test_an_imported_circuit_is_saved_and_loaded(saved, model, means, tmp_path):

@@ -28,7 +28,7 @@ def test_the_true_heads_do_the_task_alone_and_nothing_is_left_without(known, cir
     assert frame["random"]["f"] < 0.6
     assert frame["as_high"]["necessity"] < 0.5
     assert "2 heads, f 1.00" in repr(found)
-    assert "as_high" in found._repr_html_()
+    assert "as high" in found._repr_html_()
 
 
 def test_shares_are_those_of_the_mean_logit_differences(known, circuit_of):

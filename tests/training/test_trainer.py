@@ -29,6 +29,7 @@ from tl_sparse import (
     TrainingResult,
     WeightMasks,
     WeightProjector,
+    progress,
 )
 from tl_sparse.checkpoints.packed import training_record
 from tl_sparse.data import CorpusConfig, TokenizedCorpus, bigram_log_probs, build_corpus
@@ -815,7 +816,8 @@ def test_without_progress_nothing_is_printed(corpus, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_progress_bar_shows_loss_l0_and_speed(corpus, capfd):
+def test_the_progress_bar_shows_loss_l0_and_speed(corpus, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0)  # a line for every step
     Trainer(new_model(corpus), corpus, replace(TINY, steps=4), progress=True).train()
     out, err = capfd.readouterr()
     assert out == ""

@@ -49,7 +49,7 @@ class PathPatchResult:
     """Whose change is carried."""
     receivers: tuple[Nodes, ...]
     """What it is carried to, each on its own."""
-    changes: tuple[Float[Tensor, "prompt chosen node"], ...]
+    changes: tuple[Float[Tensor, "prompt chosen _node"], ...]
     """How much each receiver's nodes change, at the ``positions``."""
     positions: Int[Tensor, "prompt chosen"]
     """Where: from the sender's first patched position to the end."""

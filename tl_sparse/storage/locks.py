@@ -106,9 +106,13 @@ def wait_for_lock(
     bar: Bar | None = None
     pause = POLL
     while not agreed((lock := acquire(path)) is not None):
+        waiting = f"waiting for {holder_of(path) or path.name}"
         if bar is None:
-            bar = progress_bar(bar_format="{desc} ({elapsed})", disable=not progress, leave=False)
-        bar.set_description_str(f"waiting for {holder_of(path) or path.name}")
+            bar = progress_bar(
+                at_once=True, desc=waiting, bar_format="{desc} ({elapsed})", disable=not progress,
+                leave=False,
+            )  # fmt: skip
+        bar.set_description_str(waiting)
         time.sleep(pause)
         pause = min(1.2 * pause, SLOWEST)
     if bar is not None:
