@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.conformance.models import theirs
+from tl_sparse.ablation.eval_mode import frozen
 from tl_sparse.bridges import BridgedPair, Bridges, BridgesConfig, tails
 from tl_sparse.bridges.losses import BridgeLosses, normalised_error
 from tl_sparse.bridges.objective import BridgeObjective, sharpness_at
-from tl_sparse.bridges.training import frozen
 from tl_sparse.bridges.training_config import BridgeTrainingConfig
 from tl_sparse.training.objective import Moment
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -774,15 +773,8 @@ def test_runs_that_share_a_folder_take_turns_and_the_second_takes_the_result(
 
 
 def test_processes_that_train_in_one_folder_end_with_one_run(corpus, straight, tmp_path):
-    def train():
-        new_trainer(corpus, folder=tmp_path).train()
-
-    processes = [multiprocessing.get_context("fork").Process(target=train) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    codes = exit_codes(lambda: new_trainer(corpus, folder=tmp_path).train(), {}, {}, {})
+    assert codes == [0, 0, 0]
     assert_same_run(tmp_path, straight[0])
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from tl_sparse.ablation.eval_mode import frozen
 from tl_sparse.bridges.objective import BridgeObjective
 from tl_sparse.bridges.pair import BridgedPair
 from tl_sparse.bridges.training_config import BridgeTrainingConfig
@@ -81,16 +79,3 @@ def train_bridges(
         result = trainer.train()
     pair.bridges.made_for = objective.made_for()
     return result
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """A model whose parameters take no gradients inside the block."""
-    took = [p for p in model.parameters() if p.requires_grad]
-    for parameter in took:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in took:
-            parameter.requires_grad_(True)

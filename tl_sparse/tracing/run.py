@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.ablation import FwdHook
+from tl_sparse.ablation.eval_mode import frozen
 from tl_sparse.tracing.active import Features, as_is, read_features, write_features
 from tl_sparse.tracing.biases import bias_hooks, measured_biases, mlp_hooks, plain_mlps
 from tl_sparse.tracing.dictionary import Dictionary
@@ -51,7 +52,7 @@ def run(
     taps = [*bias_hooks(splice), *filter(_QK.search, points)] if biases else []
     hooks = _Hooks(found, real, points, taps).all()
     model: Any = splice.model
-    with torch.enable_grad(), _parameters_frozen(model):
+    with torch.enable_grad(), frozen(model):
         logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
     found.logits = uncapped(logits, model.cfg) if splice.freeze.softcap else logits
     if silent := [name for name in splice.sites if name not in found.sites]:
@@ -59,21 +60,6 @@ def run(
     if biases:
         add_biases(found, taps)
     return found
-
-
-class _parameters_frozen:
-    """No parameter takes part in the graph inside the block."""
-
-    def __init__(self, model: Any) -> None:
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.trained:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter in self.trained:
-            parameter.requires_grad_(True)
 
 
 def uncapped(logits: Float[Tensor, "..."], cfg: Any) -> Float[Tensor, "..."]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_sparse.bridges.training import frozen
+from tl_sparse.ablation.eval_mode import frozen
 from tl_sparse.data import TokenizedCorpus
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tracing.dictionary import Dictionary
