@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.tracing.dictionary import Dictionary
-from tl_sparse.tracing.splice import Splice
+from tl_sparse.tracing.splice import Splice, keep_in
 
 How = Literal["ablate", "scale", "set", "add"]
 
@@ -71,9 +71,7 @@ def feature_hooks(
     """
     by_site: dict[str, list[FeatureChange]] = {}
     for change in changes:
-        size = splice.dictionary(change.site).d_sae
-        if not 0 <= change.index < size:
-            raise ValueError(f"feature {change.index} of {change.site}: it has 0 to {size - 1}")
+        splice.check_feature(change.site, change.index)
         by_site.setdefault(change.site, []).append(change)
     held, inputs = ({}, {}) if tokens is None else held_activations(splice, tokens)
     hooks: list[FwdHook] = []
@@ -143,25 +141,17 @@ def held_activations(
     """Patterns, norm scales and what every dictionary's sublayer and every MLP writes on some
     tokens, by hook; and what transcoders read."""
     model: Any = splice.model
-    names = [name for name in model.hook_dict if name.endswith(("attn.hook_pattern", "hook_scale"))]
+    names = splice.constant_hooks
     outs = [d.hook_out for d in splice.dictionaries]
     for layer in range(splice.n_layers):
         outs.append(f"blocks.{layer}.hook_mlp_out")
     found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> FwdHook:
-        def hook(x: Tensor, hook: Any = None) -> Tensor:
-            found[name] = x.detach()
-            return x
-
-        return name, hook
-
     reads = [d.hook_in for d in splice.dictionaries if d.transcoder]
     wanted = [name for name in dict.fromkeys([*names, *outs, *reads]) if name in model.hook_dict]
     with torch.no_grad():
         # asked for logits, since without them the final norm need not run
         model.run_with_hooks(
-            tokens, return_type="logits", fwd_hooks=[keep(name) for name in wanted]
+            tokens, return_type="logits", fwd_hooks=[keep_in(found, name) for name in wanted]
         )
     inputs = {name: found[name] for name in reads}
     return {name: x for name, x in found.items() if name in {*names, *outs}}, inputs

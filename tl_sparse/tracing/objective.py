@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.tracing.dictionary_config import DictionaryTrainingConfig, Place
 from tl_sparse.tracing.learned import LearnedDictionaries
+from tl_sparse.tracing.splice import keep_in
 from tl_sparse.training.objective import Moment
 
 FOLDER = "dictionaries"
@@ -82,11 +83,7 @@ def activations_at(
 ) -> dict[str, Tensor]:
     """The activations that dictionaries at these places read and explain, from one forward pass."""
     seen: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: Any) -> None:
-        seen[hook.name] = x
-
     names = sorted({hook for place in chosen for hook in (place.hook_in, place.hook_out)})
     run: Any = model
-    run.run_with_hooks(tokens, return_type=None, fwd_hooks=[(name, keep) for name in names])
+    run.run_with_hooks(tokens, return_type=None, fwd_hooks=[keep_in(seen, name) for name in names])
     return seen

@@ -16,7 +16,7 @@ from tl_sparse.tracing.active import Features, as_is, read_features, write_featu
 from tl_sparse.tracing.biases import bias_hooks, measured_biases, mlp_hooks, plain_mlps
 from tl_sparse.tracing.dictionary import Dictionary
 from tl_sparse.tracing.gate import Candidates, Gate, GateState, chosen, gated
-from tl_sparse.tracing.splice import Splice, real_tokens
+from tl_sparse.tracing.splice import Splice, keep_in, real_tokens
 from tl_sparse.tracing.spliced_run import Leaf, LeafKind, Site, SplicedRun
 
 _QK = re.compile(r"\.attn\.hook_(rot_)?[qk]$")
@@ -142,11 +142,7 @@ class _Hooks:
         self.steps.setdefault(name, []).append(step)
 
     def _remember(self, name: str) -> Any:
-        def step(x: Tensor) -> Tensor:
-            self.found._inputs[name] = x
-            return x
-
-        return step
+        return keep_in(self.found._inputs, name)[1]
 
     def _keep(self, name: str) -> Any:
         def step(x: Tensor) -> Tensor:

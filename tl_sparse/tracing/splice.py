@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from tl_sparse.ablation import FwdHook
 from tl_sparse.sites import layer_of
 from tl_sparse.tracing.dictionary import Dictionary
 from tl_sparse.tracing.freeze import Freeze
@@ -100,6 +101,18 @@ class Splice:
                 return dictionary
         raise ValueError(f"no dictionary at {site!r}; there are {', '.join(self.sites) or 'none'}")
 
+    def check_feature(self, site: str, index: int) -> None:
+        """ValueError unless the dictionary of a site has a feature of that number."""
+        size = self.dictionary(site).d_sae
+        if not 0 <= index < size:
+            raise ValueError(f"feature {index} of {site}: it has 0 to {size - 1}")
+
+    @property
+    def constant_hooks(self) -> list[str]:
+        """Hooks of what makes the model nonlinear besides its sublayers: patterns, norm scales."""
+        points: Any = self.model.hook_dict
+        return [name for name in points if name.endswith(("attn.hook_pattern", "hook_scale"))]
+
     def layer(self, site: str) -> int:
         """The layer of a site or hook."""
         hooks = {dictionary.name: dictionary.hook_out for dictionary in self.dictionaries}
@@ -108,6 +121,16 @@ class Splice:
     def __repr__(self) -> str:
         how = "strict" if self.strict else "compat"
         return f"Splice({type(self.model).__name__}, {', '.join(self.sites)}; {how})"
+
+
+def keep_in(found: dict[str, Tensor], name: str) -> FwdHook:
+    """A hook that writes down what is there, under the name that was asked for."""
+
+    def hook(x: Tensor, hook: Any = None) -> Tensor:
+        found[name] = x
+        return x
+
+    return name, hook
 
 
 def real_tokens(

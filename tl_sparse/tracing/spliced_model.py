@@ -22,7 +22,7 @@ from tl_sparse.model.added_points import AddedPoints
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tracing.biases import mlp_hooks, plain_mlps
 from tl_sparse.tracing.dictionary import Dictionary
-from tl_sparse.tracing.splice import Splice
+from tl_sparse.tracing.splice import Splice, keep_in
 
 World = Literal["linear", "spliced", "original"]
 
@@ -97,37 +97,21 @@ class SplicedModel(AddedPoints):
 
     def _held(self) -> list[str]:
         """Hooks of what stays constant in the linear world."""
-        points: Any = self.inner.hook_dict
-        found = [name for name in points if name.endswith(("attn.hook_pattern", "hook_scale"))]
-        return found + [mlp_hooks(layer)[2] for layer in plain_mlps(self.splice)]
+        outs = [mlp_hooks(layer)[2] for layer in plain_mlps(self.splice)]
+        return self.splice.constant_hooks + outs
 
     def _recording(self, clean: dict[str, Tensor]) -> list[FwdHook]:
-        def keep(name: str) -> FwdHook:
-            def hook(x: Tensor, hook: Any = None) -> Tensor:
-                clean[name] = x
-                return x
-
-            return name, hook
-
-        reads = [keep(d.hook_in) for d in self.splice.dictionaries]
-        outs = [keep(d.hook_out) for d in self.splice.dictionaries if d.transcoder]
-        held = [keep(name) for name in self._held()] if self.world == "linear" else []
-        return [*reads, *outs, *held]
+        reads = [d.hook_in for d in self.splice.dictionaries]
+        outs = [d.hook_out for d in self.splice.dictionaries if d.transcoder]
+        held = self._held() if self.world == "linear" else []
+        return [keep_in(clean, name) for name in (*reads, *outs, *held)]
 
     def _changing(self, clean: dict[str, Tensor]) -> list[FwdHook]:
         hooks: list[FwdHook] = []
         if self.world == "linear":
             hooks += [(name, _constant(clean[name])) for name in self._held() if name in clean]
         live: dict[str, Tensor] = {}
-
-        def keep(name: str) -> FwdHook:
-            def hook(x: Tensor, hook: Any = None) -> Tensor:
-                live[name] = x
-                return x
-
-            return name, hook
-
-        hooks += [keep(d.hook_in) for d in self.splice.dictionaries if d.transcoder]
+        hooks += [keep_in(live, d.hook_in) for d in self.splice.dictionaries if d.transcoder]
         return hooks + [
             (d.hook_out, self._change(d, live, clean)) for d in self.splice.dictionaries
         ]
@@ -183,9 +167,7 @@ def feature_masks(
     """Masks over each dictionary's features from (site, index) pairs."""
     masks = {d.name: torch.zeros(d.d_sae, dtype=torch.bool) for d in splice.dictionaries}
     for site, index in features:
-        size = splice.dictionary(site).d_sae
-        if not 0 <= index < size:
-            raise ValueError(f"feature {index} of {site}: it has 0 to {size - 1}")
+        splice.check_feature(site, index)
         masks[site][index] = True
     return masks
 

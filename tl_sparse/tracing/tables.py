@@ -17,6 +17,7 @@ from tl_sparse.tracing.attribution import Attribution
 from tl_sparse.tracing.edges import Row
 from tl_sparse.tracing.graph import EDGE_COLUMNS, NODE_COLUMNS
 from tl_sparse.tracing.roots import FeatureRoot, Root, position
+from tl_sparse.tracing.splice import real_tokens
 from tl_sparse.tracing.spliced_run import SplicedRun
 
 LEAF_KINDS = ("error", "bias", "token", "position")
@@ -83,10 +84,9 @@ def prompt_nodes(run: SplicedRun, found: Attribution, root: Root, prompt: int) -
             smallest = min(smallest, float(np.abs(numbers[2]).min()))
             tables.append(table[list(NODE_COLUMNS)])
     leaves = {}
+    real = real_tokens(run.tokens, run.last)[prompt]
     for (kind, name), part in found.leaves.items():
-        mine = _counted(run, part[prompt], prompt, smallest) & (
-            torch.arange(part.shape[1], device=part.device) <= run.last[prompt]
-        )
+        mine = _counted(run, part[prompt], prompt, smallest) & real
         leaves[kind, name] = mine
         tables.append(_leaf_table(run, kind, name, part[prompt], mine, words))
     whole = pd.concat([table for table in tables if len(table)], ignore_index=True)
