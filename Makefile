@@ -31,16 +31,9 @@ NO_SHAPES := --no-shapes
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# uv installs the same packages in a fraction of the time. It does not read pip's settings, but for these;
-# where it cannot have a package, pip is asked, and says why if it cannot either.
 UV := uv==0.13.9
-UV_SETTINGS = $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} \
-	$${PIP_FIND_LINKS:+UV_FIND_LINKS="$$(echo $$PIP_FIND_LINKS | tr ' ' ,)"}
-define install
-env $(UV_SETTINGS) $(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) 2>/dev/null || \
-	$(1)/bin/pip install --quiet $(2)
-endef
+# Packages for an environment, with its own uv or pip.
+INSTALL = .ci/install $(1)/bin/python $(1)/bin/python
 
 # $(call set-up,environment,constraints file,extras): torch comes first and by its pin, so that a CPU
 # build that is already at hand, or named by TORCH_ARGS, is kept by the second call.
@@ -51,8 +44,8 @@ define set-up
 @echo "Setting up $(1) from $(2) (once; a few minutes)"
 @test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 @$(1)/bin/pip install --quiet $(UV) 2>/dev/null || true
-@$(call install,$(1),$(TORCH_ARGS) "$$(grep '^torch==' $(2))")
-@$(call install,$(1),--constraint $(2) --editable '.[$(3)]')
+@$(INSTALL) $(TORCH_ARGS) "$$(grep '^torch==' $(2))"
+@$(INSTALL) --constraint $(2) --editable '.[$(3)]'
 @touch $(1)/.set-up
 endef
 
