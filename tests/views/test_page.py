@@ -368,6 +368,20 @@ def test_charts_are_in_the_page_with_what_draws_them():
     assert "src=" not in html.split("<body>")[1]
 
 
+@pytest.mark.parametrize("what", ["tokens", "texts", "effects"])
+def test_what_is_said_of_an_unknown_node_is_refused(quote_circuit, what):
+    unknown = "0.mlp_neuron.1"
+    said = {
+        "tokens": pd.DataFrame(
+            {"node": [unknown], "side": ["logits"], "text": ["a"], "weight": [1.0]}
+        ),
+        "texts": {unknown: {}}, "effects": {unknown: 1.0},
+    }  # fmt: skip
+    shown = PageCircuit(quote_circuit, "x", **{what: said[what]})
+    with pytest.raises(ValueError, match=f"{what} are given of '{unknown}', which is not a node"):
+        page_html(Page("t", circuits=(shown,)))
+
+
 def test_activation_of_an_unknown_node_is_refused(quote_circuit):
     shown = PageCircuit(quote_circuit, "x", (example(activations={"0.mlp_neuron.1": [0.0, 0.0]}),))
     with pytest.raises(ValueError, match=r"'0.mlp_neuron.1', which is not a node.*0.mlp_in.205"):

@@ -38,10 +38,16 @@ def payload(page_circuit: PageCircuit, number: int) -> dict[str, Any]:
             that are none of the circuit's, of the wrong length or not finite.
     """
     circuit = page_circuit.circuit
-    drawn = of_graph(circuit) if isinstance(circuit, GraphTable) else of_circuit(page_circuit)
+    layout = None
+    if isinstance(circuit, GraphTable):
+        drawn = of_graph(circuit)
+    else:
+        layout = circuit_layout(circuit.nodes, circuit.edges)
+        drawn = of_circuit(layout)
     ids = [node["id"] for node in drawn["nodes"]]
     place = {name: i for i, name in enumerate(ids)}
     known(place, page_circuit)
+    tokens = tokens_of(page_circuit.tokens, place)
     for i, node in enumerate(drawn["nodes"]):
         node["id"] = printable(node["id"])
         node["note"] = str(page_circuit.notes.get(node["name"], ""))
@@ -52,7 +58,7 @@ def payload(page_circuit: PageCircuit, number: int) -> dict[str, Any]:
     return drawn | {
         "number": number, "title": printable(page_circuit.title), "task": printable(circuit.task),
         "key": page_circuit.key or f"{circuit.task}/{page_circuit.title}",
-        "tokens": tokens_of(page_circuit.tokens, place),
+        "tokens": tokens, "ends": [] if layout is None else ends_of(layout, tokens),
         "texts": {place[node]: texts_of(lists) for node, lists in page_circuit.texts.items()},
         "examples": [example_of(example) for example in examples],
         "activations": values_of(examples, "activations", place),
@@ -61,10 +67,8 @@ def payload(page_circuit: PageCircuit, number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of_circuit(page_circuit: PageCircuit) -> dict[str, Any]:
+def of_circuit(layout: Layout) -> dict[str, Any]:
     """Drawing, nodes and edges of a circuit of hooks."""
-    circuit = page_circuit.circuit
-    layout = circuit_layout(circuit.nodes, circuit.edges)
     matrices, ends = edges_of(layout.edges, layout.nodes["id"])
     nodes = nodes_of(layout, ends)
     heads = layout.heads.itertuples()
@@ -78,7 +82,6 @@ def of_circuit(page_circuit: PageCircuit) -> dict[str, Any]:
         "heads": [[f"head {h.head}", *map(fine, (h.x0, h.x1, h.y0, h.y1))] for h in heads],
         "nodes": nodes, "matrices": matrices, "edges": ends,
         "lone": sum(node["alone"] for node in nodes),
-        "ends": ends_of(layout, page_circuit.tokens),
     }  # fmt: skip
 
 
@@ -113,7 +116,6 @@ def of_graph(graph: GraphTable) -> dict[str, Any]:
         "rows": [[printable(name), float(y)] for y, name in enumerate(names)],
         "columns": [[visible(str(c.label)), fine(c.x)] for c in layout.columns.itertuples()],
         "lanes": [], "heads": [], "nodes": nodes, "matrices": matrices, "edges": ends, "lone": 0,
-        "ends": [],
     }  # fmt: skip
 
 
@@ -217,10 +219,9 @@ def signed(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def ends_of(layout: Layout, tokens: pd.DataFrame) -> list[dict[str, Any]]:
+def ends_of(layout: Layout, lists: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Tokens below and logits above the drawing: one mark a residual channel that comes from the
     embedding, or goes on to the logits."""
-    lists = tokens_of(tokens, {name: i for i, name in enumerate(layout.nodes["id"])})
     residual = layout.nodes[layout.nodes["site"].isin(READS + WRITES)].reset_index()
     found = []
     for lane in layout.lanes.itertuples():
