@@ -479,3 +479,19 @@ def test_architectures(prompt, name) -> None:
     if name not in ("soft_cap",):
         trace(splice, prompt, AttentionScore(1, 3, 4, 2), edges="none")
         trace(splice, prompt, AttentionScore(1, 3, 4, 2, side="key"), edges="none")
+
+
+@pytest.mark.parametrize("root", ["AttentionScore", "AttentionPattern"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"head": 9}, "head=9: layer 1 has"),
+     ({"layer": 7}, "the model has layers 0 to 1")],
+)  # fmt: skip
+def test_what_attention_does_not_have_is_refused(
+    any_model, spliced, prompt, root, changes, message
+) -> None:
+    from tl_sparse import tracing
+
+    of = {"layer": 1, "head": 2, "query": 4, "key": 1} | changes
+    with pytest.raises(ValueError, match=message):
+        tracing.trace(spliced(any_model), prompt, getattr(tracing, root)(**of))

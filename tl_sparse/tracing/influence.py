@@ -90,8 +90,13 @@ def prune_by_influence(graph: TracedGraph, nodes: float = 0.8, edges: float = 0.
 
 def _fed(graph: TracedGraph, edge: np.ndarray) -> np.ndarray:
     """Which nodes have an edge into them, or need none: features that nothing is before."""
+    return edge.any(1) | _given(graph)
+
+
+def _given(graph: TracedGraph) -> np.ndarray:
+    """Which nodes are made of no others."""
     computed = set(graph.rows["target"]) if len(graph.rows) else set(graph.edges["target"])
-    return edge.any(1) | ~graph.nodes["id"].isin(computed).to_numpy()
+    return ~graph.nodes["id"].isin(computed).to_numpy()
 
 
 def cumulative_cut(values: np.ndarray, share: float) -> float:
@@ -109,10 +114,8 @@ def graph_scores(graph: TracedGraph) -> dict[str, float]:
     tokens) ends in tokens; ``completeness``, the share of all nodes' inputs that are no errors,
     weighted by influence."""
     found = influence(graph)
-    nodes = graph.nodes
-    computed = set(graph.rows["target"]) if len(graph.rows) else set(graph.edges["target"])
-    kinds = nodes["kind"].to_numpy()
-    source = ~nodes["id"].isin(computed).to_numpy() & np.isin(kinds, ("feature",))
+    kinds = graph.nodes["kind"].to_numpy()
+    source = _given(graph) & (kinds == "feature")
     tokens = found.node[np.isin(kinds, ("token", "position")) | source].sum()
     errors = found.node[kinds == "error"].sum()
     missed = found.shares[:, kinds == "error"].sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -189,20 +189,10 @@ class AttentionScore:
 
     def of(self, run: SplicedRun) -> Float[Tensor, " prompt"]:
         """The value in each prompt."""
-        q, k = self._vectors(run)
-        return (q * k).sum(-1) / attention_scale(run.splice.model, self.layer)
-
-    def _vectors(self, run: SplicedRun) -> tuple[Tensor, Tensor]:
-        if self.side not in ("query", "key"):
-            raise ValueError(f"side={self.side!r}; choose query or key")
-        q_hook, k_hook = self.hooks(run.splice)
-        q, k = run.points[q_hook], run.points[k_hook]
-        if not 0 <= self.head < q.shape[2]:
-            raise ValueError(f"head={self.head}: layer {self.layer} has {q.shape[2]} heads")
+        q, k = queries_and_keys(run, self)
         rows = torch.arange(run.n_prompts, device=q.device)
-        q = q[rows, position(run, self.query), self.head]
-        k = k[rows, position(run, self.key), self.head * k.shape[2] // run.points[q_hook].shape[2]]
-        return (q, k.detach()) if self.side == "query" else (q.detach(), k)
+        q, k = q[rows, position(run, self.query)], k[rows, position(run, self.key)]
+        return (q * k).sum(-1) / attention_scale(run.splice.model, self.layer)
 
     def name(self, prompt: int) -> str:
         """Its name in a prompt's graph."""
@@ -236,11 +226,8 @@ class AttentionPattern:
         width = int(query.max()) + 1
         if bool((key > query).any()):
             raise ValueError(f"key={self.key} is after query={self.query}")
-        q_hook, k_hook = self.hooks(run.splice)
-        q, k = run.points[q_hook], run.points[k_hook]
-        rows = torch.arange(run.n_prompts, device=q.device)
-        q, k = q[rows, query, self.head], k[:, :width, self.head * k.shape[2] // q.shape[2]]
-        q, k = (q, k.detach()) if self.side == "query" else (q.detach(), k)
+        q, k = queries_and_keys(run, self)
+        q, k = q[torch.arange(run.n_prompts, device=q.device), query], k[:, :width]
         scores = (k @ q[..., None])[..., 0] / attention_scale(run.splice.model, self.layer)
         late = torch.arange(width, device=q.device) > query[:, None]
         pattern = scores.masked_fill(late, -torch.inf).softmax(-1)
@@ -303,6 +290,24 @@ def qk_hooks(splice: Splice, layer: int) -> tuple[str, str]:
             )
         names.append(rotated if rotary else f"blocks.{layer}.attn.hook_{which}")
     return names[0], names[1]
+
+
+def queries_and_keys(
+    run: SplicedRun, root: AttentionScore | AttentionPattern
+) -> tuple[Float[Tensor, "prompt pos d_head"], Float[Tensor, "prompt pos d_head"]]:
+    """Queries and keys of a root's head; those on the side that is not traced are constant.
+
+    Raises:
+        ValueError: the layer has no such head, or there is no such side.
+    """
+    if root.side not in get_args(Side):
+        raise ValueError(f"side={root.side!r}; choose query or key")
+    q, k = (run.points[hook] for hook in root.hooks(run.splice))
+    heads = q.shape[2]
+    if not 0 <= root.head < heads:
+        raise ValueError(f"head={root.head}: layer {root.layer} has {heads} heads")
+    q, k = q[:, :, root.head], k[:, :, root.head * k.shape[2] // heads]
+    return (q, k.detach()) if root.side == "query" else (q.detach(), k)
 
 
 def attention_scale(model: Any, layer: int) -> float:
