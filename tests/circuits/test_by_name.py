@@ -13,9 +13,7 @@ def sparse():
     return SparseTransformer.from_pretrained("python-sparse")
 
 
-def test_a_model_and_a_task_are_found_by_name_or_taken_as_they_are(sparse):
-    assert by_name.model_of(sparse) is sparse
-    assert isinstance(by_name.model_of("python-sparse"), SparseTransformer)
+def test_a_task_is_found_by_name_or_taken_as_it_is(sparse):
     task = by_name.task_of("single_double_quote", sparse)
     assert (task.name, task.max_tokens) == ("single_double_quote", sparse.config.n_ctx)
     assert by_name.task_of(task, sparse) is task

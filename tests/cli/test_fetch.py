@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tl_sparse import cli
-from tl_sparse.cli.inputs import model_of
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage import hub
 
@@ -53,12 +51,3 @@ def test_a_model_of_the_hub(monkeypatch, tmp_path, capsys):
 def test_what_is_refused(arguments, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["fetch", *arguments])
-
-
-def test_the_commands_take_released_models_by_name(container, monkeypatch):
-    base, root, _ = container
-    monkeypatch.setenv("TL_SPARSE_OPENAI_URL", base)
-    by_name = model_of("csp_yolo2")
-    assert torch.equal(by_name.W_E, model_of(str(root / "models" / "csp_yolo2")).W_E)
-    with pytest.raises(FileNotFoundError, match="bundled models: python-dense"):
-        model_of("frobnicate")

@@ -1,25 +1,14 @@
-"""What ``prune`` is given by name: a model, a task; and means, if it is given none."""
+"""What ``prune`` is given by name: a task; and means, if it is given none."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
 from tl_sparse.ablation import ActivationMeans, activation_means
 from tl_sparse.data.bundled_text import ORIGIN, bundled_text
-from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import Task, get
-
-
-def model_of(model: nn.Module | str | Path) -> nn.Module:
-    """A model, or the one of that name: a bundled one's, a folder's, or one of the Hub.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    return model if isinstance(model, nn.Module) else SparseTransformer.from_pretrained(model)
 
 
 def task_of(task: Task | str, model: nn.Module) -> Task:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.circuits.backward_elimination import backward_elimination, eliminate_from_full_model
-from tl_sparse.circuits.by_name import means_of, model_of, task_of
+from tl_sparse.circuits.by_name import means_of, task_of
 from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning_config import PruningConfig
@@ -27,6 +27,7 @@ from tl_sparse.circuits.pruning_run import (
     build_circuit,
     set_up_many,
 )
+from tl_sparse.model.by_name import model_of
 from tl_sparse.node import Nodes
 from tl_sparse.progress import Phases
 from tl_sparse.tasks import Task
@@ -57,7 +58,8 @@ def prune(
     held-out templates and names (``Circuit.confidence``). No search over settings is needed.
 
     Args:
-        model: The model, or the name of a bundled one, of a folder, or of one on the Hub.
+        model: The model, or the name of a bundled one, of a folder, of one on the Hub, or of one
+            of OpenAI's.
         task: The task, or the name of a built-in one.
         config: How to search; the defaults do without a search over settings.
         means: Means over the pretraining distribution, from ``activation_means``; their sites are
@@ -76,7 +78,7 @@ def prune(
         PruningFailed: the mask collapsed, all its open gates together miss the target loss, and
             ``on_collapse`` is ``fail`` or elimination did not end.
     """
-    model = model_of(model)
+    model = model if isinstance(model, nn.Module) else model_of(model)
     job = (task_of(task, model), config or PruningConfig())
     (found,) = prune_many(
         model, [job], means=means_of(means, model), sources=sources, exclude=exclude,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tl_sparse.circuits import page_circuit
-from tl_sparse.cli.inputs import Overwrite, check_out, is_openai, model_of, say
+from tl_sparse.cli.inputs import Overwrite, check_out, say
 from tl_sparse.compat import pretrained
 from tl_sparse.heads import (
     DiscreteSAE,
@@ -26,6 +26,7 @@ from tl_sparse.heads.codes import CodeKind
 from tl_sparse.heads.component import Kind
 from tl_sparse.heads.discrete_sae import Mode
 from tl_sparse.heads.scores import Score
+from tl_sparse.model.by_name import is_openai, model_of
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.storage.hub import CONFIG, bundled_models
 from tl_sparse.storage.json_files import read_json

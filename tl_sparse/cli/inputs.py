@@ -12,32 +12,10 @@ import tyro
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_sparse.checkpoints.openai import HUB
-from tl_sparse.checkpoints.openai_config import OPENAI_CONFIG
-from tl_sparse.checkpoints.openai_models import released_name
 from tl_sparse.data import CorpusConfig, validation_text
+from tl_sparse.model.by_name import model_of
 from tl_sparse.model.transformer import SparseTransformer
-from tl_sparse.storage.hub import bundled_models
 from tl_sparse.tasks import Task, from_jsonl, get, names
-
-
-def model_of(name: str) -> SparseTransformer:
-    """A saved or bundled model, one of the Hub, or one of OpenAI's: by name, or in its format.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is broken.
-    """
-    if is_openai(name):
-        return SparseTransformer.from_openai(name)
-    return SparseTransformer.from_pretrained(name)
-
-
-def is_openai(name: str) -> bool:
-    """Whether it is one of OpenAI's released models, or a folder or an address of their format."""
-    here = os.path.isdir(name) or name in bundled_models()
-    openai = (Path(name) / OPENAI_CONFIG).is_file() if here else released_name(name) is not None
-    return openai or name.startswith((HUB, "http://", "https://"))
 
 
 def model_with_tokenizer(name: str) -> SparseTransformer:

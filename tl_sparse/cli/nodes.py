@@ -8,7 +8,8 @@ from typing import Annotated
 import pandas as pd
 import tyro
 
-from tl_sparse.cli.inputs import model_of, say
+from tl_sparse.cli.inputs import say
+from tl_sparse.model.by_name import model_of
 from tl_sparse.nodes import Direction, NodeGraph, channel_tokens, readers, trace, writers
 from tl_sparse.views.text import visible
 
