@@ -19,6 +19,7 @@ from tl_sparse.ablation.text import sequences_of
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite, check_weights
+from tl_sparse.tasks.padding import real_positions
 from tl_sparse.views import frame_html
 
 
@@ -98,7 +99,7 @@ def activation_means(
     device = next(model.parameters()).device
     if last is None:
         last = torch.full((len(tokens),), tokens.shape[1] - 1)
-    counted = torch.arange(tokens.shape[1], device=device) <= last.to(device)[:, None]
+    counted = real_positions(tokens.shape[1], last.to(device))
     totals: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 

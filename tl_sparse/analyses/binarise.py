@@ -27,6 +27,7 @@ from tl_sparse.progress import progress_bar
 from tl_sparse.sites import Affine, NodeIndex
 from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.tasks import Task, TaskBatch
+from tl_sparse.tasks.padding import real_positions
 from tl_sparse.views.brief import brief
 from tl_sparse.views.display import frame_html
 
@@ -318,8 +319,7 @@ def observed(
         part = batch.pairs(at, at + SAMPLES)
         task_logit_diffs(model, part, [*hooks, *readers])
         joined = torch.cat([columns[hook] for hook, _, _ in by_hook(index, places)], dim=2)
-        position = torch.arange(joined.shape[1], device=joined.device)
-        found.append(joined[position <= part.last.to(joined.device)[:, None]])
+        found.append(joined[real_positions(joined.shape[1], part.last.to(joined.device))])
     return torch.cat(found)
 
 

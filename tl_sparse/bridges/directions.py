@@ -31,6 +31,7 @@ from tl_sparse.model.layers import NoNorm
 from tl_sparse.node import Node, Nodes, resolve
 from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
 from tl_sparse.sites import SITE, NodeIndex
+from tl_sparse.tasks.padding import real_positions
 from tl_sparse.views.brief import brief
 
 
@@ -244,8 +245,7 @@ def _scales(
         for place, hook in places
     }
 
-    slots = torch.arange(prompts.tokens.shape[1], device=prompts.last.device)
-    real = slots <= prompts.last[:, None]
+    real = real_positions(prompts.tokens.shape[1], prompts.last)
 
     def look(hook: str, x: Tensor, first: int) -> None:
         norm: Any = norms[hook]

@@ -39,6 +39,7 @@ from tl_sparse.nodes.prompts import (
     places,
     prompts_of,
 )
+from tl_sparse.tasks.padding import real_positions
 
 Channels = Float[Tensor, "batch pos d_sparse"]
 Change = Callable[[Channels], Channels]
@@ -176,8 +177,7 @@ def ablate(
     found = bridged_nodes(pair, nodes)
     prompts = prompts_of(pair.sparse, text, "text")
     if values is None:
-        real = torch.arange(prompts.tokens.shape[1], device=prompts.last.device)
-        weights = (real <= prompts.last[:, None]).double()
+        weights = real_positions(prompts.tokens.shape[1], prompts.last).double()
         seen = read_nodes(pair, found, prompts)
         values = torch.einsum("npt,pt->n", seen.double(), weights) / weights.sum()
     each = torch.as_tensor(values, dtype=torch.float32)

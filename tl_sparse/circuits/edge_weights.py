@@ -25,6 +25,7 @@ from tl_sparse.sites import BLOCK_MATRICES, NodeIndex, site_at
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.temporary import changed, tensors_of
 from tl_sparse.tasks import TaskBatch
+from tl_sparse.tasks.padding import real_positions
 
 Prompts = TaskBatch | PackedBatch
 """Prompts a row each, or pairs packed in a row each, which is faster and rounds otherwise."""
@@ -280,7 +281,7 @@ def ablated_reads(
     reads = values.detach().clone()
     batch = batch.to(values.device)
     sources = {source for _, source, _ in index.matrices}
-    real = torch.arange(batch.tokens.shape[1], device=values.device) <= batch.last[:, None]
+    real = real_positions(batch.tokens.shape[1], batch.last)
     for layer in range(index.n_layers):
         for name in index.at(layer):
             hook = index.hook(layer, name)

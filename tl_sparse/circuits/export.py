@@ -23,6 +23,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.node import released_names
 from tl_sparse.storage.atomic_write import atomic_folder
 from tl_sparse.storage.json_files import plain
+from tl_sparse.tasks.padding import real_positions
 from tl_sparse.views.display import frame_html
 
 FORMAT_VERSION = 1
@@ -62,7 +63,7 @@ class NodeActivations:
     @property
     def real(self) -> Tensor:
         """[prompt, pos]: True at tokens, False at padding."""
-        return torch.arange(self.tokens.shape[1]) <= self.last[:, None]
+        return real_positions(self.tokens.shape[1], self.last)
 
     def __repr__(self) -> str:
         where = "the circuit alone" if self.alone else "the full model"

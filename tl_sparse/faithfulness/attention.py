@@ -16,6 +16,7 @@ from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.faithfulness.under_test import CircuitUnderTest
+from tl_sparse.tasks.padding import real_positions
 
 PARTS = ("q", "k", "v", "z")
 _HOOK = re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z)")
@@ -59,7 +60,7 @@ def head_patterns(test: CircuitUnderTest) -> HeadPatterns:
         mine, theirs = circuit[layer][:, head], full[layer][:, head]
         for i, other in enumerate((mine, evened(theirs))):
             apart = js_distance(other, theirs)
-            queries = torch.arange(apart.shape[1]) <= last[:, None]
+            queries = real_positions(apart.shape[1], last)
             rows[2 * i].append((apart * queries).sum(1) / queries.sum(1))
             rows[2 * i + 1].append(apart[torch.arange(len(last)), last])
     none = torch.zeros(0, len(last), dtype=torch.float64)

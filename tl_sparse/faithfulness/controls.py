@@ -19,6 +19,7 @@ from tl_sparse.faithfulness.under_test import CircuitUnderTest
 from tl_sparse.sites import NodeIndex, layer_of, site_at
 from tl_sparse.sparsity.matrices import BLOCK_MATRICES
 from tl_sparse.tasks import TaskBatch
+from tl_sparse.tasks.padding import real_positions
 
 CONTROLS = ("outside", "anywhere", "matched", "degree")
 NEAREST = 5  # candidates among which a matched component is drawn
@@ -208,7 +209,7 @@ def displacement(
     def measure(x: Tensor, hook: Any = None, *, name: str, last: Tensor) -> None:
         x = index.read(name, x)
         apart = (x - broadcast(values[index.slices[name]].to(x)[None], x)[0]).abs()
-        real = torch.arange(x.shape[1], device=x.device) <= last.to(x.device)[:, None]
+        real = real_positions(x.shape[1], last.to(x.device))
         found[name] = apart.flatten(2)[real].double().mean(0).float().cpu()
 
     hooks: list[Any] = [

@@ -24,6 +24,7 @@ from tl_sparse.heads.dataset import ContrastiveDataset
 from tl_sparse.progress import progress_bar
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
+from tl_sparse.tasks.padding import real_positions
 
 HOOKS: dict[Kind, str] = {
     "head": "attn.hook_z", "mlp": "hook_mlp_out",
@@ -200,7 +201,7 @@ def _at(
     W_O: Float[Tensor, "head inner width"] | None,
 ) -> Float[Tensor, "prompt head inner"]:
     """One vector a prompt and head: the mean over real positions, or that at one of them."""
-    real = torch.arange(x.shape[1], device=x.device) <= last[:, None]
+    real = real_positions(x.shape[1], last.to(x.device))
     if there is not None:
         return x[torch.arange(len(x), device=x.device), there]
     if position == "mean":

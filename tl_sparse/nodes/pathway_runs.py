@@ -26,6 +26,7 @@ from tl_sparse.nodes.patched_runs import (
 )
 from tl_sparse.nodes.patching import SOURCE
 from tl_sparse.nodes.prompts import Positions, Prompts, at_some, places
+from tl_sparse.tasks.padding import real_positions
 
 NEAREST = 16  # channels of like activity that a null's node is drawn from
 Table: TypeAlias = Float[np.ndarray, "run prompt stage"]
@@ -130,8 +131,7 @@ class Bank:
             for prompts in (self.rows, self.sources[SOURCE]):
                 for chosen in chunks(self.model, prompts, 0):
                     some = prompts.rows(chosen)
-                    slots = torch.arange(some.tokens.shape[1], device=some.last.device)
-                    real = slots <= some.last[:, None]
+                    real = real_positions(some.tokens.shape[1], some.last)
                     readers = [(n, partial(add, name=n, real=real)) for n in hooks]
                     run: Any = self.model
                     run.run_with_hooks(some.tokens, return_type=None, fwd_hooks=readers)

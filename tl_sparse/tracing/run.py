@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.eval_mode import frozen
+from tl_sparse.tasks.padding import real_positions
 from tl_sparse.tracing.active import Features, as_is, read_features, write_features
 from tl_sparse.tracing.biases import bias_hooks, measured_biases, mlp_hooks, plain_mlps
 from tl_sparse.tracing.dictionary import Dictionary
 from tl_sparse.tracing.gate import Candidates, Gate, GateState, chosen, gated
-from tl_sparse.tracing.splice import Splice, keep_in, real_tokens
+from tl_sparse.tracing.splice import Splice, keep_in
 from tl_sparse.tracing.spliced_run import Leaf, LeafKind, Site, SplicedRun
 
 _QK = re.compile(r"\.attn\.hook_(rot_)?[qk]$")
@@ -44,7 +45,7 @@ def run(
         ValueError: a hook of the model did not fire, or biases have no part of their own.
     """
     gate = Gate.off() if gate is None else gate
-    real = real_tokens(tokens, last)
+    real = real_positions(tokens.shape[1], last)
     dtype = next(p.dtype for p in splice.model.parameters() if p.is_floating_point())
     tau = torch.full((len(tokens),), gate.tau, device=tokens.device, dtype=dtype)
     found = SplicedRun(splice, tokens, last, GateState(gate, tau))
@@ -81,6 +82,7 @@ def add_biases(found: SplicedRun, taps: Sequence[str]) -> None:
     if splice.freeze.softcap:
         logits = uncapped(logits, splice.model.cfg)
     found.leaves.append(Leaf("bias", "logits", found.logits, logits))
+    real = real_positions(found.tokens.shape[1], found.last)
     for name, site in found.sites.items():
         features = site.features
         if not site.first:  # what is no sum has no bias in it
@@ -88,9 +90,7 @@ def add_biases(found: SplicedRun, taps: Sequence[str]) -> None:
             found.leaves.append(at)
         error = next(x for x in found.leaves if x.kind == "error" and x.name == name)
         value = site.dictionary.b_dec / features.out_factor.detach()
-        shape = (found.n_prompts, found.tokens.shape[1])
-        value = value.expand(*shape, -1) * real_tokens(found.tokens, found.last)[..., None]
-        found.leaves.append(Leaf("bias", name, error.at, value))
+        found.leaves.append(Leaf("bias", name, error.at, real[..., None] * value))
 
 
 def check_fits(

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation import FwdHook
@@ -131,10 +129,3 @@ def keep_in(found: dict[str, Tensor], name: str) -> FwdHook:
         return x
 
     return name, hook
-
-
-def real_tokens(
-    tokens: Int[Tensor, "prompt pos"], last: Int[Tensor, " prompt"]
-) -> Bool[Tensor, "prompt pos"]:
-    """Where tokens are no padding on the right."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= last[:, None]

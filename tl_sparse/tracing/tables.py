@@ -13,11 +13,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_sparse.nodes.tokens import token_texts
+from tl_sparse.tasks.padding import real_positions
 from tl_sparse.tracing.attribution import Attribution
 from tl_sparse.tracing.edges import Row
 from tl_sparse.tracing.graph import EDGE_COLUMNS, NODE_COLUMNS
 from tl_sparse.tracing.roots import FeatureRoot, Root, position
-from tl_sparse.tracing.splice import real_tokens
 from tl_sparse.tracing.spliced_run import SplicedRun
 
 LEAF_KINDS = ("error", "bias", "token", "position")
@@ -84,7 +84,7 @@ def prompt_nodes(run: SplicedRun, found: Attribution, root: Root, prompt: int) -
             smallest = min(smallest, float(np.abs(numbers[2]).min()))
             tables.append(table[list(NODE_COLUMNS)])
     leaves = {}
-    real = real_tokens(run.tokens, run.last)[prompt]
+    real = real_positions(run.tokens.shape[1], run.last)[prompt]
     for (kind, name), part in found.leaves.items():
         mine = _counted(run, part[prompt], prompt, smallest) & real
         leaves[kind, name] = mine

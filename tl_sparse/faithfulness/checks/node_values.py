@@ -19,6 +19,7 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.faithfulness.measure import CheckResult, NotMeasured, measured_mean
 from tl_sparse.faithfulness.registry import Check, Criterion
 from tl_sparse.faithfulness.under_test import CircuitUnderTest
+from tl_sparse.tasks.padding import real_positions
 
 PAST_ATTENTION = (
     "attn.hook_q", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_act_in",
@@ -49,7 +50,7 @@ def node_values(test: CircuitUnderTest) -> CheckResult:
     names = index.nodes(kept)
     hooks = names["hook"].to_numpy()
     late = torch.tensor([reaches_from_last(test, hook) for hook in hooks])
-    real = torch.arange(full.shape[1]) <= last[:, None]
+    real = real_positions(full.shape[1], last)
     at_last = torch.arange(full.shape[1]) == last[:, None]
     counted = torch.where(late, at_last[..., None], real[..., None]).double()
     # centred first: sums of squares would lose what little a large constant varies by

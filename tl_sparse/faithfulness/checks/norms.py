@@ -24,6 +24,7 @@ from tl_sparse.faithfulness.measure import CheckResult, measured_mean
 from tl_sparse.faithfulness.metrics import normalised
 from tl_sparse.faithfulness.registry import Check, Criterion
 from tl_sparse.faithfulness.under_test import CircuitUnderTest
+from tl_sparse.tasks.padding import real_positions
 
 ROWS = 256  # masks x prompts of one forward pass, whose logits at every position are computed
 
@@ -101,7 +102,7 @@ def norm_drift(
     model: Any = test.model
     device = next(model.parameters()).device
     batch = trimmed(test.batch.to(device))
-    real = torch.arange(batch.tokens.shape[1], device=device) <= batch.last[:, None]
+    real = real_positions(batch.tokens.shape[1], batch.last)
     seen: dict[str, Tensor] = {}
 
     def read(x: Tensor, hook: Any = None, *, name: str) -> None:
