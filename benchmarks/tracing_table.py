@@ -1,25 +1,32 @@
 """Do traced graphs hold under intervention? Hierarchical gating against its baselines, by task.
 
     OMP_NUM_THREADS=1 python benchmarks/tracing_table.py [--tasks ...] [--pairs 52] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/tracing_table.py --model RUN/model \\
+        --dictionaries RUN/dictionaries --tasks RUN/induction.jsonl   # after tracing_models.py
 
 For each task and number of nodes N, every prompt gets a set of N nodes (a feature of a dictionary
 at a position), chosen by
 
-- hierarchical: gating with a budget of N (Ge et al. 2024), by signed or absolute score;
-- attribution: the N of largest gradient times activation, without a gate (signed or absolute);
-- change: gradient times the change of the activation from the pair's other prompt (as attribution
-  patching, on the same nodes);
+- gate, gate |.|: hierarchical gating with a budget of N (Ge et al. 2024), by signed or absolute
+  score;
+- attribution: the N of largest gradient times activation with everything frozen, without a gate;
+- by the absolute value of what the difference is thought to change by if the feature goes to what
+  it is replaced by: attribution |.| (everything frozen), EAP (nothing frozen: attribution patching,
+  the sum of EAP's scores of a node's edges), IG, EAP-IG (10 steps each), or exact (a run each);
 - activation: the N of largest activation times length of direction; random: as many nodes of each
-  dictionary as the hierarchical set has, drawn at random.
+  dictionary as the gate's set has, drawn at random.
 
 Then, in the model itself, with errors kept: what is outside the set (sufficiency f) or inside it
 (necessity 1 - f of the rest) is set to its value on the pair's other prompt, where that has the
 same length ("pair"; "active": of features that are active in the prompt alone, so that none comes
 to it from the other prompt), or to 0; f = (m - m0) / (m1 - m0) with m the logit difference, m1
 the model's and m0 that with every feature ablated; a row's f is the ratio of means over prompts,
-its interval a bootstrap of them. R is the linear world's: the share of the root that the gate
-does not cut off; "R features" that of the embedding's features alone, as in the paper. Prompts
-are held out ones that had no part in training the dictionaries.
+its interval a bootstrap of them. Completeness (the gap) is that of Wang et al. 2022: a random half
+K of the set C is removed too; |m(C - K) - m(M - K)| of the means over m1 - m0, mean of --draws
+draws. R is the linear world's: the share of the root that the gate does not cut off. Prompts are
+held out ones that had no part in training the dictionaries.
+
+    python benchmarks/tracing_table.py --table sufficiency FILE [FILE ...]   # as in docs/tracing.md
 """
 
 from __future__ import annotations
@@ -37,10 +44,18 @@ from tqdm.auto import tqdm
 
 from tl_sparse import SparseTransformer
 from tl_sparse.ablation.logit_diff import logits_at
-from tl_sparse.tasks import get
-from tl_sparse.tracing import Gate, Splice, load_dictionaries, trace_each
+from tl_sparse.tasks import TaskBatch, from_jsonl, get
+from tl_sparse.tracing import (
+    Gate,
+    LogitDiff,
+    Splice,
+    baseline_scores,
+    load_dictionaries,
+    trace_each,
+)
+from tl_sparse.tracing.gate import parse_id
 
-TASKS = ("single_double_quote", "bracket_brace", "lambda_func")
+TASKS = ("single_double_quote", "bracket_brace")
 SIZES = (20, 80, 320)
 Sets = dict[str, Tensor]  # site -> bool [prompt, pos, feature]
 
@@ -56,13 +71,10 @@ class Features:
             _, cache = model.run_with_cache(batch.tokens, names_filter=lambda n: n in names)
         self.active = {d.name: d.encode(cache[d.hook_in]) * self.real[..., None]
                        for d in dictionaries}  # fmt: skip
-        self.other = self.of_partners()
-
-    def of_partners(self) -> dict[str, Tensor]:
-        """Activations on each pair's other prompt; 0 where it has another length."""
-        partner = torch.arange(len(self.batch)) ^ 1
-        same = (self.batch.last == self.batch.last[partner])[:, None, None]
-        return {name: x[partner] * same for name, x in self.active.items()}
+        partner = torch.arange(len(batch)) ^ 1
+        self.paired = batch.last == batch.last[partner]
+        self.other = {name: x[partner] * self.paired[:, None, None]
+                      for name, x in self.active.items()}  # fmt: skip
 
     @torch.no_grad()
     def diffs(self, ablated: Sets, values: dict[str, Tensor]) -> Tensor:
@@ -99,17 +111,21 @@ class Features:
                 found[str(site)][prompt].__setitem__(tuple(at), True)
         return found
 
-    def top(self, scores: dict[str, Tensor], n: int) -> Sets:
-        """The n active nodes of each prompt with the largest scores."""
+    def top(self, scores: dict[str, Tensor], n: int, among: Sets) -> Sets:
+        """The n nodes of each prompt with the largest scores."""
         flat = torch.cat([
-            scores[name].where(self.active[name] > 0, -torch.inf).flatten(1) for name in scores
+            scores[name].where(among[name], -torch.inf).flatten(1) for name in self.active
         ], dim=1)  # fmt: skip
         best = flat.topk(n, dim=1)
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen.scatter_(1, best.indices, best.values > -torch.inf)
-        parts = chosen.split([x[0].numel() for x in scores.values()], dim=1)
-        return {name: part.view_as(scores[name])
-                for name, part in zip(scores, parts, strict=True)}  # fmt: skip
+        parts = chosen.split([x[0].numel() for x in self.active.values()], dim=1)
+        return {name: part.view_as(self.active[name])
+                for name, part in zip(self.active, parts, strict=True)}  # fmt: skip
+
+    def halved(self, sets: Sets, generator: torch.Generator) -> Sets:
+        """A random half of each set."""
+        return {k: x & (torch.rand(x.shape, generator=generator) < 0.5) for k, x in sets.items()}
 
     def random_like(self, sets: Sets, generator: torch.Generator) -> Sets:
         """As many active nodes of each dictionary in each prompt, at random."""
@@ -134,97 +150,181 @@ def ratio(numerator: Tensor, denominator: Tensor, seed: int = 0) -> tuple[float,
     return float(a.mean() / b.mean()), float(low), float(high)
 
 
-def gradients(model, splice, batch, features: Features):
-    """Plain gradient times activation of every node, its gradient, and recovery's root values."""
+METHODS = {"attribution |.|": "attribution", "EAP": "gradient", "IG": "ig", "EAP-IG": "eap_ig",
+           "exact": "exact"}  # fmt: skip
+
+
+def scores_of(
+    splice: Splice, batch: TaskBatch, features: Features, paired: bool, exact: int | None
+) -> dict[str, dict[str, Tensor]]:
+    """Scores of every node by each baseline: of going to the pair's other prompt, or to 0."""
+    found = {m: {k: torch.zeros_like(x) for k, x in features.active.items()} for m in METHODS}
+    for i in tqdm(range(len(batch)), desc="baselines", leave=False):
+        tokens = batch.tokens[:, : int(batch.last[i]) + 1]
+        root = LogitDiff(int(batch.correct_token[i]), int(batch.incorrect_token[i]))
+        with_other = paired and bool(features.paired[i])
+        only = None
+        for name, method in METHODS.items():
+            table = baseline_scores(
+                splice, tokens[i : i + 1], root, method, world="original",  # type: ignore[arg-type]
+                other=tokens[i ^ 1 : (i ^ 1) + 1] if with_other else None, only=only,
+            )  # fmt: skip
+            if name == "EAP-IG" and exact is not None:
+                only = table.loc[table["score"].abs().nlargest(exact).index, "id"].tolist()
+            for node, score in zip(table["id"], table["score"], strict=True):
+                site, pos, index = parse_id(node)
+                found[name][site][i, pos, index] = score
+    return found
+
+
+def attributions(splice: Splice, batch: TaskBatch, features: Features) -> dict[str, Tensor]:
+    """Plain gradient times activation of every node, with its sign."""
     graphs = trace_each(splice, batch, gate=Gate.off(), edges="none")
     score = {name: torch.zeros_like(x) for name, x in features.active.items()}
-    gradient = {name: torch.zeros_like(x) for name, x in features.active.items()}
     for prompt, graph in enumerate(graphs):
         for site, part in graph.features.groupby("site"):
             at = tuple(torch.tensor(part[c].to_numpy(copy=True)) for c in ("pos", "index"))
-            for into, column in ((score, "attribution"), (gradient, "gradient")):
-                values = torch.tensor(part[column].to_numpy(copy=True))
-                into[str(site)][prompt][at] = values.to(into[str(site)].dtype)
-    return score, gradient
+            values = torch.tensor(part["attribution"].to_numpy(copy=True))
+            score[str(site)][prompt][at] = values.to(score[str(site)].dtype)
+    return score
 
 
-def table_of(model, dictionaries, task: str, pairs: int, sizes, ablations) -> list[dict[str, Any]]:
+def of_task(name: str, model: SparseTransformer) -> Any:
+    """A task by name, or from a file of pairs."""
+    return from_jsonl(name, model) if name.endswith(".jsonl") else get(name, model)
+
+
+def table_of(model, dictionaries, options, task: str) -> list[dict[str, Any]]:
     """All rows of a task."""
-    batch = get(task, model.tokenizer, model.config.n_ctx).batch(pairs, split="held_out", seed=0)
+    batch = of_task(task, model).batch(options.pairs, split="held_out", seed=0)
+    task = Path(task).stem
     splice = Splice(model, dictionaries)
     features = Features(model, dictionaries, batch)
     nothing = {name: torch.zeros_like(x, dtype=torch.bool) for name, x in features.active.items()}
     all_of = {name: ~x & features.real[..., None] for name, x in nothing.items()}
     full = features.diffs(nothing, features.active)
-    accuracy = float((full > 0).float().mean())
-    score, gradient = gradients(model, splice, batch, features)
+    signed = attributions(splice, batch, features)
     norms = {d.name: d.W_dec.norm(dim=1) for d in dictionaries}
-    generator = torch.Generator().manual_seed(0)
     zero = {name: torch.zeros_like(x) for name, x in features.active.items()}
-    change = {k: gradient[k] * (features.active[k] - features.other[k]) for k in score}
     written = {k: x * norms[k] for k, x in features.active.items()}
     there = {k: x > 0 for k, x in features.active.items()}
-    worlds = {"pair": (all_of, features.other), "active": (there, features.other),
-              "zero": (all_of, zero)}  # fmt: skip
-    rows = []
-    for n in sizes:
-        gated = {}
+    either = {k: there[k] | (features.other[k] > 0) for k in there}
+    worlds = {"pair": (all_of, either, features.other), "active": (there, there, features.other),
+              "zero": (all_of, there, zero)}  # fmt: skip
+    scores = {}
+    for to_other in {kind != "zero" for kind in options.ablations}:
+        scores[to_other] = scores_of(splice, batch, features, to_other, options.exact)
+    gated, recovered = {}, {}
+    for n in options.sizes:
         for sign in ("absolute", "positive"):
             graphs = trace_each(splice, batch, gate=Gate(n, "budget", sign), edges="none")
-            gated[sign] = features.sets([g.features for g in graphs])
+            gated[n, sign] = features.sets([g.features for g in graphs])
         roots = torch.tensor([g.value for g in graphs])
         cut = torch.tensor([g.mass.get("cut", 0.0) for g in graphs])
-        leaves = torch.tensor([g.mass.get("feature", 0.0) for g in graphs])
-        chosen = {
-            "hierarchical": gated["positive"], "hierarchical |.|": gated["absolute"],
-            "attribution": features.top(score, n),
-            "change": features.top({k: x.abs() for k, x in change.items()}, n),
-            "activation": features.top(written, n),
-            "random": features.random_like(gated["positive"], generator),
-        }  # fmt: skip
-        for kind in ablations:
-            universe, values = worlds[kind]
-            empty = features.diffs(universe, values)
-            whole = full - empty
+        recovered[n] = ratio(roots - cut, roots)[0]
+    rows = []
+    for kind in options.ablations:
+        universe, among, values = worlds[kind]
+        empty = features.diffs(universe, values)
+        for n in options.sizes:
+            generator = torch.Generator().manual_seed(0)
+            chosen = {"gate": gated[n, "positive"], "gate |.|": gated[n, "absolute"],
+                      "attribution": features.top(signed, n, there)}  # fmt: skip
+            for method, found in scores[kind != "zero"].items():
+                size = {k: x.abs() for k, x in found.items()}
+                chosen[method] = features.top(size, n, among)
+            chosen["activation"] = features.top(written, n, there)
+            chosen["random"] = features.random_like(gated[n, "positive"], generator)
             for method, inside in chosen.items():
-                outside = {k: universe[k] & ~inside[k] for k in inside}
-                f = ratio(features.diffs(outside, values) - empty, whole)
-                c = ratio(features.diffs(inside, values) - empty, whole)
-                gates = method == "hierarchical"
+                row = measured(features, universe, inside, values, full, empty, options.draws)
                 rows.append({
-                    "task": task, "ablation": kind, "N": n, "method": method,
-                    "nodes": float(sum(x.flatten(1).sum(1).float().mean()
-                                       for x in inside.values())),
-                    "sufficiency": f[0], "low": f[1], "high": f[2],
-                    "necessity": 1 - c[0], "n_low": 1 - c[2], "n_high": 1 - c[1],
-                    "R": ratio(roots - cut, roots)[0] if gates else float("nan"),
-                    "R features": ratio(leaves, roots)[0] if gates else float("nan"),
-                    "accuracy": accuracy, "prompts": len(batch),
+                    "task": task, "ablation": kind, "N": n, "method": method, **row,
+                    "R": recovered[n] if method == "gate" else float("nan"),
+                    "accuracy": float((full > 0).float().mean()), "prompts": len(batch),
                     "m1": float(full.mean()), "m0": float(empty.mean()),
                 })  # fmt: skip
     return rows
+
+
+def measured(
+    features: Features,
+    universe: Sets,
+    inside: Sets,
+    values,
+    full: Tensor,
+    empty: Tensor,
+    draws: int,
+) -> dict[str, float]:
+    """Sufficiency, necessity and the completeness gap of node sets, with intervals."""
+    whole = full - empty
+    outside = {k: universe[k] & ~inside[k] for k in inside}
+    f = ratio(features.diffs(outside, values) - empty, whole)
+    c = ratio(features.diffs(inside, values) - empty, whole)
+    generator, gaps = torch.Generator().manual_seed(1), []
+    for _ in range(draws):
+        half = features.halved(inside, generator)
+        without = {k: outside[k] | half[k] for k in half}
+        gaps.append(ratio(features.diffs(without, values) - features.diffs(half, values), whole))
+    gap = np.abs(np.array([g[0] for g in gaps])).mean() if gaps else float("nan")
+    return {
+        "nodes": float(sum(x.flatten(1).sum(1).float().mean() for x in inside.values())),
+        "sufficiency": f[0], "sufficiency low": f[1], "sufficiency high": f[2],
+        "necessity": 1 - c[0], "necessity low": 1 - c[2], "necessity high": 1 - c[1],
+        "completeness": float(gap),
+    }  # fmt: skip
+
+
+WITHOUT_INTERVAL = ("activation", "random", "attribution |.|", "IG")
+
+
+def markdown(rows: list[dict[str, Any]], measure: str) -> str:
+    """One measure of all rows as a table of Markdown, methods as columns."""
+    frame = pd.DataFrame(rows)
+    methods = list(dict.fromkeys(frame["method"]))
+    lines = ["| " + " | ".join(["task", "outside is", "N", "R", *methods]) + " |"]
+    lines.append("|---" * (4 + len(methods)) + "|")
+    for (task, kind, n), part in frame.groupby(["task", "ablation", "N"], sort=False):
+        by = part.set_index("method")
+        cells = []
+        for method in methods:
+            cell = f"{by.loc[method, measure]:.2f}"
+            if f"{measure} low" in by and method not in WITHOUT_INTERVAL:
+                low, high = (by.loc[method, f"{measure} {end}"] for end in ("low", "high"))
+                cell += f" [{low:.2f}, {high:.2f}]"
+            cells.append(cell)
+        recovered = f"{by.loc['gate', 'R']:.2f}"
+        lines.append("| " + " | ".join([task, kind, str(n), recovered, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="python-dense")
     parser.add_argument("--dictionaries", default=None)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names, or files of pairs")
     parser.add_argument("--pairs", type=int, default=52)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--ablations", nargs="+", default=["pair", "active", "zero"])
+    parser.add_argument("--draws", type=int, default=3, help="random halves, for completeness")
+    parser.add_argument("--exact", type=int, default=None, help="patch only this many nodes of "
+                        "a prompt, those of largest EAP-IG score")  # fmt: skip
     parser.add_argument("--out", default=None)
+    parser.add_argument("--table", nargs="+", default=None, help="a measure, and files of --out")
     options = parser.parse_args()
+    if options.table is not None:
+        measure, *files = options.table
+        print(markdown([row for f in files for row in json.loads(Path(f).read_text())], measure))
+        return
     torch.set_num_threads(1)
     model = SparseTransformer.from_pretrained(options.model)
     dictionaries = load_dictionaries(options.dictionaries or options.model, model)
     rows: list[dict[str, Any]] = []
     for task in tqdm(options.tasks):
-        rows += table_of(model, dictionaries, task, options.pairs, options.sizes, options.ablations)
-        table = pd.DataFrame(rows)
+        rows += table_of(model, dictionaries, options, task)
         if options.out is not None:
             Path(options.out).write_text(json.dumps(rows, indent=1))
-    print(table.drop(columns=["m0", "m1"]).round(3).to_string(index=False))
+    for measure in ("sufficiency", "necessity", "completeness"):
+        print(measure, markdown(rows, measure), sep="\n")
 
 
 if __name__ == "__main__":
