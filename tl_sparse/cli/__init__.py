@@ -27,6 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     if name not in COMMANDS:
         sys.exit(f"tl-sparse: {no_command(name)}")
+    from tl_sparse.cli.help import kept_help
+
+    if text := kept_help(name, arguments[1:]):
+        sys.stdout.write(text)
+        sys.exit(0)
     run(name, COMMANDS[name], arguments[1:])
 
 
