@@ -573,3 +573,26 @@ def test_a_study_is_run_and_written(monkeypatch, capsys, tmp_path):
     assert (config.out, config.widths, config.l0) == ("here", (16,), (0.5, 0.25))
     assert str(tmp_path / "result") in capsys.readouterr().out
     assert "must lie in (0, 1]" in refused(capsys, "study", "here", "--l0", "99999999")
+
+
+@pytest.mark.parametrize(
+    ("command", "made", "work"),
+    [("demo", "report.html", "run_demo"), ("study", "report.html", "run_study"),
+     ("pair", "python-dense-seed1/README.md", "train_pair")],
+)  # fmt: skip
+def test_a_finished_experiment_is_replaced_only_with_overwrite(
+    monkeypatch, capsys, tmp_path, command, made, work
+):
+    runs = []
+    monkeypatch.setattr(studies, work, lambda config, say: runs.append(config) or [])
+    for each in ("write_report", "write_study"):
+        monkeypatch.setattr(studies, each, lambda result: tmp_path)
+    where = [str(tmp_path)] if command == "study" else ["--out", str(tmp_path)]
+    cli.main([command, *where])  # nothing is there, or an earlier run was interrupted
+    assert len(runs) == 1
+    (tmp_path / made).parent.mkdir(exist_ok=True)
+    (tmp_path / made).touch()
+    assert f"has {made} already" in refused(capsys, command, *where)
+    assert len(runs) == 1
+    cli.main([command, *where, "--overwrite"])
+    assert len(runs) == 2

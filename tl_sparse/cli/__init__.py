@@ -46,10 +46,7 @@ def run(name: str, command: Command, arguments: list[str]) -> None:
         try:
             options = parsed(getattr(room, command.options), name, arguments)
             begun = True
-            if command.run is None:
-                options.run()
-            else:
-                getattr(room, command.run)(options)
+            options.run()
         except (ValueError, FileNotFoundError, PruningFailed) as error:
             # bad input, and a search without a result; anything else is a defect: its traceback
             # stays

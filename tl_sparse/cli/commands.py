@@ -18,13 +18,11 @@ class Command:
     module: str
     """Its module in this room."""
     options: str
-    """Name of the dataclass there whose fields are its options."""
+    """Name of the dataclass there whose fields are its options, and whose ``run`` runs it."""
     summary: str
     """What it does: the first line of that dataclass' docstring."""
     stopped: str = ANEW
     """What is true after it was interrupted."""
-    run: str | None = None
-    """Function of the module that runs it; None for the dataclass' own ``run``."""
 
 
 COMMANDS = {
@@ -51,9 +49,9 @@ COMMANDS = {
         "pairs of tasks.",
     ),
     "demo": Command(
-        "studies", "DemoConfig",
+        "studies", "Demo",
         "Train a sparse and a dense model on this machine's Python, prune both, write a report.",
-        GOES_ON, "demo",
+        GOES_ON,
     ),
     "train": Command(
         "models", "Train",
@@ -62,10 +60,10 @@ COMMANDS = {
         GOES_ON,
     ),
     "pair": Command(
-        "studies", "PairConfig",
+        "studies", "Pair",
         "Train a sparse model, a dense one that stops at its validation loss, and "
         "perhaps bridges.",
-        GOES_ON, "pair",
+        GOES_ON,
     ),
     "sweep": Command(
         "circuits", "Sweep",
@@ -78,10 +76,10 @@ COMMANDS = {
         "Validation loss against the geometric mean of the circuits' edges, for several models.",
     ),
     "study": Command(
-        "studies", "StudyConfig",
+        "studies", "Study",
         "Train a grid of sparse models and dense partners, prune them, and draw the "
         "paper's figures.",
-        GOES_ON, "study",
+        GOES_ON,
     ),
     "bridge": Command(
         "bridge", "Bridge",
@@ -94,10 +92,10 @@ COMMANDS = {
         "negative prompts.",
     ),
     "heads-paper": Command(
-        "studies", "HeadsPaperConfig",
+        "studies", "HeadsPaper",
         "Find the head circuits of O'Neill and Bui's tasks in GPT-2 and attn-only-4l, "
         "and compare.",
-        GOES_ON, "heads_paper",
+        GOES_ON,
     ),
     "trace": Command(
         "trace", "Trace",

@@ -42,9 +42,10 @@ def defaults_of(name: str, recipe: str | None) -> Any:
         training = TrainingConfig.recipe(chosen)
         start: Any = Train(out="", training=training, recipe=cast(RecipeName, chosen))
     elif name == "pair":
+        from tl_sparse.cli.studies import Pair
         from tl_sparse.studies.pair_recipes import pair_recipe
 
-        start = pair_recipe(recipe or "first", out="")
+        start = Pair(**vars(pair_recipe(recipe or "first", out="")))
     else:
         return tyro.MISSING_NONPROP
     # set afterwards: it stands for a value, but is none that the field may have

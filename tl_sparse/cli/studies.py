@@ -2,35 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from tl_sparse.cli.inputs import say
+from tl_sparse.cli.inputs import Overwrite, check_out, say
 from tl_sparse.studies.demo import DemoConfig, run_demo
 from tl_sparse.studies.demo_report import write_report
 from tl_sparse.studies.grid import StudyConfig, run_study, write_study
 from tl_sparse.studies.heads_paper import HeadsPaperConfig, run_heads_paper
 from tl_sparse.studies.pair import PairConfig, train_pair
+from tl_sparse.studies.trained import Kind
+
+REPORT = "report.html"  # the last file that a demo or a study writes
+CARD = "README.md"  # of a model whose pair is finished
 
 
-def demo(config: DemoConfig) -> None:
-    """The demo, and where its page is."""
-    page = write_report(run_demo(config, say))
-    say(f"Report: {page.resolve()}")
+@dataclass(frozen=True)
+class Demo(DemoConfig):
+    __doc__ = DemoConfig.__doc__
+    overwrite: Overwrite = False
+    """Replace what OUT has of an earlier run."""
+
+    def run(self) -> None:
+        """The demo, and where its page is."""
+        check_out(self.out, (REPORT,), self.overwrite)
+        page = write_report(run_demo(self, say))
+        say(f"Report: {page.resolve()}")
 
 
-def pair(config: PairConfig) -> None:
-    """The pairs, and where they are."""
-    pairs = train_pair(config, say)
-    folders = [Path(config.out) / m.name for each in pairs for m in each.members]
-    say(f"Models: {', '.join(map(str, folders))}")
+@dataclass(frozen=True)
+class Pair(PairConfig):
+    __doc__ = PairConfig.__doc__
+    overwrite: Overwrite = False
+    """Replace what OUT has of an earlier run."""
+
+    def run(self) -> None:
+        """The pairs, and where they are."""
+        kinds: tuple[Kind, ...] = ("sparse", "dense")
+        names = [self.model_name(kind, seed) for seed in self.seeds for kind in kinds]
+        check_out(self.out, [f"{name}/{CARD}" for name in names], self.overwrite)
+        pairs = train_pair(self, say)
+        folders = [Path(self.out) / m.name for each in pairs for m in each.members]
+        say(f"Models: {', '.join(map(str, folders))}")
 
 
-def study(config: StudyConfig) -> None:
-    """The study, and where its page is."""
-    page = write_study(run_study(config, say))
-    say(f"Report: {page.resolve()}")
+@dataclass(frozen=True)
+class Study(StudyConfig):
+    __doc__ = StudyConfig.__doc__
+    overwrite: Overwrite = False
+    """Replace the report and the tables of an earlier run; what OUT has of models and circuits stays
+    and is not made again."""
+
+    def run(self) -> None:
+        """The study, and where its page is."""
+        check_out(self.out, (REPORT,), self.overwrite)
+        page = write_study(run_study(self, say))
+        say(f"Report: {page.resolve()}")
 
 
-def heads_paper(config: HeadsPaperConfig) -> None:
-    """The paper's head circuits, and where the report is."""
-    say(f"Report: {run_heads_paper(config, say).resolve()}")
+@dataclass(frozen=True)
+class HeadsPaper(HeadsPaperConfig):
+    __doc__ = HeadsPaperConfig.__doc__
+
+    def run(self) -> None:
+        """The paper's head circuits, and where the report is."""
+        say(f"Report: {run_heads_paper(self, say).resolve()}")

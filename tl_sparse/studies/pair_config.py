@@ -85,7 +85,8 @@ class PairConfig:
     """Train a sparse model, a dense one that stops at its validation loss, and perhaps bridges.
 
     The defaults are the recipe of the models that ship with this package. Run again with the same
-    options, an interrupted training resumes exactly, and a finished one is not repeated.
+    options, an interrupted training resumes exactly, and a finished one is not repeated: trained
+    models are kept in the cache.
     """
 
     out: str
