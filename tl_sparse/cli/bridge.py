@@ -90,9 +90,7 @@ class Bridge:
         else:
             sparse = model_with_tokenizer(self.sparse)
         pair = BridgedPair(dense, sparse, self.first_bridges(dense, sparse, corpus))
-        if self.method == "fit":
-            pair.bridges.save_pretrained(Path(self.out) / FOLDER)
-        else:
+        if self.method == "train":
             training = self.training
             if not self.bridges.train_sparse:
                 training = replace(training, sparsity=None)
@@ -106,7 +104,10 @@ class Bridge:
         page = Path(self.out) / PAGE
         sections = (Section("Sites", (Chart(found.to_plotly()), Table(found.to_dataframe()))),)
         title = f"Bridges of {self.dense}"
-        write_atomic(page, page_html(Page(title, repr(found), sections=sections)))
+        html = page_html(Page(title, repr(found), sections=sections))
+        if self.method == "fit":
+            pair.bridges.save_pretrained(Path(self.out) / FOLDER)
+        write_atomic(page, html)
         say(repr(found))
         say(f"bridges in {Path(self.out) / FOLDER}; page: {page}")
 

@@ -59,8 +59,8 @@ class Prune:
         text = text_of(model, self.corpus, self.mean_sequences, "mean_sequences")
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
-        circuit.save(folder)
-        circuit.write_page(page, model, task, text[:PAGE_SEQUENCES])
+        circuit.write_page(page, model, task, text[:PAGE_SEQUENCES])  # takes seconds: stopped in
+        circuit.save(folder)  # them, there is nothing that would have to be replaced
         say(f"{circuit!r}\nsaved in {folder}; page: {page}")
 
 
@@ -135,14 +135,12 @@ class Sweep:
             found = [self.searched(model, task, config, means) for task, config in jobs]
         else:
             found = attempted(model, jobs, means=means)
-        rows: list[dict[str, object]] = []
-        for (task, config), circuit in zip(jobs, found, strict=True):
-            row = row_of(task, config, circuit)
+        rows = [row_of(*job, circuit) for job, circuit in zip(jobs, found, strict=True)]
+        for i, ((task, config), circuit) in enumerate(zip(jobs, found, strict=True)):
             if isinstance(circuit, Circuit):
-                name = f"{task.name}-{config.target_loss:g}-{len(rows):04d}"
+                name = f"{task.name}-{config.target_loss:g}-{i:04d}"
                 circuit.save(Path(self.out) / "circuits" / name)
-                row["circuit"] = name
-            rows.append(row)
+                rows[i]["circuit"] = name
         frame = pd.DataFrame(rows)
         write_atomic(Path(self.out) / "sweep.csv", frame.to_csv(index=False))
         say(smallest_of(frame))
@@ -242,14 +240,15 @@ class FrontierOf:
             groups=dict(zip(self.models, self.groups, strict=True)) if self.groups else None,
             pairs=self.pruning.report_pairs,
         )
+        sections = (Section("Figure", (Chart(found.to_plotly()),)),
+                    Section("Models", (Table(found.to_dataframe()),)))  # fmt: skip
+        note = found.interpretability.note
+        page = page_html(Page("Loss against circuit size", note, (), sections))
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "frontier.csv", found.to_dataframe().to_csv(index=False))
         write_atomic(out / "tasks.csv", found.interpretability.to_dataframe().to_csv(index=False))
-        sections = (Section("Figure", (Chart(found.to_plotly()),)),
-                    Section("Models", (Table(found.to_dataframe()),)))  # fmt: skip
-        page = Page("Loss against circuit size", found.interpretability.note, (), sections)
-        write_atomic(out / "frontier.html", page_html(page))
+        write_atomic(out / "frontier.html", page)
         say(repr(found))
         for (name, task), why in found.failures.items():
             say(f"No circuit for {task} in {name}: {why}")

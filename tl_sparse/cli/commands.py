@@ -100,6 +100,7 @@ COMMANDS = {
     "trace": Command(
         "trace", "Trace",
         "Trace a logit, or the difference of two, back to the features of a model's dictionaries.",
+        "only a language model's answers are kept (--label llm); all else starts anew",
     ),
     "fetch": Command(
         "fetch", "Fetch",

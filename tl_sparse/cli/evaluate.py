@@ -63,11 +63,11 @@ class Evaluate:
         report = evaluate(
             model, circuit, task, self.evaluation, tokens=text, thresholds=self.thresholds
         )
+        shown = page_circuit(circuit, model, task, title="the circuit that was tested")
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         report.save(out / "report.json")
         write_atomic(out / "numbers.csv", report.to_dataframe().to_csv(index=False))
         write_atomic(out / "criteria.csv", report.criteria_frame().to_csv(index=False))
-        shown = page_circuit(circuit, model, task, title="the circuit that was tested")
         page = report.write_page(out / "report.html", (shown,))
         say(f"{report.verdict}\nReport: {page}")

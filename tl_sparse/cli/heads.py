@@ -101,22 +101,24 @@ class Heads:
         codes = sae.codes(outputs, self.codes)
         found = identify(codes, score=self.score, fdr=self.fdr, seed=self.seed)
         chosen = found.named if self.top is None else found.top(self.top)
-        out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "heads.csv", found.to_dataframe().to_csv(index=False))
+        pairs = circuit = None
         if self.edges or self.edge_shuffles:
             pairs = score_edges(codes, permutations=self.edge_shuffles, seed=self.seed)
-            write_atomic(out / "edges.csv", pairs.to_dataframe().to_csv(index=False))
-        settings = vars(self) | {"heads": [str(c) for c in chosen], "seconds": found.seconds}
-        write_atomic(out / "settings.json", json.dumps(settings, indent=1))
-        circuits = []
+        page = page_of(found, repr(dataset))
         if chosen and all(c.kind == "head" for c in chosen):
             circuit = found.circuit(model, dataset, chosen)
-            circuit.save(out / "circuit")
             task = None if self.file else contrastive_task(self.task, model.tokenizer)
-            circuits.append(page_circuit(circuit, model, task))
-        page = replace(page_of(found, repr(dataset)), circuits=tuple(circuits))
+            page = replace(page, circuits=(page_circuit(circuit, model, task),))
+        settings = vars(self) | {"heads": [str(c) for c in chosen], "seconds": found.seconds}
+        out = Path(self.out)
+        out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "heads.html", page_html(page))
+        write_atomic(out / "heads.csv", found.to_dataframe().to_csv(index=False))
+        write_atomic(out / "settings.json", json.dumps(settings, indent=1))
+        if pairs is not None:
+            write_atomic(out / "edges.csv", pairs.to_dataframe().to_csv(index=False))
+        if circuit is not None:
+            circuit.save(out / "circuit")
         names = ", ".join(str(c) for c in chosen) or "none"
         rule = f"at FDR {self.fdr:g}" if self.top is None else "highest"
         say(f"{len(chosen)} of {len(codes.components)} components {rule}: {names}")

@@ -26,13 +26,14 @@ NAMES = ("sparse", "dense")
 
 def write_report(result: DemoResult) -> Path:
     """Write report.json, report.csv, report.html and circuits/; returns the page's path."""
+    html = page_html(page(result))
     out = Path(result.config.out)
     out.mkdir(parents=True, exist_ok=True)
     for (task, model), circuit in result.circuits.items():
         circuit.save(out / "circuits" / f"{task}-{model}")
     write_atomic(out / "report.csv", result.rows.to_csv(index=False))
     write_atomic(out / "report.json", json.dumps(summary(result), indent=1, allow_nan=False))
-    write_atomic(out / "report.html", page_html(page(result)))
+    write_atomic(out / "report.html", html)
     return out / "report.html"
 
 
