@@ -16,6 +16,7 @@ from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,9 @@ class ResampleSources:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def __len__(self) -> int:
         """The number of sequences."""

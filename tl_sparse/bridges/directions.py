@@ -33,6 +33,7 @@ from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
 from tl_sparse.sites import SITE, NodeIndex
 from tl_sparse.tasks.padding import real_positions
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 
 @runtime_checkable
@@ -61,6 +62,9 @@ class Directions:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
 
 def directions(

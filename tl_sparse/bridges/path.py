@@ -8,6 +8,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
+
 Side = Literal["dense", "sparse"]
 OTHER: dict[Side, Side] = {"dense": "sparse", "sparse": "dense"}
 """The other model."""
@@ -55,3 +58,9 @@ class Streams:
     """By the site's name."""
     logits: Float[Tensor, "batch pos d_vocab"]
     """Of every next token."""
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)

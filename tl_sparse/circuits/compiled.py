@@ -24,6 +24,7 @@ from tl_sparse.compat import HookedRootModule, HookPoint
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import BLOCK_SITES, NodeIndex
 from tl_sparse.tasks import TaskBatch
+from tl_sparse.views.display import frame_html
 
 CHUNK = 256  # prompts per forward pass of the full model in the check
 
@@ -196,6 +197,9 @@ class CompiledCircuit(HookedRootModule):
             f"{len(self.tracked)} stream channels, {len(self.token_ids)} logits, deviation "
             f"{self.max_deviation:.1e} on logits up to {self.logit_scale:.3g})"
         )
+
+    def _repr_html_(self) -> str:
+        return frame_html(f"Compiled circuit of {self.task}", repr(self), self.nodes)
 
 
 def compile_circuit(

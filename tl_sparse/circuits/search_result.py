@@ -12,6 +12,7 @@ from tl_sparse.circuits.circuit import Circuit
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.search_config import SearchConfig
 from tl_sparse.views.chart import Look, Panel, chart
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -91,6 +92,9 @@ class SearchResult:
     def __repr__(self) -> str:
         found = f"best {self.best.n_nodes} nodes" if self.best is not None else "no circuit"
         return f"SearchResult({self.task!r}, {len(self.trials)} trials, {found})"
+
+    def _repr_html_(self) -> str:
+        return frame_html(f"Search on {self.task}", repr(self), self.trials)
 
 
 def not_beaten(trials: pd.DataFrame) -> pd.DataFrame:

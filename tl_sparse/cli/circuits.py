@@ -249,7 +249,7 @@ class FrontierOf:
         write_atomic(out / "frontier.csv", found.to_dataframe().to_csv(index=False))
         write_atomic(out / "tasks.csv", found.interpretability.to_dataframe().to_csv(index=False))
         write_atomic(out / "frontier.html", page)
-        say(repr(found))
+        say(str(found))
         for (name, task), why in found.failures.items():
             say(f"No circuit for {task} in {name}: {why}")
         say(f"Figure: {out / 'frontier.html'}")

@@ -130,6 +130,6 @@ class Tasks:
         length = model.config.n_ctx
         own = [from_jsonl(file, model.tokenizer, max_tokens=length) for file in self.files]
         found = table(model, self.pairs, [*names(), *own])
-        say(repr(found))
+        say(str(found))
         if self.csv is not None:
             write_atomic(Path(self.csv), found.examples().to_csv(index=False))

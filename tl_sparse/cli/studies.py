@@ -18,7 +18,7 @@ CARD = "README.md"  # of a model whose pair is finished
 
 
 @dataclass(frozen=True)
-class Demo(DemoConfig):
+class Demo(DemoConfig):  # noqa: D101, its docstring is there
     __doc__ = DemoConfig.__doc__
     overwrite: Overwrite = False
     """Replace what OUT has of an earlier run."""
@@ -31,7 +31,7 @@ class Demo(DemoConfig):
 
 
 @dataclass(frozen=True)
-class Pair(PairConfig):
+class Pair(PairConfig):  # noqa: D101, its docstring is there
     __doc__ = PairConfig.__doc__
     overwrite: Overwrite = False
     """Replace what OUT has of an earlier run."""
@@ -47,11 +47,11 @@ class Pair(PairConfig):
 
 
 @dataclass(frozen=True)
-class Study(StudyConfig):
+class Study(StudyConfig):  # noqa: D101, its docstring is there
     __doc__ = StudyConfig.__doc__
     overwrite: Overwrite = False
-    """Replace the report and the tables of an earlier run; what OUT has of models and circuits stays
-    and is not made again."""
+    """Replace the report and the tables of an earlier run; OUT's models and circuits stay as they
+    are, and are not made again."""
 
     def run(self) -> None:
         """The study, and where its page is."""
@@ -61,7 +61,7 @@ class Study(StudyConfig):
 
 
 @dataclass(frozen=True)
-class HeadsPaper(HeadsPaperConfig):
+class HeadsPaper(HeadsPaperConfig):  # noqa: D101, its docstring is there
     __doc__ = HeadsPaperConfig.__doc__
 
     def run(self) -> None:

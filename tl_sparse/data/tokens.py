@@ -21,6 +21,7 @@ from tl_sparse.storage.json_dataclass import dataclass_from_json
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.storage.read_file import check_file, map_ids, open_file
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 _PARTS: Final = ("train.bin", "validation.bin", "tokenizer.json")
 _INDEX: Final = "corpus.json"
@@ -94,6 +95,9 @@ class TokenizedCorpus:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def validation_sequences(self, sequences: int, context: int) -> Int[Tensor, "sequence pos"]:
         """Evenly spaced stretches of the validation text, BOS first: the same ones every time.

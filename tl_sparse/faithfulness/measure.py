@@ -19,6 +19,7 @@ from tl_sparse.circuits.intervals import bootstrap_means as bootstrap_means
 from tl_sparse.circuits.intervals import interval as interval
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import frame_html
 
 FEWEST = 8  # pairs: an interval of fewer would say less than it seems to
 Statistic = Callable[[Float[Tensor, "draw column"]], Float[Tensor, " draw"]]
@@ -57,6 +58,9 @@ class Measure:
     """The prompt that each of the ``examples`` belongs to (rows 2i and 2i+1 are a pair); empty
     where they are not those of prompts."""
 
+    def __repr__(self) -> str:
+        return brief(self)
+
     def __post_init__(self) -> None:
         n_examples = 0 if self.examples is None else len(self.examples)
         if self.prompts and len(self.prompts) != n_examples:
@@ -83,6 +87,9 @@ class CheckResult:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return frame_html(f"Check {self.check}", "; ".join(self.notes), self.to_dataframe())
 
     def measure(self, name: str, variant: str = "") -> Measure:
         """The number of that name and variant.

@@ -31,6 +31,7 @@ from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks import Task, TaskBatch
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 DRAWN_BY = ("steps", "batch_pairs", "selection_pairs", "seed")
 """Fields of a pruning config that decide which prompts a circuit is found on."""
@@ -59,6 +60,9 @@ class CircuitUnderTest:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def origin_known(self) -> bool:

@@ -13,6 +13,7 @@ from tl_sparse.circuits import Circuit, PruningConfig
 from tl_sparse.ground_truth import traps
 from tl_sparse.ground_truth.ground_truth_model import GroundTruthModel
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 MODELS: Mapping[str, Callable[[int], GroundTruthModel]] = {
     "averaging": traps.averaging,
@@ -47,6 +48,9 @@ class FalseCircuit:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def circuit(self, config: PruningConfig | None = None) -> Circuit:
         """The false circuit with what it was measured to do; see ``GroundTruthModel.circuit``."""

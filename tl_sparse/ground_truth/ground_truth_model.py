@@ -18,6 +18,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,9 @@ class GroundTruthModel:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @classmethod
     def of(
@@ -119,6 +123,9 @@ class Recovery:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def exact(self) -> bool:

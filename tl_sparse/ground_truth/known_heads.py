@@ -31,6 +31,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.storage.json_files import read_json
 from tl_sparse.tasks import Pair, Split, Task, TaskSpec
 from tl_sparse.tasks.task import Decorated
+from tl_sparse.views.display import fields_html
 
 MODELS = Path(__file__).parent / "trained" / "models"
 TRUTH = "truth.json"
@@ -79,6 +80,9 @@ class KnownHeads:
             f"KnownHeads({self.name!r}, {len(self.heads)} of {config.n_layers} x {config.n_heads} "
             f"heads, {len(self.edges)} edges)"
         )
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
 
 @dataclass(frozen=True)

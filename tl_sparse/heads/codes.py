@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_sparse.heads.component import Component
+from tl_sparse.views.display import frame_html
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -106,6 +107,9 @@ class Codes:
             f"Codes({self.name!r}, {self.method}: {n} prompts, {components} components, "
             f"{self.n_codes} codes{sets})"
         )
+
+    def _repr_html_(self) -> str:
+        return frame_html("Codes", repr(self), self.to_dataframe().head(20))
 
 
 def check_kind(kind: str, k: int, n_codes: int) -> None:

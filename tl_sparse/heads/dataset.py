@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tl_sparse.nodes.prompts import Prompts, prompts_of
+from tl_sparse.views.display import fields_html
 
 POSITIONS = ("mean", "last", "max")
 
@@ -52,6 +53,9 @@ class ContrastiveDataset:
             f"{len(self) - self.n_positive} negative prompts of up to "
             f"{self.prompts.tokens.shape[1]} tokens{roles})"
         )
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def positive(self) -> Bool[Tensor, " prompt"]:

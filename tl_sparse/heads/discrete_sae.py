@@ -26,6 +26,7 @@ from tl_sparse.heads.codes import Codes, check_kind, coded
 from tl_sparse.heads.outputs import HeadOutputs
 from tl_sparse.progress import progress_bar
 from tl_sparse.storage.finite import check_finite
+from tl_sparse.views.display import fields_html
 
 Mode = Literal["paper", "corrected"]
 
@@ -160,6 +161,9 @@ class DiscreteSAE:
             f"DiscreteSAE({self.mode!r}, {self.n_codes} units of width {self.W_enc.shape[2]}, "
             f"{groups}, {len(self.losses)} epochs on {len(self.rows)} prompts)"
         )
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
 
 def _check(

@@ -25,6 +25,7 @@ from tl_sparse.progress import progress_bar
 from tl_sparse.sites import NodeIndex
 from tl_sparse.storage.finite import check_finite
 from tl_sparse.tasks.padding import real_positions
+from tl_sparse.views.display import fields_html
 
 HOOKS: dict[Kind, str] = {
     "head": "attn.hook_z", "mlp": "hook_mlp_out",
@@ -87,6 +88,9 @@ class HeadOutputs:
             f"{int((~self.positive).sum())} negative prompts, {len(self.components)} components of "
             f"width {self.width}, position {self.position!r})"
         )
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
 
 def extract_head_outputs(

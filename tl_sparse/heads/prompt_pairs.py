@@ -16,6 +16,8 @@ from tl_sparse.heads.dataset import ContrastiveDataset
 from tl_sparse.nodes.prompts import Prompts, PromptsLike, prompts_of
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
+from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,12 @@ class PromptPairs:
                 "a prompt is patched from one as long as itself, position by position, and some of "
                 "these differ in length"
             )
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def __len__(self) -> int:
         """How many pairs."""

@@ -18,6 +18,7 @@ from tl_sparse.node.names import is_parts
 from tl_sparse.nodes.leaders import bin_edges
 from tl_sparse.nodes.saved_run import check_tensors, number, read_state, within, write_state
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 from tl_sparse.views.examples import ExampleLists, TokenExample, examples_html
 
 KIND, SCHEMA = "top_examples", 1
@@ -47,6 +48,9 @@ class Examples:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def name(self) -> str:

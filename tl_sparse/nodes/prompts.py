@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tl_sparse.tasks import TaskBatch
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 PromptsLike: TypeAlias = TaskBatch | Tensor | str | Sequence[str] | Sequence[Sequence[int]]
 """A task's batch; token ids [prompt, pos]; texts, or lists of token ids, of any lengths."""
@@ -40,6 +41,9 @@ class Prompts:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def __len__(self) -> int:
         """How many."""

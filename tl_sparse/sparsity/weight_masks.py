@@ -16,6 +16,7 @@ from tl_sparse.sparsity.projection import constant_sparsity, top_k_weights
 from tl_sparse.sparsity.temporary import changed
 from tl_sparse.sparsity.weight_projector import project_after_steps
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 Entry = tuple[str, tuple[int, ...]]
 
@@ -36,6 +37,9 @@ class WeightMasks:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @classmethod
     def top_k(

@@ -12,6 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tl_sparse.sparsity.matrices import WeightMatrix, weight_matrices
 from tl_sparse.sparsity.projection import SparsityConfig, check_l0, constant_sparsity, project_all
+from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class WeightProjector:
     """How many weights each matrix keeps; its schedule is not used: density is final at once."""
     matrices: tuple[WeightMatrix, ...]
     """Live views of the model's weights."""
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @classmethod
     def top_k(

@@ -30,6 +30,7 @@ from tl_sparse.studies.trained import Kind, ModelUnit, cache_folder, load_traine
 from tl_sparse.tasks import Task, TaskResult, check_names, evaluate_task, get, names, table
 from tl_sparse.training.config import TrainingConfig
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 SPARSITY = SparsityConfig(density=1 / 16, floor=4, embedding_floor=4, lr_factor="unnormalised")
 
@@ -89,6 +90,12 @@ class TrainedModel:
     l0: dict[str, int]
     """Nonzeros per matrix."""
 
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
+
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
@@ -111,6 +118,9 @@ class DemoResult:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task and model, and per control."""

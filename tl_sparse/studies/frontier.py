@@ -68,6 +68,9 @@ class Frontier:
         return frontier_figure(self.by_group(), size, self.interpretability.note)
 
     def __repr__(self) -> str:
+        return f"Frontier({len(self.rows)} models, {len(self.failures)} circuits not found)"
+
+    def __str__(self) -> str:
         shown = self.rows.to_string(index=False, float_format="{:.3f}".format)
         return f"{shown}\n{self.interpretability.note}"
 

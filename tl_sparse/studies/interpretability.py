@@ -137,6 +137,10 @@ class InterpretabilityResult:
         return self.rows
 
     def __repr__(self) -> str:
+        tasks = self.rows["task"].nunique()
+        return f"InterpretabilityResult({len(self.summary)} models, {tasks} tasks)"
+
+    def __str__(self) -> str:
         table = self.summary.drop(columns="why_not")
         return f"{table.to_string(index=False, float_format='{:.1f}'.format)}\n{self.note}"
 

@@ -20,6 +20,8 @@ from tl_sparse.storage.json_dataclass import check_fields
 from tl_sparse.studies.trained import Kind
 from tl_sparse.tasks import TaskResult
 from tl_sparse.training.config import TrainingConfig
+from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 StoredDtype = Literal["fp32", "bf16", "fp16"]
 PairRecipe = Literal["first", "second", "accelerator"]
@@ -217,6 +219,12 @@ class PairMember:
     machine: str
     """What it was trained on, in words."""
 
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
+
     def solved(self, target_loss: float) -> tuple[str, ...]:
         """Tasks with a held-out loss below the target, best first."""
         ranked = sorted(self.tasks, key=lambda task: self.tasks[task].loss)
@@ -233,6 +241,12 @@ class Pair:
     """The sparse model."""
     dense: PairMember
     """The dense model."""
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def members(self) -> tuple[PairMember, PairMember]:

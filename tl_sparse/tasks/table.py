@@ -48,6 +48,9 @@ class TaskTable:
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def __repr__(self) -> str:
+        return f"TaskTable({len(self.results)} tasks, {len(self.refused)} refused)"
+
+    def __str__(self) -> str:
         return self.to_dataframe().to_string(index=False, float_format="{:.3f}".format)
 
     def _repr_html_(self) -> str:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_sparse.views.display import fields_html
+
 Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
 Norm = Literal["none", "token", "layer_norm"]
 _SHORT = {"hook_attn_out": "attn", "hook_mlp_out": "mlp", "hook_embed": "embed",
@@ -131,6 +133,9 @@ class Dictionary:
         kind = "transcoder" if self.transcoder else "SAE"
         sizes = f"{self.W_enc.shape[0]} → {self.d_sae} → {self.W_dec.shape[1]}"
         return f"Dictionary({self.name}: {kind}, {sizes}, {self.activation})"
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

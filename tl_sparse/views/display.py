@@ -1,11 +1,15 @@
 """What a notebook shows when a circuit or a result is the last line of a cell."""
 
 import base64
+import dataclasses
+import inspect
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
+from tl_sparse.views.brief import shown
 from tl_sparse.views.circuit_svg import circuit_svg
 from tl_sparse.views.circuit_table import CircuitTable
 from tl_sparse.views.markup import element, to_fragment
@@ -39,6 +43,13 @@ def circuit_html(circuit: CircuitTable, notes: Mapping[str, str] | None = None) 
             sandbox="allow-scripts allow-downloads", loading="lazy",
             style=f"width:100%;height:{FRAME_HEIGHT}px;border:0")  # fmt: skip
     return to_fragment(root)
+
+
+def fields_html(result: Any) -> str:
+    """HTML for `_repr_html_` of a dataclass that is no table: what it is, then a row a field."""
+    what = (inspect.getdoc(type(result)) or "").split("\n\n")[0]
+    rows = [(f.name, shown(getattr(result, f.name))) for f in dataclasses.fields(result) if f.repr]
+    return frame_html(type(result).__name__, what, pd.DataFrame(rows, columns=["field", "value"]))
 
 
 def frame_html(title: str, line: str, frame: pd.DataFrame) -> str:

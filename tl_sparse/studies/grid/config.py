@@ -66,8 +66,8 @@ class StudyConfig:
     """Train a grid of sparse models and dense partners, prune them, and draw the paper's figures.
 
     Run again, it goes on where it stopped; several runs on one folder share the work; with a larger
-    grid (and --overwrite, for the report) only what is new is done. It writes Figures 2, 3, 31 and 32 of Gao et al. 2025 for your
-    models.
+    grid (and --overwrite, for the report) only what is new is done. It writes Figures 2, 3, 31 and
+    32 of Gao et al. 2025 for your models.
     """
 
     out: tyro.conf.Positional[str]

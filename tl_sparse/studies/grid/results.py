@@ -12,6 +12,7 @@ from tl_sparse.studies.grid.plan import CircuitUnit, GridModel, Method, Plan
 from tl_sparse.studies.interpretability import InterpretabilityResult, interpretability
 from tl_sparse.studies.trained import Kind
 from tl_sparse.views.brief import brief
+from tl_sparse.views.display import fields_html
 
 MODELS = ["model", "setting", "width", "l0", "seed", "kind", "validation_loss", "text_loss",
           "nonzeros", "steps", "seconds", "failure"]  # fmt: skip
@@ -51,6 +52,9 @@ class StudyResult:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def models(self) -> pd.DataFrame:
