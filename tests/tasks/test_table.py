@@ -94,7 +94,8 @@ def test_a_tokenizer_that_splits_an_answer_is_a_refusal_with_the_reason():
     assert frame.loc["enumerate_range", "refused"] == found.refused["enumerate_range"]
     assert frame.loc["bracket_counting", "refused"] == ""
     assert "as one token" in found._repr_html_()
-    assert "enumerate_range" in repr(found)
+    assert "enumerate_range" in str(found)
+    assert repr(found) == "TaskTable(1 tasks, 1 refused)"
 
 
 def test_a_context_too_short_for_a_task_is_a_refusal(tokenizer):

@@ -22,12 +22,12 @@ ASKS = {"-h", "--help"}
 def kept_help(name: str, arguments: list[str]) -> str | None:
     """The text that a command line asks for; None where it asks for none.
 
-    None with --recipe too: it sets defaults, which the help names.
+    None with --recipe too: it sets defaults, which the help names. A text that is not there yet is
+    written by ``main``.
     """
     if not ASKS & set(arguments) or any(each.startswith("--recipe") for each in arguments):
         return None
-    path = files("tl_sparse.cli").joinpath(TEXTS, f"{name}.txt")
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return files("tl_sparse.cli").joinpath(TEXTS, f"{name}.txt").read_text(encoding="utf-8")
 
 
 def help_of(name: str) -> str:
