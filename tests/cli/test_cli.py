@@ -353,7 +353,7 @@ def test_tasks_tells_a_table_with_own_files_and_keeps_every_prompt(capsys, train
     model = SparseTransformer.from_pretrained(folder)
     own = tasks.from_jsonl(tmp_path / "mine.jsonl", model.tokenizer, max_tokens=48)
     expected = tasks.table(model, 2, [*tasks.names(), own])
-    assert capsys.readouterr().out == f"{expected!r}\n"
+    assert capsys.readouterr().out == f"{expected}\n"
     lines = out.read_text().splitlines()
     assert lines[0] == "task,split,pair,member,prompt,answer,loss,correct"
     assert sum(line.startswith("mine,held_out,") for line in lines) == 4

@@ -59,8 +59,9 @@ class Prune:
         text = text_of(model, self.corpus, self.mean_sequences, "mean_sequences")
         circuit = prune(model, task, self.pruning, means=activation_means(model, text))
         folder, page = Path(self.out) / "circuit", Path(self.out) / "circuit.html"
-        circuit.write_page(page, model, task, text[:PAGE_SEQUENCES])  # takes seconds: stopped in
-        circuit.save(folder)  # them, there is nothing that would have to be replaced
+        page.parent.mkdir(parents=True, exist_ok=True)
+        circuit.write_page(page, model, task, text[:PAGE_SEQUENCES])  # what takes time comes first
+        circuit.save(folder)
         say(f"{circuit!r}\nsaved in {folder}; page: {page}")
 
 
