@@ -48,6 +48,7 @@ from tl_sparse.tracing import (
 from tl_sparse.tracing.dictionary_config import TrainedActivation
 
 CONTEXT = 32
+STEPS = {"induction": 1200, "agreement": 600}
 FEATURES = {"embed": (96, 4), "attn": (256, 8), "mlp": (384, 10)}
 """Features at each kind of place, and how many of them are active per token on average."""
 
@@ -197,7 +198,7 @@ def trained_dictionaries(model, text, run: Path, steps: int, l1: float | None, n
         found.append(replace(place, n_features=FEATURES[kind][0], k=FEATURES[kind][1]))
     activation: TrainedActivation = "batchtopk" if l1 is None else "relu"
     config = DictionaryTrainingConfig(activation=activation, l1=l1 or 0.0)
-    training = dictionary_run(steps, batch_size=64, lr=3e-3)
+    training = dictionary_run(steps, batch_size=32, lr=5e-3)
     made = train_dictionaries(model, text, found, config, training, run / f"training_{name}")
     save_dictionaries(made.dictionaries, run / name, model)
     return made.dictionaries
@@ -207,8 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(LANGUAGES))
     parser.add_argument("run")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--dictionary-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--dictionary-steps", type=int, default=200)
     parser.add_argument("--documents", type=int, default=40_000)
     parser.add_argument("--l1", type=float, nargs="*", default=[],
                         help="further ReLU dictionaries with these lambdas")  # fmt: skip
@@ -218,7 +219,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     text = corpus(options.name, options.documents)
     write_task(options.name, run / f"{options.name}.jsonl")
-    model = trained_model(options.name, text, run, options.steps)
+    model = trained_model(options.name, text, run, options.steps or STEPS[options.name])
     task = from_jsonl(run / f"{options.name}.jsonl", model)
     for split in SPLITS:
         diffs = task_logit_diffs(model, task.batch(200, split=split, seed=0))

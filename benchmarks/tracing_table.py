@@ -53,7 +53,7 @@ from tl_sparse.tracing import (
     load_dictionaries,
     trace_each,
 )
-from tl_sparse.tracing.gate import parse_id
+from tl_sparse.tracing.baselines import Method
 
 TASKS = ("single_double_quote", "bracket_brace")
 SIZES = (20, 80, 320)
@@ -150,8 +150,11 @@ def ratio(numerator: Tensor, denominator: Tensor, seed: int = 0) -> tuple[float,
     return float(a.mean() / b.mean()), float(low), float(high)
 
 
-METHODS = {"attribution |.|": "attribution", "EAP": "gradient", "IG": "ig", "EAP-IG": "eap_ig",
-           "exact": "exact"}  # fmt: skip
+METHODS: dict[str, Method] = {
+    "attribution |.|": "attribution", "EAP": "gradient", "IG": "ig", "EAP-IG": "eap_ig",
+    "exact": "exact",
+}  # fmt: skip
+"""Baselines by the names of their methods; exact patching comes after EAP-IG."""
 
 
 def scores_of(
@@ -159,21 +162,28 @@ def scores_of(
 ) -> dict[str, dict[str, Tensor]]:
     """Scores of every node by each baseline: of going to the pair's other prompt, or to 0."""
     found = {m: {k: torch.zeros_like(x) for k, x in features.active.items()} for m in METHODS}
-    for i in tqdm(range(len(batch)), desc="baselines", leave=False):
-        tokens = batch.tokens[:, : int(batch.last[i]) + 1]
-        root = LogitDiff(int(batch.correct_token[i]), int(batch.incorrect_token[i]))
-        with_other = paired and bool(features.paired[i])
-        only = None
+    same = features.paired if paired else torch.zeros_like(features.paired)
+    for with_other, rows in ((True, same.nonzero()[:, 0]), (False, (~same).nonzero()[:, 0])):
+        if not len(rows):
+            continue
+        some = batch.select((rows[::2] // 2).tolist())
+        tokens = [t[: n + 1].tolist() for t, n in zip(some.tokens, some.last, strict=True)]
+        root = LogitDiff(some.correct_token.tolist(), some.incorrect_token.tolist())
+        other = [tokens[i ^ 1] for i in range(len(tokens))] if with_other else None
+        table = pd.DataFrame()
         for name, method in METHODS.items():
-            table = baseline_scores(
-                splice, tokens[i : i + 1], root, method, world="original",  # type: ignore[arg-type]
-                other=tokens[i ^ 1 : (i ^ 1) + 1] if with_other else None, only=only,
-            )  # fmt: skip
-            if name == "EAP-IG" and exact is not None:
-                only = table.loc[table["score"].abs().nlargest(exact).index, "id"].tolist()
-            for node, score in zip(table["id"], table["score"], strict=True):
-                site, pos, index = parse_id(node)
-                found[name][site][i, pos, index] = score
+            only = None
+            if name == "exact" and exact is not None:  # `table` is EAP-IG's
+                size = table["score"].abs().groupby(table["prompt"]).rank(ascending=False)
+                only = table[size <= exact]
+            table = baseline_scores(splice, tokens, root, method, world="original", other=other,
+                                    only=only, batch_size=256)  # fmt: skip
+            for site, part in table.groupby("site"):
+                prompt, pos, index = (torch.tensor(part[c].to_numpy(copy=True))
+                                      for c in ("prompt", "pos", "index"))  # fmt: skip
+                values = torch.tensor(part["score"].to_numpy(copy=True))
+                into = found[name][str(site)]
+                into[rows[prompt], pos, index] = values.to(into.dtype)
     return found
 
 

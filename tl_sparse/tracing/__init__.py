@@ -24,6 +24,7 @@ from tl_sparse.tracing.files import save_dictionaries as save_dictionaries
 from tl_sparse.tracing.formats import from_sae_lens as from_sae_lens
 from tl_sparse.tracing.formats import read_dictionary as read_dictionary
 from tl_sparse.tracing.freeze import Freeze as Freeze
+from tl_sparse.tracing.functions import FunctionDictionary as FunctionDictionary
 from tl_sparse.tracing.gate import Gate as Gate
 from tl_sparse.tracing.graph import TracedGraph as TracedGraph
 from tl_sparse.tracing.graph_files import load_graph as load_graph

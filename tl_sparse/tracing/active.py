@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_sparse.tracing.dictionary import Dictionary
+from tl_sparse.tracing.functions import AnyDictionary, FunctionDictionary
 
 _DENSE = 1 / 16  # share of active entries above which a whole matrix product is faster than rows
 
@@ -150,7 +150,7 @@ class Features:
 
 
 def read_features(
-    dictionary: Dictionary,
+    dictionary: AnyDictionary,
     x_in: Float[Tensor, "prompt pos d_in"],
     x_out: Float[Tensor, "prompt pos d_out"],
     real: Bool[Tensor, "prompt pos"],
@@ -160,6 +160,8 @@ def read_features(
 
     With ``frozen_norm`` the dictionary's norm factors are constants.
     """
+    if isinstance(dictionary, FunctionDictionary):
+        return read_functions(dictionary, x_in, real)
     factor, out_factor = dictionary.factor(x_in), dictionary.factor(x_out)
     if frozen_norm:
         factor, out_factor = factor.detach(), out_factor.detach()
@@ -178,8 +180,22 @@ def read_features(
     return Features(active, before, bias, out_factor, skip)
 
 
+def read_functions(
+    dictionary: FunctionDictionary,
+    x_in: Float[Tensor, "prompt pos d_in"],
+    real: Bool[Tensor, "prompt pos"],
+) -> Features:
+    """The same of a dictionary that is known by its functions."""
+    features = dictionary.encode(x_in)
+    mask = (features.detach() != 0) & real[..., None]
+    active = Active.where(dictionary.name, mask)
+    at = x_in.detach()
+    rest = features.detach() - dictionary.slope(at, at)
+    return Features(active, features[mask], rest[mask], dictionary.factor(at), None)
+
+
 def write_features(
-    dictionary: Dictionary, values: Float[Tensor, " active"], active: Active
+    dictionary: AnyDictionary, values: Float[Tensor, " active"], active: Active
 ) -> Float[Tensor, "prompt pos d_out"]:
     """What active features of these values write, the decoder's bias not included."""
     x = _Write.apply(values, dictionary.W_dec, active)

@@ -125,6 +125,16 @@ class Dictionary:
         return self.threshold is not None and self.activation in ("jumprelu", "batchtopk")
 
     @property
+    def d_in(self) -> int:
+        """Channels that it reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Tensors that tell it from other dictionaries."""
+        return self.W_enc, self.b_enc, self.W_dec, self.b_dec
+
+    @property
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_enc.shape[1]
@@ -186,6 +196,18 @@ class Dictionary:
         """
         pre = self.centred(x_in) * self.factor(x_in) @ self.W_enc + self.b_enc
         return torch.where(self.is_active(pre), pre, 0) / self._out_factor(x_in, x_out)
+
+    def held(
+        self,
+        x_in: Float[Tensor, "... d_in"],
+        was: Float[Tensor, "... feature"],
+        at_in: Float[Tensor, "... d_in"],
+        at_out: Float[Tensor, "... d_out"] | None = None,
+    ) -> Float[Tensor, "... feature"]:
+        """Activations with the active set and norm factors of a run in which they were ``was``, at
+        ``at_in`` (and ``at_out`` at ``hook_out``): linear."""
+        pre = self.centred(x_in) * self.factor(at_in) @ self.W_enc + self.b_enc
+        return torch.where(was != 0, pre, 0) / self._out_factor(at_in, at_out)
 
     def decode(
         self,

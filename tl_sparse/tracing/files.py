@@ -84,10 +84,12 @@ def save_dictionaries(
         dtype: Type in which numbers are stored, each rounded once; as they are by default.
 
     Raises:
-        ValueError: two of one name, NaN or infinite numbers, numbers too large for ``dtype``, or a
-            folder that cannot be replaced.
+        ValueError: one that is known by its functions alone, two of one name, NaN or infinite
+            numbers, numbers too large for ``dtype``, or a folder that cannot be replaced.
         OSError: there is no room for it on the disk.
     """
+    if functions := [each.name for each in dictionaries if not isinstance(each, Dictionary)]:
+        raise ValueError(f"{functions[0]} has functions, and no weights that could be written")
     names = [each.name for each in dictionaries]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two dictionaries are called {double[0]}: give one another name")

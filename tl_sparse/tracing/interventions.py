@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_sparse.ablation import FwdHook
-from tl_sparse.tracing.dictionary import Dictionary
+from tl_sparse.tracing.functions import AnyDictionary
 from tl_sparse.tracing.splice import Splice, keep_in
 
 How = Literal["ablate", "scale", "set", "add"]
@@ -96,7 +96,7 @@ class _Edit:
     """Hook function at a dictionary's output."""
 
     def __init__(
-        self, dictionary: Dictionary, changes: Sequence[FeatureChange], x_in: Tensor | None
+        self, dictionary: AnyDictionary, changes: Sequence[FeatureChange], x_in: Tensor | None
     ) -> None:
         self.dictionary, self.changes, self.x_in = dictionary, changes, x_in
         self.seen = 0  # positions in earlier runs of one generation

@@ -15,7 +15,7 @@ from tl_sparse.ablation.eval_mode import frozen
 from tl_sparse.tasks.padding import real_positions
 from tl_sparse.tracing.active import Features, as_is, read_features, write_features
 from tl_sparse.tracing.biases import bias_hooks, measured_biases, mlp_hooks, plain_mlps
-from tl_sparse.tracing.dictionary import Dictionary
+from tl_sparse.tracing.functions import AnyDictionary
 from tl_sparse.tracing.gate import Candidates, Gate, GateState, chosen, gated
 from tl_sparse.tracing.splice import Splice, keep_in
 from tl_sparse.tracing.spliced_run import Leaf, LeafKind, Site, SplicedRun
@@ -94,20 +94,20 @@ def add_biases(found: SplicedRun, taps: Sequence[str]) -> None:
 
 
 def check_fits(
-    dictionary: Dictionary, x_in: Float[Tensor, "..."], x_out: Float[Tensor, "..."]
+    dictionary: AnyDictionary, x_in: Float[Tensor, "..."], x_out: Float[Tensor, "..."]
 ) -> None:
     """ValueError if a dictionary is not of the width or type of what it reads and writes."""
-    ends = ((dictionary.hook_in, x_in, dictionary.W_enc.shape[0]),
+    ends = ((dictionary.hook_in, x_in, dictionary.d_in),
             (dictionary.hook_out, x_out, dictionary.W_dec.shape[1]))  # fmt: skip
     for hook, x, width in ends:
         if x.shape[-1] != width:
             raise ValueError(
                 f"dictionary {dictionary.name}: {hook} has {x.shape[-1]} channels, not {width}"
             )
-        if x.dtype != dictionary.W_enc.dtype or x.device != dictionary.W_enc.device:
+        if x.dtype != dictionary.W_dec.dtype or x.device != dictionary.W_dec.device:
             raise ValueError(
-                f"dictionary {dictionary.name} is {dictionary.W_enc.dtype} on "
-                f"{dictionary.W_enc.device}, and {hook} {x.dtype} on {x.device}: "
+                f"dictionary {dictionary.name} is {dictionary.W_dec.dtype} on "
+                f"{dictionary.W_dec.device}, and {hook} {x.dtype} on {x.device}: "
                 f"dictionary.to(device, dtype)"
             )
 
@@ -206,7 +206,7 @@ class _Hooks:
 
         return step
 
-    def _spliced(self, dictionary: Dictionary) -> Any:
+    def _spliced(self, dictionary: AnyDictionary) -> Any:
         found = self.found
 
         def step(x: Tensor) -> Tensor:

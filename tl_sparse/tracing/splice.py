@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tl_sparse.ablation import FwdHook
 from tl_sparse.sites import layer_of
-from tl_sparse.tracing.dictionary import Dictionary
 from tl_sparse.tracing.freeze import Freeze
+from tl_sparse.tracing.functions import AnyDictionary, in_model
 
 MLP = Literal["error", "ratio", "gradient"]
 
@@ -39,8 +39,10 @@ class Splice:
 
     model: nn.Module
     """Any TransformerLens model; it is not changed."""
-    dictionaries: Sequence[Dictionary]
-    """One or none for every place."""
+    dictionaries: Sequence[AnyDictionary | Any]
+    """One or none for every place. Besides dictionaries of this package, SAEs of SAELens and any
+    object with ``encode``, ``decode`` and ``hook_in`` are taken (see :class:`FunctionDictionary`).
+    """
     freeze: Freeze = field(default_factory=Freeze)
     """What is held constant; ``Freeze.compat()`` is what the published code of 2024 did."""
     mlp: MLP = "error"
@@ -56,9 +58,10 @@ class Splice:
 
     def __post_init__(self) -> None:
         """Refuse dictionaries that the model has no place for."""
-        object.__setattr__(self, "dictionaries", tuple(self.dictionaries))
+        taken = tuple(in_model(each, self.model) for each in self.dictionaries)
+        object.__setattr__(self, "dictionaries", taken)
         points: Any = self.model.hook_dict
-        seen: dict[str, Dictionary] = {}
+        seen: dict[str, AnyDictionary] = {}
         for dictionary in self.dictionaries:
             for hook in (dictionary.hook_in, dictionary.hook_out):
                 if hook not in points:
@@ -88,7 +91,7 @@ class Splice:
         """Layers of the model."""
         return int(self.model.cfg.n_layers)  # type: ignore[union-attr, arg-type]
 
-    def dictionary(self, site: str) -> Dictionary:
+    def dictionary(self, site: str) -> AnyDictionary:
         """The dictionary of a site, by name.
 
         Raises:

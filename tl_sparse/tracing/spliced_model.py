@@ -21,7 +21,7 @@ from tl_sparse.compat import HookPoint, has_hooks
 from tl_sparse.model.added_points import AddedPoints
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tracing.biases import mlp_hooks, plain_mlps
-from tl_sparse.tracing.dictionary import Dictionary
+from tl_sparse.tracing.functions import AnyDictionary
 from tl_sparse.tracing.splice import Splice, keep_in
 
 World = Literal["linear", "spliced", "original"]
@@ -72,7 +72,7 @@ class SplicedModel(AddedPoints):
         self.names = {d.name: feature_hook(splice, d.name) for d in splice.dictionaries}
         self.add_points({name: HookPoint() for name in self.names.values()})
         # of a model's fingerprint, so that a circuit is not taken for one of other dictionaries
-        weights = [w for d in splice.dictionaries for w in (d.W_enc, d.b_enc, d.W_dec, d.b_dec)]
+        weights = [w for d in splice.dictionaries for w in d.parts]
         sums = [[w.double().sum(), w.double().abs().sum()] for w in weights]
         self.register_buffer("dictionary_sums", torch.tensor(sums).view(-1, 2))
 
@@ -116,7 +116,7 @@ class SplicedModel(AddedPoints):
             (d.hook_out, self._change(d, live, clean)) for d in self.splice.dictionaries
         ]
 
-    def _change(self, d: Dictionary, live: dict[str, Tensor], clean: dict[str, Tensor]) -> Any:
+    def _change(self, d: AnyDictionary, live: dict[str, Tensor], clean: dict[str, Tensor]) -> Any:
         point = self._points[self.names[d.name]]
 
         def hook(x: Tensor, hook: Any = None) -> Tensor:
@@ -132,9 +132,7 @@ class SplicedModel(AddedPoints):
             was = d.encode(was_in, was_out)
             error = was_out - (was @ d.W_dec + constant(d, was_in, was_out, was_in, was_out))
             if self.world == "linear":
-                pre = d.centred(x_in) * d.factor(was_in) @ d.W_enc + d.b_enc
-                out_factor = d.factor(was_out) if d.norm != "none" else 1.0
-                features = torch.where(was != 0, pre, 0) / out_factor
+                features = d.held(x_in, was, was_in, was_out)
                 rest = constant(d, x_in, x, was_in, was_out)
             else:
                 features, rest = d.encode(x_in, x), constant(d, x_in, x, x_in, x)
@@ -145,7 +143,7 @@ class SplicedModel(AddedPoints):
 
 
 def constant(
-    d: Dictionary, x_in: Tensor, x_out: Tensor, factor_in: Tensor, factor_out: Tensor
+    d: AnyDictionary, x_in: Tensor, x_out: Tensor, factor_in: Tensor, factor_out: Tensor
 ) -> Tensor:
     """What a dictionary writes besides its features, with the norm factors of given activations.
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_sparse.tracing.active import Active, Features
-from tl_sparse.tracing.dictionary import Dictionary
+from tl_sparse.tracing.functions import AnyDictionary
 from tl_sparse.tracing.gate import Candidates, GateState
 from tl_sparse.tracing.splice import Splice
 
@@ -21,7 +21,7 @@ LeafKind = Literal["error", "bias", "token", "position"]
 class Site:
     """One dictionary in one run."""
 
-    dictionary: Dictionary
+    dictionary: AnyDictionary
     """The dictionary."""
     features: Features
     """Its active features, as they depend on what is before them."""

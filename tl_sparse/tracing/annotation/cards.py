@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.nodes.tokens import token_texts
-from tl_sparse.tracing.dictionary import Dictionary
+from tl_sparse.tracing.functions import AnyDictionary
 
 Key = tuple[str, int]
 """A feature, wherever it is active: its dictionary's name and its index."""
@@ -55,7 +55,7 @@ class FeatureCard:
 @torch.no_grad()
 def feature_cards(
     model: nn.Module,
-    dictionaries: Sequence[Dictionary],
+    dictionaries: Sequence[AnyDictionary],
     features: Sequence[Key],
     tokens: Int[Tensor, "sequence pos"],
     n_examples: int = 8,
@@ -104,7 +104,7 @@ def feature_cards(
 
 def activations_of(
     model: nn.Module,
-    dictionary: Dictionary,
+    dictionary: AnyDictionary,
     chosen: Sequence[int],
     tokens: Int[Tensor, "sequence pos"],
     batch_size: int,
@@ -126,7 +126,7 @@ def activations_of(
 
 
 def logit_effects(
-    model: nn.Module, dictionary: Dictionary, chosen: Sequence[int]
+    model: nn.Module, dictionary: AnyDictionary, chosen: Sequence[int]
 ) -> Float[Tensor, "chosen token"]:
     """What features' directions add to the logits past all other layers, but for the final norm's
     scale, which is a number of the prompt's; less its mean over tokens."""
