@@ -92,3 +92,19 @@ def test_many_channels_at_once_have_their_largest_and_smallest_weights(model):
     assert reads["effective"].tolist() == pytest.approx([0.25 * scale, -0.75 * scale])
     with pytest.raises(ValueError, match="count on from 0"):
         extreme_tokens(model, torch.tensor([-1]))
+
+
+def test_a_token_of_half_a_letter_is_its_bytes():
+    from tl_sparse.nodes.tokens import bytes_text, token_text
+
+    class Half:
+        """A tokenizer whose one token is the first two of the three bytes of a euro sign."""
+
+        def convert_ids_to_tokens(self, token):
+            return "\u00e2\u0124"  # as GPT-2 writes the bytes e2 and 82
+
+        def decode(self, ids):
+            return b"\xe2\x82".decode(errors="replace")
+
+    assert token_text(Half(), 0) == r"\xe2\x82"
+    assert bytes_text("\u2581\u20ac", "\ufffd") == "\ufffd"  # of another kind of vocabulary

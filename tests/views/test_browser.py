@@ -203,6 +203,63 @@ def test_a_crowd_is_ranked_and_a_chosen_node_shows_all_of_its_edges(open_page, r
     assert f"is read by ({joined.sum()})" in page.text_content(".panel")
 
 
+def test_twenty_thousand_edges_stay_a_small_page_that_says_what_it_hides(open_page, circuit_of):
+    from tl_sparse.views import Page, PageCircuit, page_html
+
+    rng = np.random.default_rng(0)
+    nodes = [(0, site, i) for site in ("mlp_in", "mlp_neuron") for i in range(150)]
+    pairs = rng.permutation(150 * 150)[:20_000]
+    weights = rng.normal(size=20_000)
+    edges = [
+        (0, "mlp_in", int(p // 150), "mlp_neuron", int(p % 150), w)
+        for p, w in zip(pairs, weights, strict=True)
+    ]
+    circuit = PageCircuit(circuit_of(nodes, edges), "dense")
+    html = page_html(Page("", circuits=(circuit,)))
+    assert len(html) < 1_000_000
+    page = open_page(html=html)
+    note = page.text_content(".hidden-note")
+    assert note.startswith("5,000 of 20,000 edges shown")
+    assert "the weakest 15,000 are hidden" in note
+    page.locator("[data-node='0.mlp_neuron.7']").dispatch_event("click")
+    own = int((pairs % 150 == 7).sum())
+    assert f"reads from ({own})" in page.text_content(".panel")
+    page.locator(".panel .more").click()
+    assert page.locator(".panel .edge").count() == own
+    drawn = page.evaluate("""() => {
+        const context = document.querySelector('canvas').getContext('2d');
+        const { width, height } = context.canvas;
+        return context.getImageData(0, 0, width, height).data.some((x) => x);
+    }""")
+    assert drawn
+    page.wait_for_function(f"document.querySelector('.shown').textContent.includes('{own}') ||"
+                           " document.querySelectorAll('.node.on').length > 1")  # fmt: skip
+    assert page.locator(".node.on").count() == own + 1
+    assert float(page.locator(".drawing").get_attribute("data-drawn")) < 1000  # milliseconds
+
+
+def test_texts_where_a_node_is_zero_are_no_examples_of_it(open_page, full):
+    from tl_sparse.views.examples import TokenExample
+
+    zero, some = TokenExample(("x", "y"), (0.0, 0.0), 1, ""), TokenExample(("z",), (2.0,), 0, "")
+    texts = {"0.mlp_neuron.863": {"top": [some, zero], "bottom": [zero]},
+             "0.mlp_neuron.2790": {"top": [zero], "bottom": [zero]}}  # fmt: skip
+    page = open_page(replace(full, texts=texts))
+    page.locator("[data-node='0.mlp_neuron.863']").click()
+    assert page.locator(".panel .text-example").all_text_contents() == ["z"]
+    assert page.locator(".panel h6").all_text_contents() == ["top"]
+    page.locator("[data-node='0.mlp_neuron.2790']").click()
+    assert page.locator(".panel .text-example").count() == 0
+    assert "zero everywhere in the text" in page.text_content(".panel")
+
+
+def test_a_circuit_without_edges_has_no_table_of_them(open_page, heads):
+    from tl_sparse.views import PageCircuit
+
+    page = open_page(PageCircuit(heads, "circuit"))
+    assert page.locator(".tables summary").all_text_contents() == ["Nodes 5 rows"]
+
+
 def test_filters_hide_sites_and_layers(open_page, full):
     page = open_page(full)
     page.locator(".menu summary", has_text="filter").click()

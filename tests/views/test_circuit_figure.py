@@ -78,6 +78,7 @@ def test_negative_max_edges_is_refused(quote_circuit):
 @pytest.mark.parametrize("name", ["heads", "features"])
 def test_circuits_of_any_hooks_are_drawn(name, request):
     circuit = request.getfixturevalue(name)
-    (nodes,) = [trace for trace in circuit_figure(circuit).data if trace.customdata is not None]
-    assert len(nodes.x) == circuit.n_nodes
-    assert nodes.name == "node"
+    traces = [trace for trace in circuit_figure(circuit).data if trace.customdata is not None]
+    assert sum(len(nodes.x) for nodes in traces) == circuit.n_nodes
+    kinds = {"heads": {"attention node"}, "features": {"MLP node", "node"}}[name]
+    assert {nodes.name for nodes in traces} == kinds

@@ -10,4 +10,4 @@ def test_line_gives_the_circuits_numbers(quote_circuit):
 
 def test_line_leaves_out_what_is_not_known(quote_circuit):
     unknown = replace(quote_circuit, model_name="", seed=None, loss=nan, accuracy=nan)
-    assert unknown.line == "no held-out prompts · 12 nodes · 9 edges"
+    assert unknown.line == "loss not measured · 12 nodes · 9 edges"

@@ -130,9 +130,25 @@ def token_text(tokenizer: Any, token: int) -> str | None:
     try:
         if tokenizer.convert_ids_to_tokens(token) is None:
             return None
-        return str(tokenizer.decode([token]))
+        text = str(tokenizer.decode([token]))
     except (KeyError, IndexError):  # what some tokenizers raise for such an id
         return None
+    return (
+        text if "\ufffd" not in text else bytes_text(tokenizer.convert_ids_to_tokens(token), text)
+    )
+
+
+def bytes_text(piece: str, text: str) -> str:
+    r"""What a token of half a letter is: its bytes, such as ``\xe2\x80``, where the vocabulary
+    writes bytes as GPT-2's does; ``text`` otherwise."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    others = sorted({*range(256)} - {*own})
+    known = {chr(byte): byte for byte in own} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+    if not set(piece) <= set(known):
+        return text
+    return "".join(f"\\x{known[sign]:02x}" for sign in piece)
 
 
 def token_id(model: Any, token: int | str) -> int:

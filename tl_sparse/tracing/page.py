@@ -29,7 +29,7 @@ def write_graph_page(
         path: The file.
         labels: Node's id to words for it, such as an annotation's.
     """
-    page = Page(f"What {graph.root} is made of", graph.line, circuits=(page_graph(graph, labels),))
+    page = Page(f"What {graph.root} is made of", circuits=(page_graph(graph, labels),))
     write_atomic(Path(path), page_html(page))
     return Path(path)
 

@@ -52,7 +52,7 @@ class CircuitTable:
             f"accuracy {100 * self.accuracy:.1f} %",
         ]
         facts = [
-            *(["no held-out prompts"] if math.isnan(self.accuracy) else results),
+            *(["loss not measured"] if math.isnan(self.accuracy) else results),
             f"{self.n_nodes:,} nodes",
             f"{self.n_edges:,} edges",
             printable(self.model_name),

@@ -15,7 +15,14 @@ from tl_sparse.sites import SITES
 from tl_sparse.views.graph_table import GraphTable, graph_layout
 from tl_sparse.views.layout import Layout, circuit_layout
 from tl_sparse.views.page_circuit import SIDES, PageCircuit, PageExample
-from tl_sparse.views.style import OTHER, node_labels, node_names, node_places, site_style
+from tl_sparse.views.style import (
+    OTHER,
+    SITE_STYLES,
+    node_labels,
+    node_names,
+    node_places,
+    site_style,
+)
 from tl_sparse.views.text import printable, visible
 
 READS = [site.name for site in SITES if site.reads]
@@ -164,7 +171,7 @@ def aliases(row: Mapping[Hashable, Any], name: str) -> list[str]:
     names = []
     if not pd.isna(row["head_channel"]) and style.short:
         names.append(f"L{layer}H{row['head']}.{style.short}{row['head_channel']}")
-    if style is not OTHER:
+    if site in SITE_STYLES:
         node = Node((layer, site, channel))
         names += [node.ours, *([node.neuronpedia] if node.neuronpedia else [])]
     return [other for other in names if other != name]
@@ -177,11 +184,11 @@ def standing_of(site: str, of_head: bool, into: int, from_: int) -> str:
     if site in WRITES:
         return "" if into else ("No kept node writes this channel here: it is what biases and the "
                                 "means of removed nodes add.")  # fmt: skip
-    silent = not into and site_style(site) is not OTHER
+    silent = not into and site in SITE_STYLES
     words = ["It reads no kept node: at every token it is what its bias and the means of removed "
              "nodes make it."] if silent else []  # fmt: skip
     by_pattern = of_head and site in ("attn_q", "attn_k")
-    if not from_ and not by_pattern and site_style(site) is not OTHER:
+    if not from_ and not by_pattern and site in SITE_STYLES:
         words.append("No kept channel is written by it.")
     if by_pattern:
         words.append("It acts through the attention pattern, for which there are no edges.")

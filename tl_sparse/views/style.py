@@ -1,5 +1,6 @@
 """Colours, labels and hover texts shared by the Plotly figure, the SVG and the page."""
 
+import re
 from dataclasses import dataclass
 from math import isnan
 
@@ -42,11 +43,20 @@ RELEASED = [site.name for site in SITES if site.openai]
 
 OTHER = SiteStyle("node", "", "#4aa3df", "circle")
 """Nodes of hooks that are no site of the table."""
+OTHERS = (
+    (re.compile("mlp"), SiteStyle("MLP node", "", "#1d9a6c", "circle")),
+    (re.compile(r"attn|hook_[zqkv]\b"), SiteStyle("attention node", "", "#b55fb5", "circle")),
+    (re.compile("embed"), SiteStyle("embedding node", "", "#6b7688", "circle")),
+)
+"""Those whose hook names a part of the model: the colours of neurons, values and the residual
+stream."""
 
 
 def site_style(site: str) -> SiteStyle:
-    """How nodes of a site look."""
-    return SITE_STYLES.get(site, OTHER)
+    """How nodes of a site, or of another hook, look."""
+    if site in SITE_STYLES:
+        return SITE_STYLES[site]
+    return next((style for part, style in OTHERS if part.search(site)), OTHER)
 
 
 def node_places(nodes: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

@@ -40,7 +40,8 @@ class Drawing {
     this.layer = makeSvg(this.svg, "g");
     this.tip = make(this.host, "div", undefined, "tip");
     this.tip.hidden = true;
-    this.headBoxes = this.circuit.heads.map((head) => {
+    const heads = [...this.circuit.heads].sort((a, b) => a[1] - b[1]);
+    this.headBoxes = heads.map((head) => {
       const group = makeSvg(this.boxes, "g");
       return { head, box: makeSvg(group, "rect", { rx: 5, class: "head" }), name: makeSvg(group, "text", { class: "head-name", "text-anchor": "end" }, head[0]) };
     });
@@ -283,12 +284,16 @@ class Drawing {
       row.at = row.y === null ? this.view.applyY(end) : this.y(row.y);
       row.text.setAttribute("y", row.at + 4);
     }
+    const named = new Map(); // a row's height to where its last head's name ends
     for (const { head, box, name } of this.headBoxes) {
       const [left, right, low, high] = [this.x(head[1]), this.x(head[2]), this.y(head[3]) + 13, this.y(head[4]) - 13];
       for (const [key, value] of Object.entries({ x: left, y: high, width: Math.max(right - left, 1), height: Math.max(low - high, 1) })) box.setAttribute(key, value);
       name.setAttribute("x", right - 3);
-      name.setAttribute("y", high - 3);
-      name.style.display = right - left > head[0].length * 5 ? "" : "none";
+      name.setAttribute("y", high - 8); // above the nodes' labels
+      const begins = right - 3 - head[0].length * 5.2;
+      const room = right - left > head[0].length * 5 && begins > (named.get(head[4]) ?? -Infinity);
+      name.style.display = room ? "" : "none";
+      if (room) named.set(head[4], right + 3);
     }
     const shown = nodes.map((_, i) => !this.hiddenNodes[i]);
     const at = nodes.map((node) => [this.x(node.x), this.y(node.y)]);

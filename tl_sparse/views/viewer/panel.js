@@ -154,9 +154,12 @@ class Panel {
     const lists = this.drawing.circuit.texts[this.i];
     if (!lists) return;
     make(this.host, "h5", "where it is largest and smallest in ordinary text");
+    // Where a node is zero is no example of it: of one that is never below zero there is no bottom.
+    const active = lists.map(([name, examples]) => [name, examples.filter(([, values, own]) => values[own])]);
+    if (active.every(([, examples]) => !examples.length)) make(this.host, "p", "It is zero everywhere in the text that was searched.", "hint");
     let largest = 0;
     for (const [, examples] of lists) for (const [, values] of examples) for (const value of values) largest = Math.max(largest, Math.abs(value || 0));
-    for (const [name, examples] of lists) {
+    for (const [name, examples] of active) {
       if (!examples.length) continue;
       make(this.host, "h6", name);
       for (const [tokens, values, own, note] of examples) {

@@ -297,6 +297,7 @@ class Viewer {
   tables(host, drawing) {
     const { circuit } = drawing;
     const fold = (title, rows, columns, cells) => {
+      if (!rows.length) return;
       const details = make(host, "details");
       make(make(details, "summary", `${title} `), "small", plural(rows.length, "row"));
       details.addEventListener("toggle", () => {
