@@ -18,9 +18,10 @@ from torch import Tensor
 from tl_sparse.circuits.bisection import Grid, bisect, evenly, quarters
 from tl_sparse.circuits.components import component_ranks, ranked_components
 from tl_sparse.circuits.pruning_run import PruningFailed, PruningRun
+from tl_sparse.circuits.shrunk import WORTH
 
 LARGEST = 500  # nodes of a circuit that is still tried: the time grows with their square
-SCREEN = 32  # pairs on which nodes are tried one by one; what is removed is checked on all
+SCREEN = 16  # pairs on which nodes are tried one by one; what is removed is checked on all
 SHARES = (0.1, 0.3, 1.0)  # of the way from the full model's loss to the target, pass by pass
 AT_ONCE = 6  # numbers of removed nodes tried side by side
 PAIRS = 32  # selection pairs on which removals from the full model are tried
@@ -30,24 +31,32 @@ MOST = 6000  # masks tried before giving up
 def backward_elimination(run: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
     """A circuit's nodes, less the least needed ones, for as long as the target holds.
 
-    In each round every component is removed alone on a few selection pairs; then as many of the
-    least needed ones as the target on all selection pairs allows are removed together. It ends when
-    not even the least needed one can go. More than ``LARGEST`` nodes are left as they are.
+    In each round components are removed alone on a few selection pairs; then as many of the least
+    needed ones as the target on all selection pairs allows are removed together. In the first round
+    all are tried, afterwards the half that was needed least; when nothing can go, all once more. It
+    ends when then not even the least needed one can go. More than ``LARGEST`` nodes are left as
+    they are.
     """
     runs = 1 + (0 if run.ablation_masks is None else len(run.ablation_masks))
     if runs * int(kept.sum()) > LARGEST:
         return kept
     run.phase("removing single nodes")
-    few = run.on_few(SCREEN)
     component = run.component.to(kept.device)
+    order = component[kept].unique()
+    few, every = run.on_few(SCREEN), True
     while True:
-        present = component[kept].unique()
-        losses = few.losses(kept[None] & (component[None] != present[:, None]))
-        order = present[losses.argsort(stable=True)]
+        if run.shrunk is not None and kept.sum() <= WORTH * run.shrunk.within.sum():
+            run = run.shrunk_to(kept)
+            few = run.on_few(SCREEN)
+        again = order if every else order[: (len(order) + 1) // 2]
+        losses = few.losses(kept[None] & (component[None] != again[:, None]))
+        order = torch.cat([again[losses.argsort(stable=True)], order[len(again) :]])
         ranks = component_ranks(component, order)
         kept, gone = remove_first(kept, ranks, len(order), grid=quarters, fits=run.reached)
-        if not gone:
+        order = order[gone:]
+        if every and not gone:
             return kept
+        every = not gone
 
 
 def eliminate_from_full_model(

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.compat import HookPoint, has_hooks
-from tl_sparse.model.abstopk import top_k_mask
+from tl_sparse.model.abstopk import kth_largest, top_k_mask
 from tl_sparse.model.attention_kernel import attention
 from tl_sparse.model.layers import Norm
 
@@ -55,12 +55,12 @@ class State(NamedTuple):
 
 def pick(x: Tensor, ends: Int[Tensor, "batch end"]) -> Tensor:
     """``x`` [batch, slot, ...] at a few slots of each row: [batch, end, ...]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], ends]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], ends]
 
 
 def rows(table: Float[Tensor, "place_or_1 ..."], places: Tensor) -> Tensor:
     """A table's rows at positions; a table of one row is the same everywhere."""
-    return table[0] if len(table) == 1 else table[places]
+    return table[0] if table.shape[0] == 1 else table[places]
 
 
 def window(magnitude: Float[Tensor, "... static"], k: int, m: int) -> Float[Tensor, "... around_k"]:
@@ -72,7 +72,6 @@ def window(magnitude: Float[Tensor, "... static"], k: int, m: int) -> Float[Tens
 
 
 TABULATED = 2**24  # numbers in the table of a first attention at most: 64 MB in float32
-COUNTED = 1024  # kept channels times their rivals up to which counting beats sorting
 
 
 def survivors(
@@ -86,32 +85,24 @@ def survivors(
     """The kept channels of ``y`` where AbsTopK leaves them, else 0.
 
     ``around_k`` is the :func:`window` of all channels not in ``y``: one for each row of a table,
-    divided by ``scale`` if there is one, or (``row`` None) one for each position. Kept channels
-    that tie exactly for the last place all survive.
+    divided by ``scale`` if there is one, or (``row`` None) one for each position. With a table kept
+    channels that tie exactly for the last place all survive.
     """
-    mine, m = y[..., kept], y.shape[-1]
+    mine = y[..., kept] if isinstance(kept, slice) else y.index_select(-1, kept)
     if not mine.shape[-1]:
         return mine
-    r, w = min(k, m), around_k.shape[-1]
-    if row is None or mine.shape[-1] * m > COUNTED:
-        around_k = around_k if row is None else around_k[row]
-        around_k = around_k if scale is None else around_k / scale
-        around_k = around_k.expand(*y.shape[:-1], w)
-        return mine * top_k_mask(torch.cat([y.abs(), around_k], -1), r)[..., :m][..., kept]
-    size, others = mine.detach().abs(), y.detach().abs()
-    # compared into numbers, not booleans, whose sums are several times slower on CPU
-    buffer = torch.empty_like(others)
-    larger = [
-        torch.gt(others, size[..., i, None], out=buffer).sum(-1) for i in range(size.shape[-1])
-    ]
-    # a channel with n larger ones in y survives if not more than r - 1 - n of the window are
-    spare = r - 1 - torch.stack(larger, -1).long()
-    alive = spare >= 0
-    if w:
-        cut = around_k[row[..., None], spare.clamp(0, w - 1)]
-        size = size if scale is None else size * scale
-        alive = alive & ((spare >= w) | (size >= cut))
-    return mine * alive
+    m, sizes = y.shape[-1], y.detach().abs()
+    r = min(k, m)
+    if row is None:
+        sizes = torch.cat([sizes, around_k.detach()], -1)
+        return mine * top_k_mask(sizes, r)[..., :m][..., kept]
+    if around_k.shape[-1]:
+        around_k = around_k[0] if around_k.shape[0] == 1 else around_k[row]
+        around_k = around_k if scale is None else around_k / scale.detach()
+        sizes = torch.cat([sizes, around_k.expand(*y.shape[:-1], -1)], -1)
+    if sizes.shape[-1] == r:
+        return mine  # these are all there are
+    return mine * (mine.detach().abs() >= kth_largest(sizes, r))
 
 
 class Stage(nn.Module):
@@ -268,14 +259,13 @@ class Projection(nn.Module):
         kept = slice(self.n_kept)
         if self.k is None:
             return y[..., kept]
-        row = places if len(self.window) > 1 else torch.zeros_like(places)
-        return survivors(y, kept, self.window, row, self.k)
+        return survivors(y, kept, self.window, places, self.k)
 
 
 class Spread(nn.Module):
     """Kept channels put beside constants into a slot for every head: [batch, pos, head, slot]."""
 
-    source: Tensor
+    place: Tensor
     constant: Tensor
 
     def __init__(
@@ -283,13 +273,14 @@ class Spread(nn.Module):
     ) -> None:
         """``source``: which kept channel goes into the slot; ``n_live`` for none."""
         super().__init__()
-        self.n_live = n_live
-        self.register_buffer("source", source)
+        # a product with ones: it and its gradient are several times faster than indexing
+        place = F.one_hot(source.flatten(), n_live + 1)[:, :n_live].T.to(constant)
+        self.register_buffer("place", place)
         self.register_buffer("constant", constant)
 
     def forward(self, x: Float[Tensor, "batch pos kept"]) -> Tensor:
         """The slots."""
-        return F.pad(x, (0, 1))[..., self.source] + self.constant
+        return (x @ self.place).unflatten(-1, self.constant.shape) + self.constant
 
 
 class CompiledAttention(nn.Module):

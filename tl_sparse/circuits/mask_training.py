@@ -22,15 +22,14 @@ from tl_sparse.ablation.logit_diff import (
 from tl_sparse.ablation.masked_forward import joined
 from tl_sparse.circuits.gates import HardGates
 from tl_sparse.circuits.pruning_run import PruningRun
-from tl_sparse.circuits.shrunk import Shrunk
+from tl_sparse.circuits.shrunk import WORTH, Shrunk
 from tl_sparse.circuits.train_gates import MARGIN, L0Penalty, Objective, RowAdamW, train_gates
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.tasks import TaskBatch
 
 LOOKS = {
-    round(10 * 2 ** (i / 2)) for i in range(40)
+    round(7 * 2 ** (i / 2)) for i in range(40)
 }  # steps at which it is looked how many gates are left
-WORTH = 0.75  # of the nodes that a pass has now: shrunk when no more than these are left
 NEAR = 0.05  # a gate that is closed by no more than this may open again, and is not left out
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -150,14 +151,18 @@ def finalize(
     small = run.shrunk_to((late >= 0).any(0))
     try:
         kept, tau, curve = select_nodes(small, checkpoints)
+        chosen = run.chosen_diffs(kept)
         # where rounding turns a choice of AbsTopK, the shrunk model is not quite the full one
-        if small.shrunk is not None and not run.reached(kept[None])[0]:
+        if small.shrunk is not None and not F.softplus(-chosen).mean() <= run.goal - ROUNDING:
             kept, tau, curve = select_nodes(run, checkpoints)
+            chosen = run.chosen_diffs(kept)
     except PruningFailed as failure:
         return failure
     seconds += time.perf_counter() - began
     n_active = int((tau >= 0).sum())
-    return build_circuit(run, kept, tau, n_active=n_active, curve=curve, seconds=seconds)
+    return build_circuit(
+        run, kept, tau, n_active=n_active, curve=curve, seconds=seconds, chosen=chosen
+    )
 
 
 def select_nodes(

@@ -22,12 +22,11 @@ from tl_sparse.ablation import (
     FwdHook,
     Replacement,
     ResampleSources,
-    ablation_hooks,
     takes_sources,
 )
 from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.logit_diff import PackedBatch, frozen_norms_of, task_logit_diffs
-from tl_sparse.ablation.masked_forward import masked_losses
+from tl_sparse.ablation.logit_diff import PackedBatch, frozen_norms_of
+from tl_sparse.ablation.masked_forward import masked_logit_diffs, masked_losses
 from tl_sparse.circuits.bisection import bisect, evenly
 from tl_sparse.circuits.calibration import calibrate, calibrated
 from tl_sparse.circuits.circuit import CURVE, Circuit
@@ -157,6 +156,13 @@ class PruningRun:
         hooks = frozen_norms_of(self.model, few) if self.config.freeze_norm else ()
         return replace(self, selection=few, selection_hooks=hooks)
 
+    def chosen_diffs(self, kept: Bool[Tensor, " node"]) -> Float[Tensor, " prompt"]:
+        """Logit differences of the selection pairs with these nodes, in the full model."""
+        return masked_logit_diffs(
+            self.model, self.selection, self.index, kept[None], self.values,
+            hooks=self.selection_hooks,
+        )[0]  # fmt: skip
+
     def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
         """Mean loss on the selection pairs under each of many masks.
 
@@ -262,8 +268,8 @@ def set_up(
             longest = max(len(selection), len(report), 2 * config.batch_pairs)
             generator = torch.Generator().manual_seed(config.seed)
             values = sources.take(torch.randint(len(sources), (longest,), generator=generator))
-        with torch.no_grad():
-            full = task_logit_diffs(model, selection)
+        every = torch.ones(1, index.n_nodes, dtype=torch.bool)
+        full = masked_logit_diffs(model, selection, index, every, means.values)[0]
         check_finite({task.name: full}, f"logit differences of this {type(model).__name__}")
         full_loss = float(F.softplus(-full).mean())
         frozen_norms = [
@@ -389,6 +395,7 @@ def build_circuit(
     curve: pd.DataFrame | None = None,
     seconds: float | None = None,
     config: dict[str, object] | None = None,
+    chosen: Float[Tensor, " prompt"] | None = None,
 ) -> Circuit:
     """The finished circuit: its edges, calibration on the selection pairs, held-out results.
 
@@ -400,15 +407,18 @@ def build_circuit(
         curve: Loss on the selection pairs against the number of nodes.
         seconds: What the search took; default the time since ``set_up``.
         config: What is stored as the config; default the run's.
+        chosen: The circuit's logit differences on the selection pairs, where they are known.
     """
     model, index, task_config = run.model, run.index, run.config
     run.phase("measuring on held-out prompts")
-    hooks = ablation_hooks(index, kept, run.values)
     with eval_mode(model), torch.no_grad():
-        chosen = task_logit_diffs(model, run.selection, [*run.selection_hooks, *hooks])
+        chosen = run.chosen_diffs(kept) if chosen is None else chosen
         calibration = calibrate(chosen)
-        logit_diffs = task_logit_diffs(model, run.report, [*run.report_hooks, *hooks])
-        model_logit_diffs = task_logit_diffs(model, run.report)
+        every = torch.ones_like(kept)
+        logit_diffs, model_logit_diffs = (
+            masked_logit_diffs(model, run.report, index, keep[None], run.values, hooks=hooks)[0]
+            for keep, hooks in ((kept, run.report_hooks), (every, ()))
+        )
     means = run.means
     return Circuit(
         task=run.task.name,

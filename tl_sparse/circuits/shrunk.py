@@ -8,15 +8,16 @@ then costs what the circuit costs and not what the model does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import FwdHook, Intervention
+from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.logit_diff import PackedBatch
 from tl_sparse.circuits.compiled import CompiledCircuit, why_not_compiled
 from tl_sparse.circuits.folding import KeptNodes
@@ -25,7 +26,9 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
+Hook = Callable[..., Tensor]
 ROWS = 512  # masks x pairs of one forward pass
+WORTH = 0.75  # of the nodes that a pass has now: shrunk when no more than these are left
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +92,16 @@ class Shrunk:
         The rows of ``batch`` are mask-major. Differentiable in the gates; those of nodes that are
         not here have no effect.
         """
+        widths = [nodes.shape[0] for _, nodes in self.sites]
+        numbers = torch.cat([nodes for _, nodes in self.sites])
+        # taken once for all sites: each would have a gradient as wide as the full model
+        parts = (
+            whole.split(widths, -1)
+            for whole in (gates.index_select(1, numbers), self.values[numbers])
+        )
         hooks: list[FwdHook] = [
-            (hook, Intervention(gates[:, nodes], self.values[nodes][None]))
-            for hook, nodes in self.sites
+            (hook, mixing(gate, value))
+            for (hook, _), gate, value in zip(self.sites, *parts, strict=True)
         ]
         packed = batch.packed
         with self.compiled.hooks(fwd_hooks=hooks):
@@ -112,3 +122,17 @@ class Shrunk:
             diffs = self.logit_diffs(batch.rows(again), part)
             found.append(F.softplus(-diffs).view(len(part), -1).mean(1))
         return torch.cat(found)
+
+
+def mixing(gate: Float[Tensor, "mask kept"], value: Float[Tensor, " kept"]) -> Hook:
+    """What an :class:`~tl_sparse.ablation.Intervention` with a mask and a value does, at a compiled
+    hook, whose channels are its last axis: a third of the operations."""
+
+    def mix(x: Tensor, hook: Any = None) -> Tensor:
+        weight = gate.to(x.dtype)
+        if gate.shape[0] == 1:
+            return torch.lerp(value, x, weight)
+        side = x.unflatten(0, (gate.shape[0], -1))
+        return torch.lerp(value, side, weight[:, None, None]).flatten(0, 1)
+
+    return mix

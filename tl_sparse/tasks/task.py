@@ -396,9 +396,20 @@ class Task:
         for i, (a, b) in enumerate(zip(first, second, strict=False)):
             if a != b:
                 return None  # from here on lies what decides the answer
-            if i >= excess and str(self.tokenizer.decode([a])).startswith("\n"):
+            if i >= excess and self._begins_line(a):
                 return first[i:], second[i:]
         return None
+
+    def _begins_line(self, token: int) -> bool:
+        """Whether a token's text begins with a newline; decoded once a token."""
+        known = self._line_starts
+        if token not in known:
+            known[token] = str(self.tokenizer.decode([token])).startswith("\n")
+        return known[token]
+
+    @functools.cached_property
+    def _line_starts(self) -> dict[int, bool]:
+        return {}
 
     def _check_boundary(self, pairs: Sequence[_Encoded]) -> None:
         for pair in pairs:
