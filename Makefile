@@ -26,10 +26,10 @@ PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile --durations 20
 NO_SHAPES := --no-shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 test-tl2 conformance lint format types notebooks docs clean
+.PHONY: help demo test test-tl3 test-tl2 conformance lint format types notebooks notebook-outputs docs clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 UV := uv==0.13.9
 # Packages for an environment, with its own uv or pip.
@@ -93,19 +93,18 @@ format: $(VENV)/.set-up ## Apply formatting and the safe fixes
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-types: $(VENV)/.set-up ## Check types
-	$(VENV)/bin/mypy
+types: $(VENV)/.set-up ## Check types, also in the snippets of README and docs
+	$(VENV)/bin/python -m tests.snippets build/snippets
+	$(VENV)/bin/mypy tl_sparse build/snippets
 
-# All at once: they take from half a minute to several, so two workers would end minutes apart.
-notebooks: $(VENV)/.set-up ## Run every notebook from top to bottom
-	@if [ -z "$$(find notebooks -name '*.ipynb' -not -path '*/.*' 2>/dev/null)" ]; then \
-		echo "no notebooks to run"; \
-	else \
-		set -x; $(ONE_THREAD) $(OFFLINE) $(VENV)/bin/python -m pytest -n 4 --nbmake \
-			--nbmake-timeout=600 notebooks; \
-	fi
+NOTEBOOKS = $(ONE_THREAD) $(OFFLINE) $(VENV)/bin/python -m tests.notebooks
+notebooks: $(VENV)/.set-up ## Run every notebook: do its stored outputs still hold?
+	$(NOTEBOOKS) check $(ARGS)
 
-# The site needs neither torch nor the package: docstrings are read from the source.
+notebook-outputs: $(VENV)/.set-up ## Run them (or ARGS=notebooks/04*) and store what comes out
+	$(NOTEBOOKS) write $(ARGS)
+
+# The reference is read from the source, not imported; the gallery's pages are written by the package.
 DOCS_TOOLS = $$($(PYTHON) -c "import tomllib; \
 	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 
@@ -114,7 +113,8 @@ $(VENV_DOCS)/.set-up: pyproject.toml
 	@$(VENV_DOCS)/bin/pip install --quiet $(DOCS_TOOLS)
 	@touch $@
 
-docs: $(VENV_DOCS)/.set-up ## Build the documentation site (site/index.html)
+docs: $(VENV)/.set-up $(VENV_DOCS)/.set-up ## Build the documentation site (site/index.html)
+	$(ONE_THREAD) $(OFFLINE) $(VENV)/bin/python benchmarks/gallery.py
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet
 
 clean: ## Remove the environments, caches and built files

@@ -2,7 +2,7 @@
 
     python benchmarks/readme_picture.py
 
-Writes docs/images/quote_circuit.svg from the circuit that notebook 03 reads.
+Writes docs/images/quote_circuit.svg from the circuit that notebook 01 reads.
 """
 
 from __future__ import annotations

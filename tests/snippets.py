@@ -1,4 +1,7 @@
-"""The Python snippets of a text, and what stands in for their slow parts when they are run."""
+"""The snippets of a text, and what stands in for their slow parts when they are run.
+
+python -m tests.snippets FOLDER    # writes them as programs, for `make types`
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,29 @@ import ast
 import builtins
 import inspect
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tl_sparse.cli.commands import COMMANDS
+from tl_sparse.cli.parse import parsed
+
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PIECES = {"contributing.md"}
+"""Pages whose snippets are pieces of files, not programs."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:tl-sparse|make|python benchmarks/)[^`]*)`")
+
+
+def programs() -> list[Path]:
+    """Pages whose snippets are a program."""
+    return [page for page in PAGES if page.name not in PIECES and snippets(page)]
 
 
 def snippets(page: Path) -> list[tuple[int, str]]:
@@ -100,12 +120,13 @@ def check_call(node: ast.Call, names: dict[str, Any]) -> None:
 
 
 def stand_in(function: Callable[..., Any], result: Any = None) -> Callable[..., Any]:
-    """A function that refuses what ``function`` would not take, and gives back ``result``."""
+    """A function that refuses what ``function`` would not take, and gives back ``result`` (or, of a
+    function, what that gives back)."""
     signature = inspect.signature(function)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         signature.bind(*args, **kwargs)
-        return result
+        return result(*args, **kwargs) if inspect.isfunction(result) else result
 
     return call
 
@@ -116,3 +137,75 @@ def run(page: Path, names: dict[str, Any] | None = None) -> dict[str, Any]:
     for line, code in snippets(page):
         exec(compile(padded(line, code), str(page), "exec"), names)
     return names
+
+
+HEADER = "# mypy: allow-untyped-defs, allow-untyped-calls, allow-redefinition"
+
+
+def as_program(page: Path) -> str:
+    """All snippets of a page as one file for the type checker, its lines numbered as the page's."""
+    lines = [HEADER]
+    for line, code in snippets(page):
+        lines += [""] * (line - 1 - len(lines))
+        lines += code.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# command lines
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """Every command of a page, in words: lines of its shell snippets, and those in its text."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for m in SHELL.finditer(text) for line in m.group(1).splitlines()]
+    lines += [" ".join(m.group(1).split()) for m in INLINE.finditer(text)]
+    parts = [part.strip() for line in lines for part in line.split("  #")[0].split(" ; ")]
+    return [shlex.split(part) for part in parts if part]
+
+
+def wrong_command(words: list[str]) -> str | None:
+    """Why a command of this repository would not begin as it is written; None if it would."""
+    if "tl_sparse.cli" in words:  # python -m tl_sparse.cli, under accelerate
+        words = ["tl-sparse", *words[words.index("tl_sparse.cli") + 1 :]]
+    if words[0] == "tl-sparse":
+        return wrong_options(words[1:])
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        asked = [word for word in words[1:] if "=" not in word]
+        return next((f"no target {word!r}" for word in asked if word not in targets), None)
+    if words[0] == "python" and words[1].endswith(".py"):
+        return None if (ROOT / words[1]).exists() else f"no file {words[1]}"
+    return None
+
+
+def wrong_options(words: list[str]) -> str | None:
+    """What the command line says to these words; None if it takes them."""
+    name, *rest = words or ["--help"]
+    if name.startswith("-") or name == "COMMAND":
+        return None
+    if name not in COMMANDS:
+        return f"no command {name!r}"
+    if not rest or "--help" in rest:  # the text speaks of it
+        return None
+    command = COMMANDS[name]
+    try:
+        parsed(
+            getattr(import_module(f"tl_sparse.cli.{command.module}"), command.options), name, rest
+        )
+    except (SystemExit, ValueError) as error:
+        return str(error)
+    return None
+
+
+def main() -> None:
+    """Write every page's snippets as a program into the folder that is named."""
+    folder = Path(sys.argv[1])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for page in programs():
+        (folder / f"{page.stem}.py").write_text(as_program(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,3 +28,12 @@ def test_a_traced_graphs_page_has_its_nodes_by_site_and_token(tmp_path):
 
 def test_labels_are_notes():
     assert page_graph(hand_graph(), {"embed/1/3": "x"}).notes == {"embed/1/3": "x"}
+
+
+def test_in_a_notebook_a_graph_is_a_page_a_picture_and_a_line():
+    shown = hand_graph()._repr_mimebundle_()
+    assert "<iframe" in shown["text/html"]
+    assert shown["image/svg+xml"].startswith("<svg")
+    marks = shown["image/svg+xml"].count("<circle") + shown["image/svg+xml"].count('rx="1.5"')
+    assert marks == len(hand_graph().nodes)
+    assert shown["text/plain"] == repr(hand_graph())

@@ -1,14 +1,14 @@
 """The page in a real browser: a headless Chromium, where there is one."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tests.chromium import NAMES, chromium_path
+
 CHOSEN = ".panel h4"
 
 
@@ -16,7 +16,7 @@ CHOSEN = ".panel h4"
 def chromium():
     """A browser that is closed with the module."""
     api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = chromium_path()
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is here")
     with api.sync_playwright() as playwright:

@@ -87,3 +87,10 @@ def test_circuits_of_any_hooks_are_drawn(name, request):
     legend = "".join(drawn(svg, "tls-legend")[0].itertext())
     assert ("weight > 0" in legend) == (circuit.n_edges > 0)
     assert "query" not in legend
+
+
+def test_an_images_drawing_has_no_tooltips_and_no_data(quote_circuit):
+    svg = circuit_svg(quote_circuit, tooltips=False)
+    assert "<title" not in svg
+    assert "data-" not in svg
+    assert svg.count("<path") == circuit_svg(quote_circuit).count("<path") > 0

@@ -385,7 +385,7 @@ class Circuit:
         return {
             "text/plain": repr(self),
             "text/html": circuit_html(table, self.notes),
-            "image/svg+xml": circuit_svg(table),
+            "image/svg+xml": circuit_svg(table, tooltips=False),
         }
 
     def __repr__(self) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from tl_sparse.views.display import frame_html
+from tl_sparse.tracing.drawing import graph_table
+from tl_sparse.views import GraphTable, circuit_html, graph_svg
 
 NODE_COLUMNS = ("id", "kind", "site", "layer", "pos", "head", "index", "token", "activation",
                 "gradient", "attribution")  # fmt: skip
@@ -104,7 +105,18 @@ class TracedGraph:
     def __repr__(self) -> str:
         return f"TracedGraph({self.line})"
 
+    def table(self) -> GraphTable:
+        """The tables that a drawing is made from, for :mod:`tl_sparse.views`."""
+        return graph_table(self.root, self.nodes, self.edges, self.words, self.line)
+
     def _repr_html_(self) -> str:
-        order = self.nodes["attribution"].abs().sort_values(ascending=False, kind="stable").index
-        shown = self.nodes.loc[order].head(30).reset_index(drop=True)
-        return frame_html("Traced graph", self.line, shown)
+        return circuit_html(self.table())
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The page in a frame, and a static picture for what shows no frames."""
+        table = self.table()
+        return {
+            "text/plain": repr(self),
+            "text/html": circuit_html(table),
+            "image/svg+xml": graph_svg(table, tooltips=False),
+        }

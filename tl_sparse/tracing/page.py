@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
 from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.tracing.graph import TracedGraph
-from tl_sparse.views import GraphTable, Page, PageCircuit, page_html
-
-COLOURS = {
-    "root": "#b45309", "feature": "#1d9a6c", "error": "#8b8f98", "bias": "#c9b400",
-    "token": "#6b7688", "position": "#a3acba", "score": "#b55fb5",
-}  # fmt: skip
-"""Fill colour of each kind of node; blue and red are left to the signs of edges."""
-PARTS = ("embed", "attn", "mlp", "resid")
+from tl_sparse.views import Page, PageCircuit, page_html
 
 
 def write_graph_page(
@@ -35,45 +26,6 @@ def write_graph_page(
 
 
 def page_graph(graph: TracedGraph, labels: Mapping[str, str] | None = None) -> PageCircuit:
-    """A traced graph for :func:`~tl_sparse.views.page_html`, its labels as notes.
-
-    A node's numbers are its activation, gradient and attribution; an edge's is its weight.
-    """
-    nodes = graph.nodes.reset_index(drop=True)
-    where = [row_key(row) for row in nodes.itertuples()]
-    order = sorted(set(where))
-    leaf = nodes["index"].where(nodes["index"] >= 0)
-    table = pd.DataFrame(
-        {
-            "id": nodes["id"],
-            "label": [str(int(i)) if i == i else kind for i, kind in
-                      zip(leaf, nodes["kind"], strict=True)],
-            "row": [order.index(key) for key in where],
-            "column": nodes["pos"].clip(lower=0),
-            "name": nodes["id"],
-            "what": nodes["kind"] + " · " + nodes["token"].map(repr),
-            "kind": nodes["kind"],
-            "colour": nodes["kind"].map(COLOURS),
-            "square": nodes["kind"] != "feature",
-            "layer": nodes["layer"].clip(lower=0),
-            **{name: nodes[name] for name in ("activation", "gradient", "attribution")},
-        }
-    )  # fmt: skip
-    edges = graph.edges[["source", "target", "weight"]].assign(matrix="adds")
-    drawn = GraphTable(
-        graph.root, table, edges, tuple(key[-1] for key in order), graph.words, graph.line
-    )
+    """A traced graph for :func:`~tl_sparse.views.page_html`, its labels as notes."""
     key = f"{graph.root}/{'-'.join(map(str, graph.prompt))}"
-    return PageCircuit(drawn, "circuit", notes=dict(labels or {}), key=key)
-
-
-def row_key(row: object) -> tuple[int, int, int, str]:
-    """Where a node's row stands, from below: tokens, then layer by layer, the root above all; and
-    the row's name."""
-    kind, site, layer = (getattr(row, name) for name in ("kind", "site", "layer"))
-    if kind == "root":
-        return (2, 0, 0, "root")
-    if kind in ("token", "position"):
-        return (0, 0, 0, "tokens")
-    part = next((i for i, word in enumerate(PARTS) if word in str(site)), len(PARTS))
-    return (1, int(layer), part, str(site) or kind)
+    return PageCircuit(graph.table(), "circuit", notes=dict(labels or {}), key=key)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from tl_sparse.views.circuit_table import CircuitTable
 from tl_sparse.views.layout import READS, WRITES, Layout, circuit_layout, strongest_edges
-from tl_sparse.views.markup import element, to_svg
+from tl_sparse.views.markup import element, still, to_svg
 from tl_sparse.views.style import (
     LANE,
     NEGATIVE,
@@ -65,18 +65,20 @@ class _Scale:
         return self.unit >= _LABELLED_SPACING
 
 
-def circuit_svg(circuit: CircuitTable, max_edges: int = 800) -> str:
+def circuit_svg(circuit: CircuitTable, max_edges: int = 800, tooltips: bool = True) -> str:
     """Draw a circuit as an SVG element, computation flowing upward.
 
     Grey vertical lanes are residual channels, boxes are attention heads, edges are blue when
     positive and red when negative (as in Gao et al. 2025), wider when stronger. Nodes carry
     `data-node` ("layer.site.channel"), edges `data-source`, `data-target` and `data-weight`;
-    both have tooltips. Of more than `max_edges` edges the strongest are drawn and the picture
-    says so. Every text is escaped.
+    both have tooltips (`tooltips=False` leaves out all three, for images, which show none: half of
+    the file). Of more than `max_edges` edges the strongest are drawn and the picture says so. Every
+    text is escaped.
 
     Raises ValueError on tables that `circuit_layout` refuses and on a negative `max_edges`.
     """
-    return to_svg(circuit_element(circuit_layout(circuit.nodes, circuit.edges), max_edges))
+    drawn = circuit_element(circuit_layout(circuit.nodes, circuit.edges), max_edges)
+    return to_svg(drawn if tooltips else still(drawn))
 
 
 def circuit_element(layout: Layout, max_edges: int) -> ET.Element:

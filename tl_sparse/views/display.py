@@ -12,6 +12,8 @@ import pandas as pd
 from tl_sparse.views.brief import shown
 from tl_sparse.views.circuit_svg import circuit_svg
 from tl_sparse.views.circuit_table import CircuitTable
+from tl_sparse.views.graph_svg import graph_svg
+from tl_sparse.views.graph_table import GraphTable
 from tl_sparse.views.markup import element, to_fragment
 from tl_sparse.views.page import Page, page_html
 from tl_sparse.views.page_circuit import PageCircuit
@@ -23,23 +25,25 @@ FRAME_HEIGHT = 780
 """Pixels of a circuit's frame in a notebook."""
 
 
-def circuit_html(circuit: CircuitTable, notes: Mapping[str, str] | None = None) -> str:
-    """HTML for `_repr_html_`: the task and the circuit's numbers in one line, then its page in a
-    frame.
+def circuit_html(circuit: CircuitTable | GraphTable, notes: Mapping[str, str] | None = None) -> str:
+    """HTML for `_repr_html_`: what it is of and its numbers in one line, then its page in a frame.
 
     The frame works in Jupyter, VS Code and Colab without network. What shows no frames and drops
     styles, as GitHub does, shows a static picture instead.
 
     Raises:
-        ValueError: tables that `circuit_layout` refuses.
+        ValueError: tables that `circuit_layout` or `graph_layout` refuse.
     """
     root = _titled(circuit.task, circuit.line, style="display:none")
-    picture = circuit_svg(circuit, _MAX_EDGES)
+    if isinstance(circuit, GraphTable):
+        name, picture = "graph", graph_svg(circuit, _MAX_EDGES, tooltips=False)
+    else:
+        name, picture = "circuit", circuit_svg(circuit, _MAX_EDGES, tooltips=False)
     data = base64.b64encode(picture.encode()).decode()
-    element(root, "img", alt=f"circuit of {printable(circuit.task)}", style="display:none",
-            src=f"data:image/svg+xml;base64,{data}")  # fmt: skip
-    page = page_html(Page("", circuits=(PageCircuit(circuit, "circuit", notes=notes or {}),)))
-    element(root, "iframe", srcdoc=page, title=f"circuit of {printable(circuit.task)}",
+    page = page_html(Page("", circuits=(PageCircuit(circuit, name, notes=notes or {}),)))
+    name = f"{name} of {printable(circuit.task)}"
+    element(root, "img", alt=name, style="display:none", src=f"data:image/svg+xml;base64,{data}")
+    element(root, "iframe", srcdoc=page, title=name,
             sandbox="allow-scripts allow-downloads", loading="lazy",
             style=f"width:100%;height:{FRAME_HEIGHT}px;border:0")  # fmt: skip
     return to_fragment(root)

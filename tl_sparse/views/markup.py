@@ -28,6 +28,16 @@ def element(
     return child
 
 
+def still(root: ET.Element) -> ET.Element:
+    """The same drawing without tooltips and data, which an image in a page cannot show."""
+    for node in root.iter():
+        for title in node.findall("title"):
+            node.remove(title)
+        for name in [name for name in node.attrib if name == "class" or name.startswith("data-")]:
+            del node.attrib[name]
+    return root
+
+
 def to_svg(root: ET.Element) -> str:
     """Serialise as XML with explicit end tags: valid inside HTML and as a file of its own."""
     return _serialised(root, "xml")
