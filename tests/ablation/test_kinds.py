@@ -25,7 +25,9 @@ def test_a_kind_is_an_entry_of_the_table():
 def test_a_run_sets_removed_nodes_to_what_the_kind_says(planted, marks, random_tokens, name):
     model, _ = planted()
     means = activation_means(model, random_tokens)
-    config = PruningConfig(ablation=name, steps=4, batch_pairs=4, selection_pairs=4, report_pairs=4)
+    config = PruningConfig(
+        headroom=0.0, ablation=name, steps=4, batch_pairs=4, selection_pairs=4, report_pairs=4
+    )
     make = KINDS[name].sources
     sources = None if make is None else make(model, random_tokens, index=means.index)
     run = set_up(model, marks, config, means=means, sources=sources)

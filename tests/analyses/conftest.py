@@ -19,7 +19,9 @@ def circuit_of(random_tokens: Any) -> Callable[..., Any]:
         from tl_sparse.circuits.pruning_run import build_circuit, set_up
 
         means = activation_means(model, random_tokens)
-        config = PruningConfig(target_loss=0.6, steps=8, selection_pairs=16, report_pairs=16)
+        config = PruningConfig(
+            headroom=0.0, target_loss=0.6, steps=8, selection_pairs=16, report_pairs=16
+        )
         problem = set_up(model, task, config, means=means)
         kept = torch.zeros(means.index.n_nodes, dtype=torch.bool)
         for layer, site, channel in nodes:

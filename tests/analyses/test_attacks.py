@@ -25,7 +25,7 @@ def circuit(model):
     task = tasks.get("while_return_true", model.tokenizer, N_CTX)
     tokens = task.batch(16, split="train", seed=0).tokens
     means = activation_means(model, tokens)
-    config = PruningConfig(steps=8, selection_pairs=8, report_pairs=8)
+    config = PruningConfig(headroom=0.0, steps=8, selection_pairs=8, report_pairs=8)
     kept = torch.arange(means.index.n_nodes) < 3 * means.index.n_nodes // 4
     problem = set_up(model, task, config, means=means)
     return build_circuit(problem, kept, kept.float(), n_active=int(kept.sum()))

@@ -15,8 +15,10 @@ from tl_sparse.circuits.backward_elimination import (
 from tl_sparse.circuits.components import components
 from tl_sparse.circuits.pruning_run import set_up
 
-SEARCH = PruningConfig(steps=5, batch_pairs=8, selection_pairs=32, report_pairs=24)
-LONGER = PruningConfig(steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05)
+SEARCH = PruningConfig(headroom=0.0, steps=5, batch_pairs=8, selection_pairs=32, report_pairs=24)
+LONGER = PruningConfig(
+    headroom=0.0, steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05
+)
 HOPELESS = replace(SEARCH, penalty="fixed", l0_penalty=100.0, lr=0.3)
 
 

@@ -11,7 +11,9 @@ from tl_sparse.circuits import Circuit, PruningConfig, PruningFailed
 from tl_sparse.circuits.baselines import METHODS, circuit_from_ranking, rank_nodes
 from tl_sparse.circuits.importance import NodeScores
 
-SEARCH = PruningConfig(steps=80, batch_pairs=16, selection_pairs=32, report_pairs=24, refine=False)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=80, batch_pairs=16, selection_pairs=32, report_pairs=24, refine=False
+)
 
 
 def named(circuit):

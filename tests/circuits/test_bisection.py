@@ -16,7 +16,7 @@ from tl_sparse.circuits.bisection import bisect, evenly, middle, quarters
 from tl_sparse.circuits.pruning_run import bisect_size, set_up
 from tl_sparse.storage.finite import NotFinite
 
-SEARCH = PruningConfig(steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
+SEARCH = PruningConfig(headroom=0.0, steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
 
 
 def loss_of(model, batch, hooks=()):

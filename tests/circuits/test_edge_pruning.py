@@ -17,7 +17,7 @@ from tl_sparse.circuits.pruning_run import build_circuit, set_up
 from tl_sparse.config import ActivationDensity
 from tl_sparse.storage.fingerprint import fingerprint
 
-SEARCH = PruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
+SEARCH = PruningConfig(headroom=0.0, steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
 EDGES = EdgePruningConfig(steps=60, batch_pairs=16, selection_pairs=32, report_pairs=24)
 CHAIN_EDGES = {
     (0, "W_V", 0, 1), (0, "W_O", 1, 1), (1, "W_in", 1, 5), (1, "W_out", 5, 2),
@@ -196,6 +196,20 @@ def test_a_pruned_circuit_is_saved_loaded_drawn_and_not_pruned_again(found, mark
     assert f"{pruned.n_edges} edges" in pruned.to_plotly().layout.title.text
     with pytest.raises(ValueError, match="edges of this circuit are removed"):
         prune_edges(model, pruned, marks, EDGES, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "goal"),
+    [({"headroom": 0.4}, None, 0.09), ({"headroom": 0.4}, 0.2, 0.2), ({}, None, 0.15)],
+)
+def test_edges_are_chosen_to_what_the_nodes_were_chosen_to(padded, marks, record, asked, goal):
+    """The headroom of the nodes is not used up; a circuit that names none has none."""
+    model, _, circuit = padded
+    circuit, config = replace(circuit, config=record), replace(EDGES, target_loss=asked)
+    with eval_mode(model):
+        run = EdgePruningRun.set_up(model, circuit, marks, config)
+    assert run.goal == pytest.approx(goal)
+    assert run.target == (asked or circuit.target_loss)
 
 
 def test_what_is_left_is_minimal(found, marks):

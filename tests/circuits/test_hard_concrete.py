@@ -6,7 +6,9 @@ from tl_sparse.ablation import activation_means
 from tl_sparse.circuits import PruningConfig
 from tl_sparse.circuits.hard_concrete import hard_concrete
 
-SEARCH = PruningConfig(steps=80, batch_pairs=16, selection_pairs=32, report_pairs=24, refine=False)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=80, batch_pairs=16, selection_pairs=32, report_pairs=24, refine=False
+)
 
 
 def named(circuit):

@@ -40,7 +40,7 @@ from tl_sparse.model.abstopk import AbsTopK
 from tl_sparse.sparsity.projection import SparsityConfig
 from tl_sparse.training.config import TrainingConfig
 
-SEARCH = PruningConfig(steps=8, batch_pairs=8, selection_pairs=16, report_pairs=8)
+SEARCH = PruningConfig(headroom=0.0, steps=8, batch_pairs=8, selection_pairs=16, report_pairs=8)
 PLACES = [f.name for f in dataclasses.fields(ActivationDensity)]
 
 

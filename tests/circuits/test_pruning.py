@@ -26,7 +26,9 @@ from tl_sparse.config import ActivationDensity
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import Task, evaluate_task, task
 
-SEARCH = PruningConfig(steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05
+)
 
 
 def named(circuit):

@@ -15,7 +15,9 @@ from tl_sparse.circuits.pruning_run import set_up, set_up_many
 from tl_sparse.config import ActivationDensity
 from tl_sparse.tasks import Task, task
 
-SEARCH = PruningConfig(steps=24, batch_pairs=8, selection_pairs=16, report_pairs=8, lr=0.06)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=24, batch_pairs=8, selection_pairs=16, report_pairs=8, lr=0.06
+)
 
 
 def named(circuit):

@@ -17,7 +17,7 @@ from tl_sparse.circuits.pruning_run import (
 )
 from tl_sparse.tasks import Task, task
 
-SEARCH = PruningConfig(steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
+SEARCH = PruningConfig(headroom=0.0, steps=80, batch_pairs=4, selection_pairs=24, report_pairs=20)
 
 
 def loss_of(model, batch, hooks=()):

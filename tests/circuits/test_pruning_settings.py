@@ -28,7 +28,9 @@ from tl_sparse.circuits.pruning import choose_nodes
 from tl_sparse.circuits.pruning_run import set_up, set_up_many
 from tl_sparse.sites import SITE_NAMES
 
-SEARCH = PruningConfig(steps=24, batch_pairs=8, selection_pairs=16, report_pairs=16, lr=0.06)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=24, batch_pairs=8, selection_pairs=16, report_pairs=16, lr=0.06
+)
 
 
 def named(circuit):

@@ -23,7 +23,7 @@ from tl_sparse.circuits.search_result import best_of, not_beaten
 from tl_sparse.circuits.search_study import SlotSampler, open_study, settings_of, space
 
 SEARCH = importlib.import_module("tl_sparse.circuits.search")  # not the function
-BASE = PruningConfig(steps=10, batch_pairs=8, selection_pairs=16, report_pairs=8)
+BASE = PruningConfig(headroom=0.0, steps=10, batch_pairs=8, selection_pairs=16, report_pairs=8)
 SMALL = SearchConfig(rounds=3, suggestions=4)
 SETTINGS = [*RANGES, "penalty"]
 

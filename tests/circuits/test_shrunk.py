@@ -15,7 +15,9 @@ from tl_sparse.circuits.shrunk import Shrunk
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
-SEARCH = PruningConfig(steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05
+)
 OPTIONS = {
     "AbsTopK": ("abstopk", {}),
     "everything together": ("together", {}),
@@ -113,7 +115,7 @@ def test_headroom_is_kept_free_but_not_below_what_the_full_model_does(posed):
 
 def test_nodes_are_chosen_to_the_target_less_the_headroom(posed):
     model, marks, means = posed
-    config = replace(SEARCH, headroom=0.5)
+    config = replace(SEARCH, headroom=PruningConfig().headroom)
     found = prune(model, marks, config, means=means, progress=False)
     assert found.selection_loss <= 0.5 * SEARCH.target_loss
     assert found.target_loss == SEARCH.target_loss

@@ -61,7 +61,7 @@ def check_labels(report):
 )
 def test_a_report_says_whether_the_circuits_prompts_are_known(chain, changes, known):
     model, task, circuit = chain
-    config = PruningConfig(steps=4, batch_pairs=4, selection_pairs=8)
+    config = PruningConfig(headroom=0.0, steps=4, batch_pairs=4, selection_pairs=8)
     circuit = replace(circuit, **({"seed": 0, "config": asdict(config)} | changes))
     config = replace(SMALL, checks=("edge_ablation",))
     report = evaluate(model, circuit, task, config, progress=False)

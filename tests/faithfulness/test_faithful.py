@@ -21,7 +21,9 @@ from tl_sparse.faithfulness.faithful import (
 
 __all__ = ["noisy"]
 
-SEARCH = PruningConfig(steps=30, batch_pairs=6, selection_pairs=24, report_pairs=16, lr=0.05)
+SEARCH = PruningConfig(
+    headroom=0.0, steps=30, batch_pairs=6, selection_pairs=24, report_pairs=16, lr=0.05
+)
 QUICK = FaithfulConfig(attack_steps=8, rounds=3, ablation_masks=2)
 
 

@@ -25,7 +25,7 @@ HARD = (*NEEDED, "partial_ablation", "norms", *MECHANISM)
 SMALL = EvaluationConfig(
     pairs=12, draws=50, controls=2, subsets=8, attack_steps=10, constant_steps=4, optimal_controls=1
 )
-FEW = PruningConfig(steps=4, batch_pairs=8, selection_pairs=8, report_pairs=8)
+FEW = PruningConfig(headroom=0.0, steps=4, batch_pairs=8, selection_pairs=8, report_pairs=8)
 TRUE = ("averaging", "backup", "cancelling", "steered", "loud_answer", "gated")
 FALSE = (
     "extra_nodes", "missing_backup", "cancelling_ablations", "repurposed_node",

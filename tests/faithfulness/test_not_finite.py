@@ -24,7 +24,7 @@ from tl_sparse.sparsity.sparsify import sparsify
 from tl_sparse.storage.finite import NotFinite
 from tl_sparse.studies.frontier import frontier
 
-CONFIG = PruningConfig(steps=4, batch_pairs=4, selection_pairs=8, report_pairs=8)
+CONFIG = PruningConfig(headroom=0.0, steps=4, batch_pairs=4, selection_pairs=8, report_pairs=8)
 
 
 def ranked(s):

@@ -133,7 +133,13 @@ def test_groups_are_pruned_as_tied_channels_are(planted, marks, random_tokens):
     model, _ = planted()
     means = activation_means(model, random_tokens)
     config = PruningConfig(
-        steps=24, batch_pairs=8, lr=0.06, selection_pairs=16, report_pairs=8, target_loss=0.3
+        headroom=0.0,
+        steps=24,
+        batch_pairs=8,
+        lr=0.06,
+        selection_pairs=16,
+        report_pairs=8,
+        target_loss=0.3,
     )
     groups = components(means.index, tie_qk=True)
     (grouped,) = prune_many(model, [(marks, config)], means=means, groups=groups, progress=False)

@@ -13,7 +13,7 @@ from tl_sparse.views.frontier import frontier_figure
 
 # the package has the function under the name of its module
 FRONTIER = import_module("tl_sparse.studies.frontier")
-QUICK = PruningConfig(steps=40, batch_pairs=8, selection_pairs=16, report_pairs=8)
+QUICK = PruningConfig(headroom=0.0, steps=40, batch_pairs=8, selection_pairs=16, report_pairs=8)
 
 
 @pytest.fixture

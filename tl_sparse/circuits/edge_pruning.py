@@ -38,6 +38,7 @@ from tl_sparse.circuits.edge_weights import (
     some_pairs,
 )
 from tl_sparse.circuits.edges import edge_ends
+from tl_sparse.circuits.found_with import settings_of
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import selection_and_training
 from tl_sparse.sites import site
@@ -55,7 +56,8 @@ def prune_edges(
     *,
     progress: bool = True,
 ) -> Circuit:
-    """Remove edges between a circuit's nodes as long as its loss stays at most the target.
+    """Remove edges between a circuit's nodes as long as its loss stays at most the target, less the
+    headroom that its nodes were chosen with.
 
     Edges are judged on fixed prompts of the train split and reported on held-out ones. Nodes that
     no longer have an edge to act through, or none at all, are dropped as well if the loss allows
@@ -91,6 +93,8 @@ class EdgePruningRun:
     circuit: Circuit
     config: EdgePruningConfig
     target: float
+    goal: float
+    """Loss that edges are chosen to: the target, less the headroom that the nodes were given."""
     selection: Prompts
     train: Prompts
     n_train: int
@@ -119,9 +123,12 @@ class EdgePruningRun:
         index, hooks = circuit.index, circuit.hooks()
         values = circuit.means.values.to(next(model.parameters()).device)
         reads = ablated_reads(model, index, values, train.pairs(0, SCORED_PAIRS), hooks)
+        target, free = config.target_loss, 0.0
+        if target is None:
+            target, free = circuit.target_loss, settings_of(circuit.config, circuit.seed).headroom
         return cls(
             model=model, circuit=circuit, config=config, seed=seed, started=started,
-            target=circuit.target_loss if config.target_loss is None else config.target_loss,
+            target=target, goal=(1 - free) * target,
             selection=packed_if_possible(model, selection),
             train=packed_if_possible(model, train), n_train=len(train) // 2,
             report=task.batch(config.report_pairs, split="held_out", seed=seed),
@@ -167,13 +174,17 @@ class EdgePruningRun:
         Raises:
             ValueError: the circuit misses the target with all its edges.
         """
-        config, target = self.config, self.target
         keep = torch.ones(len(self.ends), dtype=torch.bool, device=self.values.device)
-        if (before := self.loss(keep)) > target:
+        if (before := self.loss(keep)) > self.target:
             raise ValueError(
                 f"the circuit itself has loss {before:.3f} on {self.circuit.task}, above the "
-                f"target {target}: no edge can go"
+                f"target {self.target}: no edge can go"
             )
+        return replace(self, goal=max(self.goal, before)).choose(keep, progress)
+
+    def choose(self, keep: Bool[Tensor, " edge"], progress: bool) -> Circuit:
+        """The circuit with as few of these edges as reach the goal, as they together do."""
+        config, target = self.config, self.goal
         score, minimal = self.effect(keep), False
         if config.method == "learned":
             checkpoints = train_edge_gates(
@@ -203,7 +214,7 @@ class EdgePruningRun:
         """
         nodes = self.circuit.kept.cpu().clone()
         while bool((idle := self.idle(keep, nodes)).any()):
-            if self.loss(keep, nodes & ~idle) > self.target:
+            if self.loss(keep, nodes & ~idle) > self.goal:
                 idle = self.removable(keep, nodes, idle)
             if not bool(idle.any()):
                 break
@@ -237,7 +248,7 @@ class EdgePruningRun:
         gone = torch.zeros_like(nodes)
         for node in torch.nonzero(candidates).flatten().tolist():
             gone[node] = True
-            gone[node] = self.loss(keep, nodes & ~gone) <= self.target
+            gone[node] = self.loss(keep, nodes & ~gone) <= self.goal
         return gone
 
     @torch.no_grad()

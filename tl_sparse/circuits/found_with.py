@@ -33,7 +33,9 @@ def settings_of(record: Mapping[str, Any], seed: int) -> PruningConfig:
     names = SETTINGS if seed >= 0 else REMOVED
     try:
         config: PruningConfig = dataclass_from_json(
-            PruningConfig, {name: value for name, value in record.items() if name in names}
+            PruningConfig,
+            # circuits from before there was headroom do not name it
+            {"headroom": 0.0} | {name: value for name, value in record.items() if name in names},
         )
     except ValueError as error:
         raise ValueError(f"the circuit's config: {error}") from error

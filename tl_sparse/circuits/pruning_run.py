@@ -46,6 +46,7 @@ NEAREST = 0.2  # share of what lies between the full model's loss and the target
 LEAST = 1000  # nodes of a model that is shrunk: a pass of a smaller one costs its overhead anyway
 ABLATION_MASK_PAIRS = 24  # selection pairs that are run under ablation masks
 SIZES = 9  # numbers of nodes tried side by side in one round of the bisection
+SIZES_SHRUNK = 3  # the same in a shrunk model, where a pass costs what its masks do
 
 
 class PruningFailed(Exception):
@@ -381,7 +382,7 @@ def bisect_size(
             f"selection pairs of {run.task.name}, above the target {target}",
             tried[most][1],
         )
-    size = bisect(-1, most, enough, evenly(SIZES))
+    size = bisect(-1, most, enough, evenly(SIZES if run.shrunk is None else SIZES_SHRUNK))
     curve = pd.DataFrame(sorted(tried.values()), columns=["n_nodes", "loss"])
     return masks([size])[0], curve
 

@@ -131,7 +131,7 @@ def faithful_prune(
         held = replace(
             problem,
             ablation_masks=objective.fixed_ablation_masks()[:, problem.component],
-            ablation_limit=faithful.limit or problem.goal,
+            ablation_limit=faithful.limit or config.target_loss,
         )
         kept, tau, curve = select_nodes(held, checkpoints)
         n_active = int((tau >= 0).sum())
@@ -153,7 +153,7 @@ class AblationMasksObjective:
     def __init__(self, problem: PruningRun, faithful: FaithfulConfig) -> None:
         config = problem.config
         self.faithful = faithful
-        self.limit = faithful.limit or problem.goal
+        self.limit = faithful.limit or problem.config.target_loss
         self.target = problem.goal
         self.device = next(problem.model.parameters()).device
         self.component = problem.component.to(self.device)

@@ -45,6 +45,7 @@ def search_config(test: CircuitUnderTest, seed: int, steps: int | None = None) -
     base = pruning_config_of(test.circuit)
     return PruningConfig(
         target_loss=search_target(test),
+        headroom=base.headroom,
         steps=config.search_steps if steps is None else steps,
         batch_pairs=config.search_pairs,
         lr=LR,

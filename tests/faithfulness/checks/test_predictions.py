@@ -59,7 +59,9 @@ def bundled():
     task = tasks.get("bracket_brace", model.tokenizer)
     tokens = task.batch(16, split="train", seed=0).tokens
     means = activation_means(model, tokens)
-    config = PruningConfig(steps=4, selection_pairs=8, report_pairs=8, must_solve=False)
+    config = PruningConfig(
+        headroom=0.0, steps=4, selection_pairs=8, report_pairs=8, must_solve=False
+    )
     kept = torch.arange(means.index.n_nodes) < 3 * means.index.n_nodes // 4
     problem = set_up(model, task, config, means=means)
     circuit = build_circuit(problem, kept, kept.float(), n_active=int(kept.sum()))

@@ -48,7 +48,9 @@ def config(corpus, sixty_sources, tmp_path):
         dense_training=training(sparsity=None, eval_every=1),
         tasks=("for_while", "var_if"),
         targets=(0.15,),
-        pruning=PruningConfig(steps=24, batch_pairs=4, selection_pairs=8, report_pairs=4),
+        pruning=PruningConfig(
+            headroom=0.0, steps=24, batch_pairs=4, selection_pairs=8, report_pairs=4
+        ),
         mean_sequences=20,
         controls=3,
     )
