@@ -81,7 +81,7 @@ def write_features(out: Path) -> None:
     splice = tracing.Splice(model, tracing.load_dictionaries("python-dense", model))
     prompts = tls.tasks.get(TASK, model).batch(1, split="held_out", seed=0)
     graph = tracing.trace_each(splice, prompts, tracing.LogitDiff("'", '"'))[0]
-    tracing.write_graph_page(graph, out / "features.html")
+    graph.write_page(out / "features.html")
     write_atomic(out / "features.svg", graph_svg(graph.table()))
 
 

@@ -72,7 +72,7 @@ def feature(path: Path) -> None:
     world = tracing.SplicedModel(splice, "original")
     circuit = tracing.feature_circuit(world, graphs, task.name, tokens[:32])
     circuit.write_page(path, world, task, tokens[:32])
-    tracing.write_graph_page(graphs[0], path.with_name("graph.html"))
+    graphs[0].write_page(path.with_name("graph.html"))
 
 
 PAGES: dict[str, Callable[[Path], None]] = {

@@ -1,6 +1,8 @@
 """A sparse circuit in the dense model, and what its nodes carry there."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -159,3 +161,16 @@ def test_a_place_that_does_nothing_has_no_shares(chained, text, batch):
     assert "carried" in carried_effect(pair, also, batch, text, draws=1)._repr_html_()
     with pytest.raises(ValueError, match="draws=0 must be at least 1"):
         carried_effect(pair, also, batch, text, draws=0)
+
+
+def test_it_has_a_page_with_the_dense_models_values(chained, text, marks, tmp_path):
+    pair, circuit = chained
+    found = dense_circuit(pair, circuit, text)
+    html = found.write_page(tmp_path / "dense.html", marks, text).read_text(encoding="utf-8")
+    (data,) = re.findall('id="tls-data">(.*?)</script>', html)
+    (drawn,) = json.loads(data)["circuits"]
+    assert drawn["title"] == "in the dense model"
+    assert len(drawn["nodes"]) == found.circuit.n_nodes
+    assert drawn["examples"]
+    assert drawn["texts"]
+    assert all("loss if removed" in {n[0] for n in node["numbers"]} for node in drawn["nodes"])

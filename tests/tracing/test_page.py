@@ -2,12 +2,12 @@ import json
 import re
 
 from tests.tracing.graphs import ROOT, hand_graph
-from tl_sparse.tracing import page_graph, write_graph_page
+from tl_sparse.tracing import page_graph
 
 
 def test_a_traced_graphs_page_has_its_nodes_by_site_and_token(tmp_path):
     graph = hand_graph()
-    html = write_graph_page(graph, tmp_path / "g.html", {"1.mlp/2/7": "ends a <b>"}).read_text()
+    html = graph.write_page(tmp_path / "g.html", {"1.mlp/2/7": "ends a <b>"}).read_text()
     (data,) = re.findall('id="tls-data">(.*?)</script>', html)
     (drawn,) = json.loads(data)["circuits"]
     nodes = {node["id"]: node for node in drawn["nodes"]}

@@ -7,8 +7,9 @@ that the faithfulness suite judges it like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,6 +22,8 @@ from tl_sparse.bridges.bridged_dense import BridgedDense
 from tl_sparse.bridges.directions import Pair
 from tl_sparse.circuits import Circuit, circuit_of_nodes
 from tl_sparse.sites import NodeIndex
+from tl_sparse.tasks import Task
+from tl_sparse.views import PageCircuit
 from tl_sparse.views.display import frame_html
 
 POINTS = {"attn_in": ("attn", "in"), "attn_out": ("attn", "out"),
@@ -60,6 +63,22 @@ class DenseCircuit:
             f"{int(shown['nodes'].sum())} nodes at {len(shown)} reads and writes of the dense "
             f"model, {self.circuit.n_nodes} of them in its circuit; {len(self.without)} of the "
             "sparse circuit's nodes are not"
+        )
+
+    def write_page(
+        self,
+        path: str | Path,
+        task: Task | None = None,
+        tokens: Int[Tensor, "sequence pos"] | None = None,
+        beside: Sequence[PageCircuit] = (),
+    ) -> Path:
+        """Write the circuit as one self-contained page to click through; returns its path.
+
+        See :meth:`Circuit.write_page <tl_sparse.circuits.Circuit.write_page>`; ``beside`` it may
+        stand the sparse model's, from ``circuits.page_circuit``.
+        """
+        return self.circuit.write_page(
+            path, self.model, task, tokens, beside=beside, label="in the dense model"
         )
 
     def __repr__(self) -> str:

@@ -321,7 +321,8 @@ def check_solved(run: PruningRun) -> None:
     if config.must_solve and run.full_loss > config.target_loss:
         raise ValueError(
             f"the full model has loss {run.full_loss:.3f} on {run.task.name}, above the "
-            f"target {run.config.target_loss}: it does not solve the task"
+            f"target {run.config.target_loss}: it does not solve the task; a higher target_loss or "
+            "another model might do"
         )
 
 

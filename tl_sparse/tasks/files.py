@@ -86,7 +86,10 @@ def from_jsonl(
             posing.check_pair(pair)
             first = seen.setdefault(_digest(pair), number)
             if first != number:
-                raise ValueError(f"the same pair as in line {first}")
+                raise ValueError(
+                    f"the same pair as in line {first}: keep one, or it might be both trained on "
+                    "and held out"
+                )
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         (free if split is None else parts[split]).append(pair)

@@ -35,7 +35,6 @@ from tl_sparse.tracing.influence import prune_by_influence as prune_by_influence
 from tl_sparse.tracing.interventions import FeatureChange as FeatureChange
 from tl_sparse.tracing.interventions import feature_hooks as feature_hooks
 from tl_sparse.tracing.page import page_graph as page_graph
-from tl_sparse.tracing.page import write_graph_page as write_graph_page
 from tl_sparse.tracing.qk import QKTrace as QKTrace
 from tl_sparse.tracing.qk import trace_qk as trace_qk
 from tl_sparse.tracing.roots import AttentionPattern as AttentionPattern

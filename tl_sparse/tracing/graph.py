@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.tracing.drawing import graph_table
-from tl_sparse.views import GraphTable, circuit_html, graph_svg
+from tl_sparse.tracing.page import page_graph
+from tl_sparse.views import GraphTable, Page, circuit_html, graph_svg, page_html
 
 NODE_COLUMNS = ("id", "kind", "site", "layer", "pos", "head", "index", "token", "activation",
                 "gradient", "attribution")  # fmt: skip
@@ -108,6 +111,17 @@ class TracedGraph:
     def table(self) -> GraphTable:
         """The tables that a drawing is made from, for :mod:`tl_sparse.views`."""
         return graph_table(self.root, self.nodes, self.edges, self.words, self.line)
+
+    def write_page(self, path: str | Path, labels: Mapping[str, str] | None = None) -> Path:
+        """Write the graph as one self-contained page to click through; returns its path.
+
+        Args:
+            path: The file.
+            labels: Node's id to words for it, such as an annotation's.
+        """
+        page = Page(f"What {self.root} is made of", circuits=(page_graph(self, labels),))
+        write_atomic(Path(path), page_html(page))
+        return Path(path)
 
     def _repr_html_(self) -> str:
         return circuit_html(self.table())

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Protocol
 
-from tl_sparse.storage.atomic_write import write_atomic
-from tl_sparse.tracing.graph import TracedGraph
-from tl_sparse.views import Page, PageCircuit, page_html
+from tl_sparse.views import GraphTable, PageCircuit
 
 
-def write_graph_page(
-    graph: TracedGraph, path: str | Path, labels: Mapping[str, str] | None = None
-) -> Path:
-    """Write a traced graph as one self-contained page; returns its path.
+class Drawn(Protocol):
+    """A traced graph, as far as a page needs to know it."""
 
-    Args:
-        graph: The graph.
-        path: The file.
-        labels: Node's id to words for it, such as an annotation's.
-    """
-    page = Page(f"What {graph.root} is made of", circuits=(page_graph(graph, labels),))
-    write_atomic(Path(path), page_html(page))
-    return Path(path)
+    @property
+    def root(self) -> str:
+        """Name of the root."""
+        ...
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Token ids."""
+        ...
+
+    def table(self) -> GraphTable:
+        """What a drawing is made from."""
+        ...
 
 
-def page_graph(graph: TracedGraph, labels: Mapping[str, str] | None = None) -> PageCircuit:
+def page_graph(graph: Drawn, labels: Mapping[str, str] | None = None) -> PageCircuit:
     """A traced graph for :func:`~tl_sparse.views.page_html`, its labels as notes."""
     key = f"{graph.root}/{'-'.join(map(str, graph.prompt))}"
     return PageCircuit(graph.table(), "circuit", notes=dict(labels or {}), key=key)
