@@ -44,6 +44,8 @@ def rows(seed: int) -> list[Row]:
     found = [Row(f"{name}", model, model.circuit()) for name, model in models.items()]
     closing = ground_truth.quote_closing(distractors=27, seed=seed)
     found.append(Row("quote_closing", closing, closing.circuit()))
+    busy = ground_truth.bystanders(seed)
+    found.append(Row("bystanders", busy, busy.circuit()))
     for name in PROGRAMS:
         program = ground_truth.compiled(name, seed)
         heads = circuit_of_heads(program.model, program.task.name, program.heads, program.text)

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--ablations", nargs="+", default=["mean", "zero"])
     parser.add_argument("--target", type=float, default=0.15)
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--k-coef", type=float, default=1e-5)
+    parser.add_argument("--l0-penalty", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="nonsense")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ import torch
 from tests.ablation.by_hand import affine
 from tl_sparse.ablation import (
     ablation_hooks,
+    aligned_sources,
     positional_means,
     resample_sources,
 )
@@ -89,3 +90,20 @@ def test_sources_of_other_nodes_are_refused(small_model, many):
         ValueError, match=f"of {index.n_nodes} nodes.* and resample sources of other"
     ):
         ablation_hooks(index, kept(index, True), sources)
+
+
+def test_aligned_sources_stand_with_their_last_token_where_it_is_asked(any_model, many):
+    """By hand: positions moved by the difference of the last ones, the first token repeated."""
+    last, onto = torch.tensor([5, 2, 6]), torch.tensor([3, 4, 6])
+    found = aligned_sources(any_model, many[:3], last, onto)
+    with torch.no_grad():
+        _, cache = any_model.run_with_cache(many[:3, :7])
+    for name, moved in found.activations.items():
+        weight, bias = affine(any_model, name)
+        there = cache[name] * weight + bias
+        for row in range(3):
+            for position in range(int(onto.max()) + 1):
+                place = position + int(last[row]) - int(onto[row])
+                place = min(max(place, 0), int(last[row]))
+                torch.testing.assert_close(moved[row, position], there[row, place])
+    assert len(found) == 3

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import masked_losses
-from tl_sparse.faithfulness.ablation_masks import attack, gates_of, random_ablation_masks
+from tl_sparse.faithfulness.ablation_masks import (
+    attack,
+    gates_of,
+    largest,
+    random_ablation_masks,
+)
 
 
 def slow_loss(test, batch, gates):
@@ -132,6 +137,29 @@ def test_an_attack_finds_the_worst_subset_that_there_is(noisy):
     losses = [slow_loss(noisy, batch, mask[noisy.component]) for mask in masks]
     assert float(found.rounded_losses) == pytest.approx(max(losses), abs=1e-3)
     assert max(losses) > max(losses[0], losses[-1])
+
+
+def test_the_largest_are_as_many_as_asked_for_and_positive():
+    values = torch.tensor([[0.5, 2.0, 0.0, 1.0], [-1.0, 3.0, -2.0, 0.0]])
+    assert largest(values, torch.tensor([[2], [3]])).tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
+
+
+def test_an_attack_with_a_budget_finds_the_worst_of_so_few(noisy):
+    # all but six components kept: every pair of these can be tried
+    order = torch.randperm(noisy.n_components, generator=torch.Generator().manual_seed(1))
+    loose = [*torch.nonzero(noisy.kept_components).flatten()[1:3].tolist(), *order[:4].tolist()]
+    kept = torch.ones(noisy.n_components, dtype=torch.bool)
+    kept[loose] = False
+    found = attack_on(noisy, kept[None], steps=30, budget=torch.tensor([2]))
+    masks = torch.ones(2 ** len(loose), noisy.n_components)
+    masks[:, loose] = torch.tensor(list(product((0.0, 1.0), repeat=len(loose))))
+    masks = masks[masks[:, loose].sum(1) <= 2]
+    batch = noisy.train_batch.pairs(0, 6)
+    losses = [slow_loss(noisy, batch, mask[noisy.component]) for mask in masks]
+    assert float(found.rounded_losses) == pytest.approx(max(losses), abs=1e-3)
+    for left in (found.ablation_masks, found.rounded):
+        assert float(left[0, loose].sum()) <= 2 + 1e-5
+        assert bool((left[0, kept] == 1).all())
 
 
 def test_starts_that_were_found_before_are_gone_on_from(noisy):

@@ -5,9 +5,17 @@ import pandas as pd
 import pytest
 import torch
 
+from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness import EvaluationConfig, under_test
-from tl_sparse.faithfulness.attention import evened, head_patterns, js_distance, used_heads
+from tl_sparse.faithfulness.attention import (
+    evened,
+    head_patterns,
+    js_distance,
+    pattern_effects,
+    patterns,
+    used_heads,
+)
 
 
 @pytest.fixture
@@ -102,6 +110,38 @@ def test_distances_are_those_of_prompts_run_one_at_a_time(attending, sinks):
         assert float(found.uniform[0, row]) == pytest.approx(sum(even) / len(even), abs=1e-3)
         assert float(found.uniform_last[0, row]) == pytest.approx(even[-1], abs=1e-3)
     assert float(found.js.mean()) > 0.02
+
+
+def test_effects_of_patterns_are_what_small_steps_away_from_even_attention_give(attending):
+    whole = attending({(0, "attn_q", 1), (0, "attn_k", 1)})
+    full = patterns(whole, [0], ())
+    found = pattern_effects(whole, full)[0]
+    for head, query in ((0, 2), (0, 4), (1, 3)):
+        step = 1e-2 * (full[0][:, head, query] - evened(full[0][:, head])[:, query]).float()
+
+        def nudge(x, hook=None, *, sign, step=step, at=(head, query)):
+            x = x.clone()
+            x[:, at[0], at[1]] += sign * step
+            return x
+
+        up, down = (
+            task_logit_diffs(
+                whole.model, whole.batch,
+                [*whole.circuit.hooks(),
+                 ("blocks.0.attn.hook_pattern", lambda x, hook=None, s=s: nudge(x, sign=s))],
+            ).detach()
+            for s in (1, -1)
+        )  # fmt: skip
+        torch.testing.assert_close(
+            found[:, head, query], ((up - down) / 2e-2).abs().double(), atol=2e-3, rtol=2e-2
+        )
+    assert float(found[:, 0].max()) > 0.01
+
+
+def test_where_no_kept_node_reads_a_head_its_pattern_is_worth_nothing(attending):
+    whole = attending()
+    found = pattern_effects(whole, patterns(whole, [1], ()))
+    assert float(found[1].max()) < 1e-6
 
 
 def test_a_head_without_queries_and_keys_attends_evenly(attending):

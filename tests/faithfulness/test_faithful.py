@@ -16,6 +16,7 @@ from tl_sparse.faithfulness.faithful import (
     FaithfulConfig,
     add_nodes,
     faithful_prune,
+    pruned_back,
     repair_against_attack,
 )
 
@@ -24,6 +25,7 @@ __all__ = ["noisy"]
 SEARCH = PruningConfig(
     headroom=0.0, steps=30, batch_pairs=6, selection_pairs=24, report_pairs=16, lr=0.05
 )
+FREE = {"stochastic": 0.0, "other_prompts": 0.0, "attack_size": 0.2, "budget": False}
 QUICK = FaithfulConfig(attack_steps=8, rounds=3, ablation_masks=2)
 
 
@@ -48,7 +50,7 @@ def same(mine, theirs):
 
 
 def test_without_weights_it_is_plain_pruning_bit_for_bit(noisy, means):
-    none = FaithfulConfig(stochastic=0.0, adversarial=0.0)
+    none = FaithfulConfig(stochastic=0.0, adversarial=0.0, other_prompts=0.0)
     mine = faithful_prune(noisy.model, noisy.task, SEARCH, none, means=means, progress=False)
     theirs = prune(noisy.model, noisy.task, SEARCH, means=means, progress=False)
     assert same(mine, theirs)
@@ -56,7 +58,9 @@ def test_without_weights_it_is_plain_pruning_bit_for_bit(noisy, means):
 
 def test_weights_next_to_nothing_and_no_ablation_masks_find_the_same_nodes(noisy, means):
     # through the other code path
-    least = FaithfulConfig(stochastic=1e-9, adversarial=0.0, ablation_masks=0, limit=1e9)
+    least = FaithfulConfig(
+        stochastic=1e-9, adversarial=0.0, other_prompts=0.0, ablation_masks=0, limit=1e9
+    )
     mine = faithful_prune(noisy.model, noisy.task, SEARCH, least, means=means, progress=False)
     theirs = prune(noisy.model, noisy.task, SEARCH, means=means, progress=False)
     assert torch.equal(mine.kept, theirs.kept)
@@ -78,8 +82,17 @@ def test_the_circuit_reaches_its_limit_under_the_ablation_masks(noisy, means, tm
     assert under_test(noisy.model, again, noisy.task).kept.equal(circuit.kept)
 
 
+def exchanged_by_hand(problem, pairs):
+    """Activations of each pair's other prompt: here both are of one length."""
+    assert torch.equal(pairs.last[::2], pairs.last[1::2])
+    sources = resample_sources(problem.model, pairs.tokens, index=problem.index)
+    return sources.take(torch.arange(len(pairs)) ^ 1)
+
+
 def test_the_objective_is_its_losses_weighted(problem):
-    faithful = FaithfulConfig(stochastic=0.5, adversarial=2.0, frozen_norm=0.25, limit=0.3)
+    faithful = FaithfulConfig(
+        stochastic=0.5, adversarial=2.0, other_prompts=0.75, frozen_norm=0.25, limit=0.3
+    )
     objective = AblationMasksObjective(problem, faithful)
     start = objective.ablation_masks.clone()
     state = objective.generator.get_state()
@@ -108,14 +121,19 @@ def test_the_objective_is_its_losses_weighted(problem):
     )
     with eval_mode(problem.model):
         calm = replace(calm, selection=pairs).on_few(len(pairs)).losses(gates.detach().bool())
-    terms = [full, 0.5 * stochastic, 2 * sum(adversarial) / 2, 0.25 * float(calm)]
+    values = exchanged_by_hand(problem, pairs)
+    (other,) = masked_losses(
+        problem.model, pairs, problem.index, gates.detach().bool(), values
+    ).tolist()
+    terms = [full, 0.5 * stochastic, 2 * sum(adversarial) / 2, 0.75 * other, 0.25 * float(calm)]
     assert float(total.detach()) == pytest.approx(sum(terms), abs=1e-4)
-    worst = max(full / 0.15, stochastic / 0.3, float(calm) / 0.15, max(adversarial) / 0.3)
+    under = [stochastic, *adversarial, other]
+    worst = max(full / 0.15, float(calm) / 0.15, max(under) / 0.3)
     assert float(watched) == pytest.approx(0.15 * worst, abs=1e-4)
 
 
 def test_adversaries_climb_their_own_loss_while_masks_train(problem):
-    objective = AblationMasksObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
+    objective = AblationMasksObjective(problem, FaithfulConfig(**FREE))
     masks = HardGates(
         problem.component, init_bias=[-0.5], init_scale=[0.1],
         temperature=[1.0], seeds=[0],
@@ -123,7 +141,7 @@ def test_adversaries_climb_their_own_loss_while_masks_train(problem):
     start = objective.ablation_masks.clone().requires_grad_()
     with eval_mode(problem.model):
         gates = masks.draw().detach()
-        alone = AblationMasksObjective(problem, FaithfulConfig(stochastic=0.0, attack_size=0.2))
+        alone = AblationMasksObjective(problem, FaithfulConfig(**FREE))
         rows = torch.cat([gates, gates + (1 - gates) * start])
         losses = alone.pool.losses(0, rows)
         (grad,) = torch.autograd.grad(losses[1:].sum(), start)
@@ -158,6 +176,43 @@ def test_excluded_nodes_are_not_added(noisy, problem):
     with eval_mode(problem.model):
         found = add_nodes(held, noisy.circuit.kept & ~exclude, held.ablation_masks[0])
     assert not bool((found & exclude).any())
+
+
+def test_an_adversary_with_a_budget_leaves_as_many_as_the_circuit_has(problem):
+    objective = AblationMasksObjective(problem, FaithfulConfig(other_prompts=0.0, attack_size=0.5))
+    start = objective.ablation_masks.clone()
+    grad = torch.randn(2, problem.index.n_nodes, generator=torch.Generator().manual_seed(0))
+    closed = torch.ones(1, problem.index.n_nodes)
+    closed[0, [1, 5, 7]] = 0  # a circuit of three
+    objective.climb(grad * closed, closed)
+    for row in range(2):
+        g = grad[row] * closed[0]
+        stepped = (start[row] + 0.5 * g.sign()).clamp(0, 1)
+        order = sorted(range(len(g)), key=lambda i: -float(stepped[i] * g[i]))
+        expected = torch.zeros(len(g))
+        expected[order[:3]] = stepped[order[:3]]
+        torch.testing.assert_close(objective.ablation_masks[row], expected)
+
+
+def test_what_no_run_needs_is_pruned_back(noisy, problem):
+    chain = noisy.circuit.kept
+    extra = chain.clone()
+    extra[torch.nonzero(~chain).flatten()[:12]] = True
+    masks = torch.zeros(1, problem.index.n_nodes)
+    held = replace(problem, ablation_masks=masks, ablation_limit=0.15)
+    with eval_mode(problem.model):
+        found = pruned_back(held, extra)
+        assert held.reached(found[None])[0]
+    assert int(found.sum()) <= int(chain.sum())
+
+
+def test_the_chosen_nodes_hold_on_other_prompts(noisy, means):
+    only = replace(QUICK, stochastic=0.0, adversarial=0.0, limit=0.2)
+    circuit = faithful_prune(noisy.model, noisy.task, SEARCH, only, means=means, progress=False)
+    few = set_up(noisy.model, noisy.task, SEARCH, means=means).few
+    values = exchanged_by_hand(few, few.selection)
+    loss = masked_losses(noisy.model, few.selection, few.index, circuit.kept[None], values)
+    assert float(loss) <= 0.2
 
 
 def test_attacks_go_on_until_they_are_withstood(noisy, problem):

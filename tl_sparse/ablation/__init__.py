@@ -19,5 +19,6 @@ from tl_sparse.ablation.means import activation_means as activation_means
 from tl_sparse.ablation.openai_means import means_from_openai as means_from_openai
 from tl_sparse.ablation.permanent_hooks import permanent as permanent
 from tl_sparse.ablation.resampling import ResampleSources as ResampleSources
+from tl_sparse.ablation.resampling import aligned_sources as aligned_sources
 from tl_sparse.ablation.resampling import positional_means as positional_means
 from tl_sparse.ablation.resampling import resample_sources as resample_sources

@@ -79,6 +79,39 @@ def resample_sources(
 
 
 @torch.no_grad()
+def aligned_sources(
+    model: nn.Module,
+    tokens: Int[Tensor, "prompt pos"],
+    last: Int[Tensor, " prompt"],
+    onto: Int[Tensor, " prompt"],
+    index: NodeIndex | None = None,
+) -> ResampleSources:
+    """The activations on prompts, moved so that their last tokens stand where other prompts' do.
+
+    So removed nodes take at the token that is asked about what they are there in another prompt,
+    however long the two are. Where the other prompt begins later, its first token is repeated.
+
+    Args:
+        model: The model.
+        tokens: The prompts that are taken from, padded on the right.
+        last: Place of the last token of each.
+        onto: Place of the last token of the prompt that takes it.
+        index: The nodes; default those of the eight sites of every layer.
+
+    Raises:
+        ValueError: as :func:`resample_sources`.
+    """
+    found = resample_sources(model, tokens[:, : int(last.max()) + 1], index=index)
+    place = torch.arange(int(onto.max()) + 1) + (last - onto).cpu()[:, None]
+    place = torch.minimum(place.clamp(min=0), last.cpu()[:, None])
+    moved = {
+        name: x[torch.arange(len(x), device=x.device)[:, None], place.to(x.device)]
+        for name, x in found.activations.items()
+    }
+    return replace(found, activations=moved)
+
+
+@torch.no_grad()
 def positional_means(
     model: nn.Module,
     tokens: Int[Tensor, "sequence pos"],

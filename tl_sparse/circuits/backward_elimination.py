@@ -37,8 +37,7 @@ def backward_elimination(run: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[T
     ends when then not even the least needed one can go. More than ``LARGEST`` nodes are left as
     they are.
     """
-    runs = 1 + (0 if run.ablation_masks is None else len(run.ablation_masks))
-    if runs * int(kept.sum()) > LARGEST:
+    if run.n_runs * int(kept.sum()) > LARGEST:
         return kept
     run.phase("removing single nodes")
     component = run.component.to(kept.device)

@@ -93,6 +93,8 @@ class PruningRun:
     ablation_masks: Float[Tensor, "ablation_mask node"] | None = None
     """What is left of removed nodes, from 0 to 1, in further runs that have to do the task too;
     None: there are no further runs."""
+    others: tuple[ResampleSources, ...] = ()
+    """What removed nodes are on other prompts, each in one more run."""
     ablation_limit: float = math.inf
     """Loss that each of these runs has to reach."""
     shrunk: Shrunk | None = None
@@ -137,7 +139,14 @@ class PruningRun:
         """Whether the model may be shrunk, as far as what removed nodes are set to goes."""
         fixed = not isinstance(self.values, ResampleSources) and not self.config.freeze_norm
         large = self.index.n_nodes >= LEAST
-        return self.config.shrink and large and fixed and self.ablation_masks is None
+        return self.config.shrink and large and fixed and self.n_runs == 1
+
+    @property
+    def n_runs(self) -> int:
+        """Runs that have to do the task."""
+        return (
+            1 + len(self.others) + (0 if self.ablation_masks is None else len(self.ablation_masks))
+        )
 
     def shrunk_to(self, within: Bool[Tensor, " node"]) -> PruningRun:
         """The same run in a model shrunk to these nodes, where that can be."""
@@ -167,8 +176,8 @@ class PruningRun:
     def losses(self, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
         """Mean loss on the selection pairs under each of many masks.
 
-        With ``ablation_masks`` the worst of the losses so far, those under ablation masks in
-        proportion to their limit; what misses the target is not run further.
+        With ``ablation_masks`` and ``others`` the worst of the losses so far, those of these runs
+        in proportion to their limit; what misses the target is not run further.
 
         Raises:
             NotFinite: a loss is NaN or infinite.
@@ -180,11 +189,14 @@ class PruningRun:
                 self.model, self.selection, self.index, keep, self.values,
                 hooks=self.selection_hooks,
             )  # fmt: skip
-        for mask in () if self.ablation_masks is None else self.ablation_masks.to(keep.device):
+        masks = () if self.ablation_masks is None else self.ablation_masks.to(keep.device)
+        nothing = torch.zeros(self.index.n_nodes, device=keep.device)
+        further = [(nothing, other) for other in self.others]
+        for mask, values in [*further, *((mask, self.values) for mask in masks)]:
             left = worst <= self.goal - ROUNDING
             losses = masked_losses(
                 self.model, self.few.selection, self.index, torch.where(keep[left], 1.0, mask),
-                self.values, hooks=self.few.selection_hooks,
+                values, hooks=self.few.selection_hooks,
             )  # fmt: skip
             share = self.goal / self.ablation_limit
             worst[left] = worst[left].maximum(share * losses)

@@ -22,6 +22,7 @@ from tl_sparse.ablation.masked_forward import gated_logit_diffs
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
+SHRINKING = 2 / 3  # of the steps in which a budget is reached
 FIRST_STEP = 0.5  # of an ablation mask's entries; it falls linearly, so that the last steps settle
 
 
@@ -76,14 +77,21 @@ def attack(
     generator: torch.Generator,
     hooks: Sequence[FwdHook] = (),
     starts: Float[Tensor, "start component"] | None = None,
+    budget: Int[Tensor, " circuit"] | None = None,
 ) -> Attack:
-    """Projected gradient ascent of each circuit's mean loss over ablation masks in [0, 1].
+    """Gradient ascent of each circuit's mean loss over ablation masks in [0, 1].
 
     Steps of the gradient's sign, falling linearly from ``FIRST_STEP`` to 0, from ``restarts``
     random starts side by side. Candidates are all ablation masks on the way, the roundings of the
     last and of the worst ones, and the ablation masks 0 and 1: what is found is never milder than
     the circuit's own ablation or the full model on these prompts, and never milder than its rounded
     variant. To be run inside :func:`~tl_sparse.ablation.eval_mode.eval_mode`.
+
+    With a ``budget``, no ablation mask leaves more than so many removed components. The ascent
+    begins without a limit, so that it finds what works together alone; then fewer and fewer may be
+    left, in equal proportions, those without which the loss would fall most to first order, and for
+    the last third of the steps no more than the budget (iterative hard thresholding, Blumensath and
+    Davies 2009). The full model is then no candidate.
 
     Args:
         model: The model.
@@ -97,6 +105,7 @@ def attack(
         generator: Where they are drawn from.
         hooks: Hooks that run before, such as those that freeze norms on ``batch``.
         starts: Further starts for each circuit, such as ablation masks found before.
+        budget: How many removed components each circuit's ablation masks may leave; None: all.
     """
     n_circuits, n_components = kept.shape
     device = next(model.parameters()).device
@@ -116,15 +125,21 @@ def attack(
             1
         )
 
+    most = None if budget is None else budget.to(device).repeat_interleave(len(start))[:, None]
+    shrinking = SHRINKING * steps
+
     def try_rounded(
         ablation_masks: Float[Tensor, "row component"], circuits: Bool[Tensor, "row component"]
     ) -> None:
         ends = ablation_masks.round()
+        if budget is not None:
+            ends = largest(ablation_masks, budget.to(device).repeat_interleave(
+                len(circuits) // n_circuits)[:, None])  # fmt: skip
         with torch.no_grad():
             found = losses(circuits, ends)
         rounded.offer(ends.view(n_circuits, -1, n_components), found.view(n_circuits, -1))
 
-    for corner in (0.0, 1.0):
+    for corner in (0.0, 1.0) if budget is None else (0.0,):
         try_rounded(torch.full((n_circuits, n_components), corner, device=device), kept)
     ablation_masks = start.repeat(n_circuits, 1).to(device)
     for step in range(steps):
@@ -132,9 +147,14 @@ def attack(
         found = losses(rows, ablation_masks)
         (grad,) = torch.autograd.grad(found.sum(), ablation_masks)
         ablation_masks = ablation_masks.detach()
-        worst.offer(ablation_masks.view(*grid, n_components), found.detach().view(grid))
+        if most is None or step > shrinking:
+            worst.offer(ablation_masks.view(*grid, n_components), found.detach().view(grid))
         size = FIRST_STEP * (1 - step / steps)
         ablation_masks = (ablation_masks + size * grad.sign()).clamp(0.0, 1.0)
+        if most is not None:
+            longer = max(0.0, 1 - (step + 1) / shrinking)
+            allowed = most * (n_components / most.clamp(min=1)) ** longer
+            ablation_masks = limited(ablation_masks * ~rows, grad, allowed)
     with torch.no_grad():
         worst.offer(
             ablation_masks.view(*grid, n_components), losses(rows, ablation_masks).view(grid)
@@ -148,6 +168,25 @@ def attack(
         torch.where(kept, 1.0, rounded.ablation_masks).cpu(),
         rounded.losses.cpu(),
     )
+
+
+def limited(
+    ablation_masks: Float[Tensor, "row component"],
+    grad: Float[Tensor, "row component"],
+    most: Float[Tensor, "row 1"] | Int[Tensor, "row 1"],
+) -> Float[Tensor, "row component"]:
+    """Ablation masks with no more components left than ``most``: those without which the loss, of
+    which ``grad`` is the gradient, would fall most."""
+    return ablation_masks * largest(ablation_masks * grad, most)
+
+
+def largest(
+    values: Float[Tensor, "row component"],
+    most: Float[Tensor, "row 1"] | Int[Tensor, "row 1"],
+) -> Float[Tensor, "row component"]:
+    """1 for each row's largest values, as many as are asked for and positive; 0 for the rest."""
+    rank = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return ((rank < most) & (values > 0)).to(values.dtype)
 
 
 class Worst:

@@ -1,9 +1,10 @@
-"""Where heads attend in the circuit's run and in the full model's, and how far apart that is."""
+"""Where heads attend in the circuit's run and in the full model's, how far apart that is, and where
+it matters: what is attended to for another task, at another token, is no part of the mechanism."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,17 @@ class HeadPatterns:
     """Distance of uniform attention from the model's, mean over query positions."""
     uniform_last: Float[Tensor, "head prompt"]
     """The same at the prompt's last token alone."""
+    effect: Float[Tensor, "head prompt"]
+    """What the model's pattern is worth to the circuit's logit_diff, against even attention, to
+    first order (:func:`pattern_effects`); absolute values, summed over query positions."""
+    js_felt: Float[Tensor, "head prompt"]
+    """Distance of circuit and model, each query position in proportion to that effect (a sum)."""
+    uniform_felt: Float[Tensor, "head prompt"]
+    """The same of uniform attention."""
     missing: tuple[int, ...]
     """Layers with heads of the circuit whose attention patterns have no hook."""
+    unread: tuple[int, ...] = ()
+    """Layers whose patterns nothing can be put into, so that all positions count alike."""
 
 
 def head_patterns(test: CircuitUnderTest) -> HeadPatterns:
@@ -51,21 +61,64 @@ def head_patterns(test: CircuitUnderTest) -> HeadPatterns:
     missing = tuple(layer for layer in layers if _PATTERN.format(layer) not in hook_dict)
     frame = frame[~frame["layer"].isin(missing)].reset_index(drop=True)
     here = [layer for layer in layers if layer not in missing]
+    full = patterns(test, here, ())
     with test.edges_of(test.kept[None]):
         circuit = patterns(test, here, test.circuit_hooks())
-    full = patterns(test, here, ())
+        effects = pattern_effects(test, full)
     last = test.batch.last.cpu()
-    rows: list[list[Tensor]] = [[], [], [], []]
+    rows: list[list[Tensor]] = [[] for _ in range(7)]
     for layer, head in frame[["layer", "head"]].itertuples(index=False, name=None):
         mine, theirs = circuit[layer][:, head], full[layer][:, head]
+        queries = real_positions(mine.shape[1], last)
+        felt = effects[layer][:, head] * queries if layer in effects else queries.double()
+        rows[6].append(felt.sum(1))
         for i, other in enumerate((mine, evened(theirs))):
             apart = js_distance(other, theirs)
-            queries = real_positions(apart.shape[1], last)
-            rows[2 * i].append((apart * queries).sum(1) / queries.sum(1))
-            rows[2 * i + 1].append(apart[torch.arange(len(last)), last])
+            rows[3 * i].append((apart * queries).sum(1) / queries.sum(1))
+            rows[3 * i + 1].append(apart[torch.arange(len(last)), last])
+            rows[3 * i + 2].append((apart * felt).sum(1))
     none = torch.zeros(0, len(last), dtype=torch.float64)
-    js, js_last, uniform, uniform_last = (torch.stack(row) if row else none for row in rows)
-    return HeadPatterns(frame, js, js_last, uniform, uniform_last, missing)
+    js, js_last, js_felt, uniform, uniform_last, uniform_felt, effect = (
+        torch.stack(row) if row else none for row in rows
+    )
+    return HeadPatterns(
+        frame, js, js_last, uniform, uniform_last, effect, js_felt, uniform_felt, missing,
+        tuple(layer for layer in here if layer not in effects),
+    )  # fmt: skip
+
+
+def pattern_effects(
+    test: CircuitUnderTest, full: Mapping[int, Float[Tensor, "prompt head query source"]]
+) -> dict[int, Float[Tensor, "prompt head query"]]:
+    """|Σ_s dm/dp_s (p_s - e_s)|: what the model's pattern p is worth against even attention e.
+
+    m is the circuit's logit_diff, its derivative that of the circuit's own run. Where values are
+    the same everywhere, or nothing kept reads what the head writes, the pattern is worth nothing.
+    Layers whose patterns are shown by a hook but cannot be set are left out.
+    """
+    moved: dict[int, Tensor] = {}
+
+    def opener(layer: int) -> FwdHook:
+        def add(x: Tensor, hook: Any = None) -> Tensor:
+            moved[layer] = torch.zeros_like(x, requires_grad=True)
+            return x + moved[layer]
+
+        return _PATTERN.format(layer), add
+
+    found = {}
+    with eval_mode(test.model):
+        hooks = [*test.circuit_hooks(), *map(opener, full)]
+        m = task_logit_diffs(test.model, test.batch, hooks)
+        if not m.requires_grad:
+            return {}
+        grads = torch.autograd.grad(m.sum(), list(moved.values()), allow_unused=True)
+    for layer, grad in zip(moved, grads, strict=True):
+        if grad is None:
+            continue
+        there = full[layer]
+        apart = torch.stack([there[:, h] - evened(there[:, h]) for h in range(there.shape[1])], 1)
+        found[layer] = (grad.double().cpu() * apart).sum(-1).abs()
+    return found
 
 
 def patterns(

@@ -8,9 +8,8 @@ sought by an adversary while the masks train.
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,60 +20,21 @@ from torch import Tensor, nn
 from tl_sparse.ablation import ActivationMeans, ResampleSources
 from tl_sparse.ablation.eval_mode import eval_mode
 from tl_sparse.ablation.masked_forward import gated_logit_diffs
-from tl_sparse.circuits.bisection import bisect, middle
+from tl_sparse.circuits.backward_elimination import backward_elimination, remove_first
+from tl_sparse.circuits.bisection import bisect, middle, quarters
 from tl_sparse.circuits.circuit import Circuit
-from tl_sparse.circuits.mask_training import TrainingPool, train_masks
+from tl_sparse.circuits.components import component_ranks
+from tl_sparse.circuits.mask_training import train_masks
 from tl_sparse.circuits.pruning import prune, select_nodes
 from tl_sparse.circuits.pruning_config import PruningConfig
 from tl_sparse.circuits.pruning_run import PruningRun, build_circuit, set_up
-from tl_sparse.faithfulness.ablation_masks import Attack, attack, random_ablation_masks
+from tl_sparse.faithfulness.ablation_masks import Attack, attack
+from tl_sparse.faithfulness.faithful_config import FaithfulConfig
+from tl_sparse.faithfulness.faithful_objective import AblationMasksObjective
 from tl_sparse.node import Nodes
 from tl_sparse.tasks import Task
 
 GROWTH = 1.5  # by how much more components than before are tried at a time
-
-
-@dataclass(frozen=True)
-class FaithfulConfig:
-    """What a circuit has to stand besides the plain ablation of everything else."""
-
-    stochastic: float = 1.0
-    """Weight of the loss under a random ablation mask, drawn anew in every step."""
-    adversarial: float = 1.0
-    """Weight of the mean loss under the adversaries' ablation masks."""
-    frozen_norm: float = 0.0
-    """Weight of the loss with every norm held at the full model's scale. Trained for only: the
-    chosen nodes are not held to it (``PruningConfig.freeze_norm`` does that)."""
-    adversaries: int = 2
-    """Ablation masks that climb the loss while the masks train, side by side; each goes on where it
-    was in the step before."""
-    attack_size: float = 0.3
-    """Their step in every training step, by the gradient's sign."""
-    limit: float | None = None
-    """Loss that the chosen nodes have to reach under every ablation mask; None: the target loss."""
-    ablation_masks: int = 4
-    """Random ablation masks that the chosen nodes are held to."""
-    rounds: int = 8
-    """Fresh attacks on the chosen nodes. After each that breaks the limit, its ablation mask is one
-    more that they are held to, and nodes are added until they do."""
-    attack_steps: int = 30
-    """Gradient steps of a fresh attack."""
-    attack_restarts: int = 2
-    """Its random starts."""
-
-    def __post_init__(self) -> None:
-        for name in ("stochastic", "adversarial", "frozen_norm", "attack_size"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be finite and at least 0")
-        for name in ("ablation_masks", "rounds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        for name in ("adversaries", "attack_steps", "attack_restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
-            raise ValueError(f"limit={self.limit} must be finite and positive")
 
 
 def faithful_prune(
@@ -92,7 +52,8 @@ def faithful_prune(
 
     What is made small in training is the task loss + ``stochastic`` times the loss under a random
     ablation mask + ``adversarial`` times the mean loss under ablation masks that climb it meanwhile
-    + ``frozen_norm`` times the loss with frozen norms + the L0 penalty; an adaptive penalty
+    + ``other_prompts`` times the loss with the rest as on other prompts + ``frozen_norm`` times the
+    loss with frozen norms + the L0 penalty; an adaptive penalty
     watches the worst of these losses, each in proportion to its limit. The nodes are then chosen as
     by ``prune``, held to the plain ablation and to fixed ablation masks: random ones and the
     adversaries' last. Then they are attacked afresh, and as long as an attack breaks the limit, the
@@ -118,7 +79,9 @@ def faithful_prune(
         PruningFailed: as ``prune``; also where no number of nodes stands the ablation masks.
     """
     config, faithful = config or PruningConfig(), faithful or FaithfulConfig()
-    weights = (faithful.stochastic, faithful.adversarial, faithful.frozen_norm)
+    weights = (
+        faithful.stochastic, faithful.adversarial, faithful.other_prompts, faithful.frozen_norm,
+    )  # fmt: skip
     if not any(weights):
         return prune(
             model, task, config, means=means, sources=sources, exclude=exclude, progress=progress
@@ -131,6 +94,7 @@ def faithful_prune(
         held = replace(
             problem,
             ablation_masks=objective.fixed_ablation_masks()[:, problem.component],
+            others=objective.fixed_sources(),
             ablation_limit=faithful.limit or config.target_loss,
         )
         kept, tau, curve = select_nodes(held, checkpoints)
@@ -145,75 +109,6 @@ def faithful_prune(
         problem, kept, tau, n_active=n_active, curve=curve, seconds=time.perf_counter() - began,
         config=asdict(config) | {"faithful": record},
     )  # fmt: skip
-
-
-class AblationMasksObjective:
-    """The losses of a mask under full, random and adversarial ablation, in one forward pass."""
-
-    def __init__(self, problem: PruningRun, faithful: FaithfulConfig) -> None:
-        config = problem.config
-        self.faithful = faithful
-        self.limit = faithful.limit or problem.config.target_loss
-        self.target = problem.goal
-        self.device = next(problem.model.parameters()).device
-        self.component = problem.component.to(self.device)
-        self.n_components = int(self.component.max()) + 1
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.n_random = int(faithful.stochastic > 0)
-        n_adversaries = faithful.adversaries if faithful.adversarial else 0
-        self.ablation_masks = torch.rand(n_adversaries, self.n_components, generator=self.generator)
-        # as many rows of one problem: they take the same prompts in every step
-        self.pool = TrainingPool([problem] * (1 + self.n_random + n_adversaries))
-        self.frozen_pool = None
-        if faithful.frozen_norm:
-            calm = replace(problem, config=replace(config, freeze_norm=True))
-            self.frozen_pool = TrainingPool([calm])
-
-    def losses(
-        self, step: int, gates: Float[Tensor, "1 node"]
-    ) -> tuple[Float[Tensor, " 1"], Float[Tensor, " 1"]]:
-        """The weighted sum, and the worst of its terms in proportion to their limits.
-
-        When the sum's gradient is taken, each adversary takes a step up its own loss.
-        """
-        faithful, target = self.faithful, self.target
-        random, _ = random_ablation_masks(self.n_components, self.n_random, self.generator)
-        none = torch.zeros(1, self.n_components)
-        left = torch.cat([none, random, self.ablation_masks.cpu()]).to(self.device)[
-            :, self.component
-        ]
-        rows = gates + (1 - gates) * left
-        losses = self.pool.losses(step, rows)
-        n_adversaries = len(self.ablation_masks)
-        full, stochastic, adversarial = losses.split([1, self.n_random, n_adversaries])
-        total = full.sum() + faithful.stochastic * stochastic.sum()
-        watched = [full / target, stochastic / self.limit]
-        if n_adversaries:
-            total = total + faithful.adversarial * adversarial.mean()
-            watched.append(adversarial / self.limit)
-            closed = 1 - gates.detach()
-            # one backward pass serves the node masks, which go down, and the ablation masks, which
-            # go up
-            rows.register_hook(lambda grad: self.climb((grad * closed)[-n_adversaries:]))
-        if self.frozen_pool is not None:
-            calm = self.frozen_pool.losses(step, gates)
-            total = total + faithful.frozen_norm * calm.sum()
-            watched.append(calm / target)
-        return total[None], target * torch.cat(watched).detach().max()[None]
-
-    def climb(self, grad: Float[Tensor, "adversary node"]) -> None:
-        """One step of the adversaries' ablation masks by the sign of their gradient."""
-        by_component = torch.zeros(len(grad), self.n_components, device=grad.device)
-        by_component.index_add_(1, self.component, grad)
-        step = self.faithful.attack_size * by_component.sign()
-        self.ablation_masks = (self.ablation_masks.to(grad.device) + step).clamp(0.0, 1.0)
-
-    def fixed_ablation_masks(self) -> Float[Tensor, "mask component"]:
-        """The ablation masks that the chosen nodes are held to: random ones and the adversaries'
-        last."""
-        count = self.faithful.ablation_masks if self.faithful.stochastic else 0
-        random, _ = random_ablation_masks(self.n_components, count, self.generator)
-        return torch.cat([random.to(self.device), self.ablation_masks.to(self.device)])
 
 
 def repair_against_attack(
@@ -239,11 +134,38 @@ def repair_against_attack(
             problem, ablation_masks=torch.cat([problem.ablation_masks.to(kept.device), new[None]])
         )
         kept = add_nodes(problem, kept, new)
+        if faithful.trim:
+            kept = pruned_back(problem, kept)
     loss = float(attacked(problem, kept, faithful, generator).losses)
     return kept, {
         "attack_loss": loss, "attacks": faithful.rounds + 1,
         "withstood": loss <= problem.ablation_limit,
     }  # fmt: skip
+
+
+def pruned_back(problem: PruningRun, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " node"]:
+    """The nodes without those that none of the runs so far needs, as many as the limits allow.
+
+    In the order of what removing a component promises to cost, to first order, summed over runs;
+    then one by one (:func:`~tl_sparse.circuits.backward_elimination.backward_elimination`).
+    """
+    few, component = problem.few, problem.component.to(kept.device)
+    assert problem.ablation_masks is not None
+    needed = torch.zeros(int(component.max()) + 1, device=kept.device)
+    nothing = torch.zeros(len(kept), device=kept.device)
+    runs = [(mask, problem.values) for mask in problem.ablation_masks.to(kept.device)]
+    for mask, values in [(nothing, problem.values), *((nothing, o) for o in problem.others), *runs]:
+        gates = torch.where(kept, 1.0, mask)[None].requires_grad_()
+        logit_diffs = gated_logit_diffs(
+            few.model, few.selection, few.index, gates, values, hooks=few.selection_hooks
+        )
+        (grad,) = torch.autograd.grad(F.softplus(-logit_diffs).mean(), gates)
+        needed.index_add_(0, component, (-grad[0] * (1 - mask)).clamp(min=0))
+    present = component[kept].unique()
+    order = present[needed[present].argsort(stable=True)]
+    ranks = component_ranks(component, order)
+    kept, _ = remove_first(kept, ranks, len(order), grid=quarters, fits=problem.reached)
+    return backward_elimination(problem, kept)
 
 
 def attacked(
@@ -261,6 +183,7 @@ def attacked(
         few.model, few.selection, few.index, components[None], component, few.values,
         steps=faithful.attack_steps, restarts=faithful.attack_restarts, generator=generator,
         hooks=few.selection_hooks,
+        budget=components.sum()[None] if faithful.budget else None,
     )  # fmt: skip
 
 

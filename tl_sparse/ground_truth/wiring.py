@@ -55,6 +55,11 @@ class HeadPart:
     circuit, too, though mean ablation does not touch it: its mean is its only value."""
     sink: float | None = None
     """Logit of attending to nothing; None: the head always attends to some token."""
+    also: tuple[tuple[Channels, Channels], ...] = ()
+    """Further queries, each with the key that it meets, for purposes beside the circuit's: no nodes
+    of it."""
+    beside: bool = False
+    """Whether it stands beside the circuit: no node of it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class NeuronPart:
     """What it writes."""
     bias: float = 0.0
     """Added before the ReLU."""
+    beside: bool = False
+    """Whether it stands beside the circuit: no node of it."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Plan:
         maps: list[Channels] = [*self.embed.values(), *self.positions]
         for head in self.heads:
             maps += [*head.query, *head.key, *head.value, *head.writes]
+            maps += [channels for pair in head.also for channels in pair]
         for neuron in self.neurons:
             maps += [neuron.reads, neuron.writes]
         maps += self.unembed.values()
@@ -143,7 +151,7 @@ class Places:
             channel=dict(zip(names, channels, strict=True)),
             ballast=(up, down),
             heads=per_layer(plan.heads, config.n_heads),
-            qk=tuple(tuple(some(len(h.query), config.d_head)) for h in plan.heads),
+            qk=tuple(tuple(some(len(h.query) + len(h.also), config.d_head)) for h in plan.heads),
             v=tuple(tuple(some(len(h.value), config.d_head)) for h in plan.heads),
             neurons=per_layer(plan.neurons, config.d_mlp),
         )
@@ -208,7 +216,7 @@ def check_fits(plan: Plan, heads: int, d_head: int, neurons: int) -> None:
             raise ValueError(f"{part.name!r} is in layer {part.layer} of {plan.n_layers}")
     for layer in range(plan.n_layers):
         here = [head for head in plan.heads if head.layer == layer]
-        wide = max((max(len(h.query), len(h.value)) for h in here), default=0)
+        wide = max((max(len(h.query) + len(h.also), len(h.value)) for h in here), default=0)
         n_neurons = sum(part.layer == layer for part in plan.neurons)
         for name, wanted, given in (
             ("heads", len(here), heads), ("d_head", wide, d_head), ("neurons", n_neurons, neurons),
@@ -343,6 +351,7 @@ def write_parts(
     scale, d_head = norm_scale(model), model.config.d_head
     roles: dict[Node, dict[str, None]] = {}
     links: list[Link] = []
+    beside: list[Link] = []
     for part, head, qk, v in zip(plan.heads, places.heads, places.qk, places.v, strict=True):
         attn = parts.blocks[part.layer].attn
         for weight in (attn.W_Q, attn.W_K, attn.W_V, attn.W_O):
@@ -350,16 +359,22 @@ def write_parts(
         attn.sinks[head] = NO_SINK if part.sink is None else part.sink
         for bias, channel in zip(part.query_bias, qk, strict=False):
             attn.b_Q[head, channel] = bias
-            node = (part.layer, "attn_q", head * d_head + channel)
-            roles.setdefault(node, {})[f"query of: {part.name}"] = None
-        links += head_links(part, head, qk, v, places, scale, d_head)
+            if not part.beside:
+                node = (part.layer, "attn_q", head * d_head + channel)
+                roles.setdefault(node, {})[f"query of: {part.name}"] = None
+        found = head_links(part, head, qk[: len(part.query)], v, places, scale, d_head)
+        (beside if part.beside else links).extend(found)
+        for pair, channel in zip(part.also, qk[len(part.query) :], strict=True):
+            for weight, reads in zip((attn.W_Q, attn.W_K), pair, strict=True):
+                for name, gain in reads.items():
+                    weight[head, places.channel[name], channel] = gain * scale
     for neuron, place in zip(plan.neurons, places.neurons, strict=True):
         mlp = parts.blocks[neuron.layer].mlp
         mlp.W_in[:, place] = 0
         mlp.W_out[place] = 0
         mlp.b_in[place] = neuron.bias
-        links += neuron_links(neuron, place, places, scale)
-    for link in links:
+        (beside if neuron.beside else links).extend(neuron_links(neuron, place, places, scale))
+    for link in [*links, *beside]:
         layer, source_site, source, target_site, target, matrix, weight = link.edge
         block = parts.blocks[layer]
         if matrix == "W_O":
@@ -368,6 +383,8 @@ def write_parts(
             getattr(block.mlp, matrix)[source, target] = weight
         else:
             getattr(block.attn, matrix)[target // d_head, source, target % d_head] = weight
+    for link in links:
+        layer, source_site, source, target_site, target, _, _ = link.edge
         roles.setdefault((layer, source_site, source), {})[link.source_role] = None
         roles.setdefault((layer, target_site, target), {})[link.target_role] = None
     edges = [link.edge for link in links]

@@ -12,7 +12,7 @@ from tl_sparse.faithfulness.checks.partial_ablation import partial_ablation
 
 __all__ = ["noisy"]
 
-VARIANTS = ("continuous", "rounded")
+VARIANTS = ("matched", "continuous", "rounded")
 
 
 @pytest.fixture
@@ -66,8 +66,10 @@ def test_the_adversary_is_worse_than_random_subsets_and_its_numbers_agree(chain,
         assert loss.value == pytest.approx(table.loc[variant, "loss"], abs=1e-5)
         assert f.value == pytest.approx(table.loc[variant, "f"], abs=1e-5)
         assert loss.value > found.measure("stochastic_loss").value
-    continuous, rounded = (table.loc[variant, "train_loss"] for variant in VARIANTS)
+    assert table.loc["matched", "left"] <= part.sum() / (~part).sum() + 1e-6
+    matched, continuous, rounded = (table.loc[variant, "train_loss"] for variant in VARIANTS)
     assert continuous >= rounded - 1e-6
+    assert continuous >= matched
 
 
 def test_a_circuit_of_everything_cannot_be_attacked(chain, tested, whole):

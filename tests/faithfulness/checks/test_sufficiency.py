@@ -20,7 +20,8 @@ from tl_sparse.faithfulness.controls import on
 from tl_sparse.faithfulness.optimal_ablation import optimal_values
 
 ABLATIONS = (
-    "as_pruned", "zero", "task_mean", "mean", "positional_mean", "resample", "optimal",
+    "as_pruned", "zero", "task_mean", "mean", "positional_mean", "resample", "other_answer",
+    "other_prompt", "optimal",
 )  # fmt: skip
 NAMES = (
     "loss", "calibrated_loss", "accuracy", "logit_diff", "f", "loss_recovered", "kl_recovered",
@@ -81,6 +82,20 @@ def test_every_number_is_what_plain_loops_give(small):
     _, cache = model.run_with_cache(text)
     flat = {name: cache[name].detach().flatten(2) for name in index.slices}
     drawn = resampled_sequences(batch.prompts, len(text), small.config.seed)
+
+    alone = {
+        (id(source), row): model.run_with_cache(
+            source.tokens[row : row + 1, : int(source.last[row]) + 1]
+        )[1]
+        for source in (batch, known)
+        for row in range(len(source))
+    }
+
+    def on_another(source, row, name, positions):
+        """Aligned at the last token; before the source's first token, its first token."""
+        x = alone[id(source), row][name].detach().flatten(2)[0]
+        return torch.stack([x[max(0, len(x) - positions + at)] for at in range(positions)])
+
     sums, count = torch.zeros(index.n_nodes, dtype=torch.float64), 0
     for i in range(len(known)):
         tokens = known.tokens[i : i + 1, : int(known.last[i]) + 1]
@@ -94,6 +109,10 @@ def test_every_number_is_what_plain_loops_give(small):
         "task_mean": fixed(index, (sums / count).float()),
         "positional_mean": lambda name, i, positions: flat[name].mean(0)[:positions],
         "resample": lambda name, i, positions: flat[name][drawn[i], :positions],
+        "other_answer": lambda name, i, positions: on_another(batch, i ^ 1, name, positions),
+        "other_prompt": lambda name, i, positions: on_another(
+            known, int(resampled_sequences(batch.prompts, len(known), 0)[i]), name, positions
+        ),
     }
     every, none = torch.ones_like(small.kept), torch.zeros_like(small.kept)
     m_model = slow_logit_diffs(model, batch, index, every, values["as_pruned"])
@@ -158,7 +177,7 @@ def test_the_calibration_is_the_stored_one_as_found_and_fitted_otherwise(small):
         torch.testing.assert_close(found.measure("calibrated_loss", variant).examples, expected)
 
 
-@pytest.mark.parametrize("name", ["as_pruned", "positional_mean", "resample"])
+@pytest.mark.parametrize("name", ["positional_mean", "resample", "other_answer"])
 def test_prompts_run_in_parts_where_resample_sources_are_large(small, monkeypatch, name):
     values = ablations(small, [])[name]
     masks = torch.stack([small.kept, ~small.kept])
@@ -201,7 +220,8 @@ def test_test_prompts_choose_nothing(small):
 def test_without_text_or_with_short_text_a_note_says_what_is_missing(small):
     found = sufficiency(replace(small, tokens=None))
     assert "no text" in found.notes[0]
-    assert {m.variant for m in found.measures} == {"as_pruned", "zero", "task_mean", "optimal", ""}
+    left = {"as_pruned", "zero", "task_mean", "other_answer", "other_prompt", "optimal", ""}
+    assert {m.variant for m in found.measures} == left
     found = sufficiency(replace(small, tokens=small.tokens[:, :4]))
     assert "shorter" in found.notes[0]
     assert "mean" in {m.variant for m in found.measures}

@@ -5,11 +5,10 @@ Source: Drori 2026 (heads left without a pattern); the metrics' exact form and n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tl_sparse.faithfulness.attention import head_patterns
+from tl_sparse.faithfulness.checks.minimality import MATTERS
 from tl_sparse.faithfulness.measure import (
     CheckResult,
     bootstrap_means,
@@ -31,12 +30,15 @@ def attention_patterns(test: CircuitUnderTest) -> CheckResult:
       positions or at the last token alone. Heads that the circuit uses. A sink's mass is one more
       outcome. Null: the distance of uniform attention, which gives every token so far as much (the
       sink keeps its own mass): a circuit that ignores the pattern.
-    - ``pattern_ratio``, a variant per head: ``pattern_js`` as a share of that null; 1 is as good as
-      uniform attention. Of the last layer's heads that at the last token, as nothing else there
-      reaches the answer. Not given for heads that are uniform in the model.
+    - ``pattern_ratio``, a variant per head: ``pattern_js`` as a share of that null, over query
+      positions in proportion to what the model's pattern there is worth to the circuit's logit_diff
+      (:func:`~tl_sparse.faithfulness.attention.pattern_effects`); 1 is as good as uniform
+      attention. What a head looks for elsewhere, for another purpose, does not count. Not given for
+      heads that are uniform in the model there, or whose pattern is worth less than 1% of what
+      all heads' patterns are worth.
     - ``patternless_heads``: heads of which the circuit keeps values, and no query or no key.
 
-    Table ``heads``: a row per head.
+    Table ``heads``: a row per head; ``worth`` is that share.
     """
     config, notes = test.config, list[str]()
     compared = head_patterns(test)
@@ -66,13 +68,16 @@ def attention_patterns(test: CircuitUnderTest) -> CheckResult:
                     null_name=UNIFORM,
                 )
             )
-    cfg: Any = test.model.cfg
+    if compared.unread:
+        layers = ", ".join(map(str, compared.unread))
+        notes.append(f"pattern_ratio: all positions count alike in layers {layers}")
+    worth = compared.effect.mean(1) / compared.effect.mean(1).sum()
     for i, name in enumerate(names):
-        # in the last layer only what the last token attends to can reach the answer
-        at_last = int(frame["layer"].iloc[i]) == cfg.n_layers - 1
-        distance = (compared.js_last if at_last else compared.js)[i]
-        uniform = (compared.uniform_last if at_last else compared.uniform)[i]
-        if float(uniform.mean()) < EVEN:
+        distance, uniform = compared.js_felt[i], compared.uniform_felt[i]
+        if not float(worth[i]) >= MATTERS:
+            notes.append(f"pattern_ratio: what {name} attends to does not matter to the circuit")
+            continue
+        if float(uniform.mean()) < EVEN * float(compared.effect[i].mean()):
             notes.append(f"pattern_ratio: {name} attends evenly in the model")
             continue
         found.append(
@@ -86,6 +91,7 @@ def attention_patterns(test: CircuitUnderTest) -> CheckResult:
         js_uniform=compared.uniform.mean(1).numpy(),
         js_last=compared.js_last.mean(1).numpy(),
         js_uniform_last=compared.uniform_last.mean(1).numpy(),
+        worth=worth.numpy(),
     )
     lost = (~frame["keeps_q"] | ~frame["keeps_k"]).fillna(False) & frame["keeps_v"].fillna(False)
     table["patternless"] = lost.astype(bool)
@@ -99,6 +105,11 @@ CHECK = Check(
     "do its heads attend where they attend in the model?",
     order=51,
     criteria=(
-        Criterion("same attention", "attends where the model attends", "pattern_ratio", 0.5),
+        Criterion(
+            "same attention",
+            "attends where the model attends, where it matters",
+            "pattern_ratio",
+            0.5,
+        ),
     ),
 )
