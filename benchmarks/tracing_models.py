@@ -48,8 +48,8 @@ from tl_sparse.tracing import (
 from tl_sparse.tracing.dictionary_config import TrainedActivation
 
 CONTEXT = 32
-STEPS = {"induction": 1200, "agreement": 600}
-FEATURES = {"embed": (96, 4), "attn": (256, 8), "mlp": (384, 10)}
+STEPS = {"induction": 1200, "agreement": 1200}
+FEATURES = {"embed": (96, 4), "attn": (256, 12), "mlp": (384, 12)}
 """Features at each kind of place, and how many of them are active per token on average."""
 
 SYMBOLS = [f"w{i}" for i in range(48)]
@@ -197,7 +197,7 @@ def trained_dictionaries(model, text, run: Path, steps: int, l1: float | None, n
         kind = next(k for k in FEATURES if k in place.hook_out)
         found.append(replace(place, n_features=FEATURES[kind][0], k=FEATURES[kind][1]))
     activation: TrainedActivation = "batchtopk" if l1 is None else "relu"
-    config = DictionaryTrainingConfig(activation=activation, l1=l1 or 0.0)
+    config = DictionaryTrainingConfig(activation=activation, l1=l1 or 0.0, dead_after=50)
     training = dictionary_run(steps, batch_size=32, lr=5e-3)
     made = train_dictionaries(model, text, found, config, training, run / f"training_{name}")
     save_dictionaries(made.dictionaries, run / name, model)
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(LANGUAGES))
     parser.add_argument("run")
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--dictionary-steps", type=int, default=200)
+    parser.add_argument("--dictionary-steps", type=int, default=400)
     parser.add_argument("--documents", type=int, default=40_000)
     parser.add_argument("--l1", type=float, nargs="*", default=[],
                         help="further ReLU dictionaries with these lambdas")  # fmt: skip

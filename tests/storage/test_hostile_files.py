@@ -1111,11 +1111,101 @@ def test_damaged_searches(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# tracing: dictionaries of this and of other packages, graphs, sessions
+
+
+@pytest.fixture
+def dictionaries(tmp_path):
+    """(folder of dictionaries, function that reads it)."""
+    from tl_sparse.tracing import load_dictionaries, save_dictionaries
+    from tl_sparse.tracing.dictionary import Dictionary
+
+    draw = torch.Generator().manual_seed(0)
+    d = Dictionary("hook_embed", "hook_embed", torch.randn(4, 6, generator=draw), torch.zeros(6),
+                   torch.randn(6, 4, generator=draw), torch.zeros(4), activation="jumprelu",
+                   threshold=torch.rand(6, generator=draw), metadata={"steps": 3})  # fmt: skip
+    save_dictionaries([d], tmp_path / "d")
+    return tmp_path / "d", lambda: load_dictionaries(tmp_path / "d")
+
+
+def test_hostile_dictionaries(dictionaries):
+    folder, load = dictionaries
+    path = folder / "dictionaries.json"
+    values = json.loads(path.read_text())
+    assert outcomes(load, path, written(nasty_fields(values)))["refused"] > 60
+    (row,) = values["dictionaries"]
+    cases = ((case, values | {"dictionaries": [each]}) for case, each in nasty_fields(row))
+    assert outcomes(load, path, written(cases))["refused"] > 200
+    path = folder / "dictionaries.safetensors"
+    cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=20)) if i % 2)
+    assert outcomes(load, path, cases)["refused"] > 40
+
+
+def test_hostile_dictionaries_of_other_packages(tmp_path):
+    from tl_sparse.tracing import read_dictionary
+
+    hook = "blocks.0.hook_mlp_out"
+    tensors = {"W_enc": torch.ones(4, 4), "b_enc": torch.ones(4), "W_dec": torch.ones(4, 4),
+               "b_dec": torch.ones(4)}  # fmt: skip
+    (tmp_path / "lens").mkdir()
+    save_file(tensors, tmp_path / "lens" / "sae_weights.safetensors")
+    config = {"architecture": "standard", "k": 2, "metadata": {"hook_name": hook}}
+    (tmp_path / "lens" / "cfg.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "layer_0.safetensors")
+    np.savez_compressed(tmp_path / "params.npz", **{n: x.numpy() for n, x in tensors.items()})
+    torch.save({"cfg": {"hook_point": hook}, "state_dict": tensors}, tmp_path / "t.pt")
+
+    def of(path):
+        return lambda: read_dictionary(path, hook, hook)
+
+    path = tmp_path / "lens" / "cfg.json"
+    tally = outcomes(
+        lambda: read_dictionary(tmp_path / "lens"), path, written(nasty_fields(config))
+    )
+    assert tally["refused"] > 40
+    for place, path in ((tmp_path / "lens", tmp_path / "lens" / "sae_weights.safetensors"),
+                        *((tmp_path / name,) * 2 for name in
+                          ("layer_0.safetensors", "params.npz", "t.pt"))):  # fmt: skip
+        cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=21)) if i % 4 == 0)
+        assert outcomes(of(place), path, cases)["refused"] > 15, path
+    beside = tmp_path / "config.yaml"
+    beside.write_text("feature_input_hook: hook_embed\nfeature_output_hook: hook_mlp_out\n")
+    load = lambda: read_dictionary(tmp_path / "layer_0.safetensors")  # noqa: E731
+    cases = [("binary", b"\xff\xfe\x00"), ("long", b"a: b\n" * 10**6), ("none", b"")]
+    assert outcomes(load, beside, cases)["loaded"] == 0
+
+
+def test_hostile_graphs_and_sessions(small_model, tmp_path):
+    from tests.tracing.graphs import hand_graph
+    from tl_sparse.tracing import Logit, Splice, TraceSession, load_graph, save_graph
+
+    path = tmp_path / "g.json"
+    save_graph(hand_graph(), path)
+    values = json.loads(path.read_text())
+    load = lambda: load_graph(path)  # noqa: E731
+    some = (c for i, c in enumerate(written(nasty_fields(values))) if i % 4 == 0)
+    assert outcomes(load, path, some)["refused"] > 70
+    cases = (c for i, c in enumerate(damaged(path.read_bytes(), seed=22)) if i % 4 == 0)
+    assert outcomes(load, path, cases)["refused"] > 20
+    splice, path = Splice(small_model(n_layers=1), ()), tmp_path / "s.json"
+    TraceSession(splice, [[1, 4, 5]], Logit(4)).expand_best(1).save(path)
+    values = json.loads(path.read_text())
+    load = lambda: TraceSession.replay(splice, path)  # noqa: E731
+    some = (c for i, c in enumerate(written(nasty_fields(values))) if i % 2)
+    assert outcomes(load, path, some)["refused"] > 60
+    cases = [(x, values | {name: [x]}) for name in ("prompt", "expansions")
+             for x in (-1, 10**9, 10**400, "nothing/0/0", "embed/-1/0", None)]  # fmt: skip
+    assert outcomes(load, path, written(cases))["loaded"] == 0
+
+
+# --------------------------------------------------------------------------------------------------
 # what is no file, for every reader
 
 
 @pytest.mark.filterwarnings("ignore:.*done again")
-def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, small_model, tmp_path):
+def test_no_reader_opens_what_is_no_file(
+    training, corpus, report, circuit, dictionaries, small_model, tmp_path
+):
     from tl_sparse.ablation import means_from_openai
     from tl_sparse.checkpoints.openai_artifacts import train_curves
     from tl_sparse.checkpoints.openai_payload import read_payload
@@ -1125,6 +1215,7 @@ def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, smal
     from tl_sparse.studies.runner import Unit, holder, read_unit
     from tl_sparse.studies.trained import training_time
     from tl_sparse.tasks import from_jsonl
+    from tl_sparse.tracing import load_graph, read_dictionary
 
     unit = Unit(tmp_path, "one", {}, {})
     unit.folder.mkdir()
@@ -1135,7 +1226,10 @@ def test_no_reader_opens_what_is_no_file(training, corpus, report, circuit, smal
         training / "model" / "model.safetensors": go_on, training.parent / "metrics.jsonl": go_on,
         **{corpus[0] / name: corpus[1] for name in os.listdir(corpus[0])},
         **{circuit[0] / name: circuit[1] for name in os.listdir(circuit[0])},
+        **{dictionaries[0] / name: dictionaries[1] for name in os.listdir(dictionaries[0])},
         report[0]: report[1],
+        tmp_path / "g.json": lambda: load_graph(tmp_path / "g.json"),
+        tmp_path / "params.npz": lambda: read_dictionary(tmp_path / "params.npz", "a", "a"),
         tmp_path / "t.jsonl": lambda: from_jsonl(tmp_path / "t.jsonl", tokenizer),
         tmp_path / "p.jsonl": lambda: contrastive_from_jsonl(tmp_path / "p.jsonl", model),
         tmp_path / "viz_data.pt": lambda: read_payload(tmp_path / "viz_data.pt"),

@@ -88,7 +88,8 @@ def test_what_is_no_dictionary_is_refused(own_model, both, tmp_path) -> None:
         Splice(own_model, [SimpleNamespace(encode=encode, decode=encode, hook_in="nowhere")])
     with pytest.raises(ValueError, match="not affine"):
         FunctionDictionary(encode, lambda f: f * f, hook, hook, example)
-    for wrong in (lambda x: x.detach(), lambda x: x.sum()):
+    weight = torch.ones(16, 16, dtype=torch.float64, requires_grad=True)
+    for wrong in (lambda x: x.detach(), lambda x: x.sum(), lambda x: x.detach() @ weight):
         with pytest.raises(ValueError, match="encode must make"):
             FunctionDictionary(wrong, lambda f: f, hook, hook, example)
     with pytest.raises(ValueError, match="functions, and no weights"):

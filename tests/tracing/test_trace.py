@@ -495,3 +495,20 @@ def test_what_attention_does_not_have_is_refused(
     of = {"layer": 1, "head": 2, "query": 4, "key": 1} | changes
     with pytest.raises(ValueError, match=message):
         tracing.trace(spliced(any_model), prompt, getattr(tracing, root)(**of))
+
+
+def test_roots_of_a_batch_are_named_by_tokens_where_these_are_texts(
+    small_model, make_tokenizer
+) -> None:
+    from tl_sparse.nodes.prompts import Prompts
+    from tl_sparse.tracing import Splice, trace_each
+
+    model = small_model(n_layers=1, tokenizer=make_tokenizer())
+    ids = torch.tensor([[1, 4, 5], [1, 6, 7]])
+    prompts = Prompts(ids, torch.tensor([2, 2]), ("a", "b"), torch.tensor([5, 1]),
+                      torch.tensor([9, 3]))  # fmt: skip
+    graphs = trace_each(Splice(model, ()), prompts, edges="none")
+    assert [g.root for g in graphs] == ["logit('w5') - logit('w9')", "logit('<bos>') - logit('w3')"]
+    model.tokenizer = None
+    graphs = trace_each(Splice(model, ()), prompts, edges="none")
+    assert graphs[0].root == "logit(5) - logit(9)"

@@ -44,6 +44,7 @@ from tl_sparse.tracing.roots import FeatureRoot as FeatureRoot
 from tl_sparse.tracing.roots import Logit as Logit
 from tl_sparse.tracing.roots import LogitDiff as LogitDiff
 from tl_sparse.tracing.roots import LogProb as LogProb
+from tl_sparse.tracing.sae_lens_training import train_with_sae_lens as train_with_sae_lens
 from tl_sparse.tracing.session import TraceSession as TraceSession
 from tl_sparse.tracing.splice import NotLinear as NotLinear
 from tl_sparse.tracing.splice import Splice as Splice

@@ -67,8 +67,12 @@ class FunctionDictionary:
         example = self.example.detach()[:8]
         object.__setattr__(self, "example", example)
         with torch.enable_grad():
-            features = self.encode(example.clone().requires_grad_())
-        if features.shape[:-1] != example.shape[:-1] or not features.requires_grad:
+            x = example.clone().requires_grad_()
+            features = self.encode(x)
+            back: Any = (None,)
+            if features.requires_grad:
+                back = torch.autograd.grad(features.sum(), x, allow_unused=True)
+        if features.shape[:-1] != example.shape[:-1] or back[0] is None:
             raise ValueError(
                 f"dictionary {self.name}: encode must make [..., feature] of [..., d_in], by "
                 f"torch code with a gradient; of {tuple(example.shape)} it made "

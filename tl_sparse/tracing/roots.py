@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_sparse.nodes.tokens import token_id
+from tl_sparse.nodes.tokens import token_id, token_text
 from tl_sparse.tracing.splice import Splice
 from tl_sparse.tracing.spliced_run import SplicedRun
 
@@ -269,6 +269,16 @@ class Custom:
 
 
 Root = Logit | LogitDiff | LogProb | FeatureRoot | AttentionScore | AttentionPattern | Custom
+
+
+def token_names(model: Any, ids: Sequence[int]) -> list[int | str]:
+    """Tokens by their texts, where the texts stand for them; by their ids elsewhere."""
+    tokenizer, found = getattr(model, "tokenizer", None), dict[int, int | str]()
+    for token in set(ids):
+        text = token_text(tokenizer, token) if tokenizer is not None else None
+        again = [] if text is None else tokenizer.encode(text, add_special_tokens=False)
+        found[token] = text if text is not None and again == [token] else token
+    return [found[token] for token in ids]
 
 
 def qk_hooks(splice: Splice, layer: int) -> tuple[str, str]:

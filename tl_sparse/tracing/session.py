@@ -204,13 +204,13 @@ class TraceSession:
             root = root_from(values["root"])
             prompt, expansions = list(values["prompt"]), list(values["expansions"])
             threshold, top_k = float(values["threshold"]), values["top_k"]
-            if top_k is not None and (type(top_k) is not int or top_k < 0):
+            if top_k is not None and (not is_number(top_k) or top_k < 0):
                 raise ValueError(f"top_k {top_k!r:.40}")
             if not all(isinstance(x, str) for x in expansions):
                 raise ValueError("expansions must be ids")
-            if not all(type(x) is int for x in prompt):
+            if not all(map(is_number, prompt)):
                 raise ValueError("prompt must be token ids")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} is no tracing session: {error}") from error
         session = cls(splice, [prompt], root, threshold=threshold, top_k=top_k)
         for node in expansions:
@@ -234,6 +234,14 @@ class TraceSession:
         return frame_html("Tracing session", self.line, self.frontier().head(20))
 
 
+TOKENS = ("token", "correct", "incorrect")  # fields of roots that name tokens
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer that torch takes."""
+    return type(value) is int and abs(value) < 1 << 31
+
+
 def root_from(values: Any) -> Root:
     """A root from its kind and fields; ValueError if they are none."""
     kind = values.get("kind") if isinstance(values, dict) else None
@@ -243,6 +251,9 @@ def root_from(values: Any) -> Root:
     if set(given) != {field.name for field in fields(ROOTS[kind])}:
         raise ValueError(f"the fields of a {kind} are not {', '.join(map(str, given))}")
     for name, value in given.items():
-        if not isinstance(value, int | str | list) or isinstance(value, bool):
+        parts = value if isinstance(value, list) and name in TOKENS else [value]
+        texts = name in (*TOKENS, "site", "side")
+        numbers = name not in ("site", "side")
+        if not all((texts and isinstance(x, str)) or (numbers and is_number(x)) for x in parts):
             raise ValueError(f"{kind}.{name} is {value!r:.40}")
     return ROOTS[kind](**given)

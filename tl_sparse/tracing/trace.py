@@ -15,7 +15,7 @@ from tl_sparse.tracing.attribution import Attribution, attribute
 from tl_sparse.tracing.edges import Edges, head_rows, rows, targets_of
 from tl_sparse.tracing.gate import Gate
 from tl_sparse.tracing.graph import TracedGraph
-from tl_sparse.tracing.roots import LogitDiff, Root
+from tl_sparse.tracing.roots import LogitDiff, Root, token_names
 from tl_sparse.tracing.run import run
 from tl_sparse.tracing.splice import Splice
 from tl_sparse.tracing.spliced_run import SplicedRun
@@ -151,7 +151,8 @@ def trace_each(
             raise ValueError(
                 "no root: give one, as Logit(token), or prompts with answers (a task's batch)"
             )
-        root = LogitDiff(given.correct.tolist(), given.incorrect.tolist())
+        sides = (given.correct.tolist(), given.incorrect.tolist())
+        root = LogitDiff(*(token_names(splice.model, ids) for ids in sides))
     graphs: list[TracedGraph] = []
     starts = range(0, len(given), batch_size)
     for first in progress_bar(starts, desc="tracing", disable=not progress, leave=False):
