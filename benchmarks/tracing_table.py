@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,16 @@ METHODS: dict[str, Method] = {
 
 
 def scores_of(
-    splice: Splice, batch: TaskBatch, features: Features, paired: bool, exact: int | None
+    splice: Splice,
+    batch: TaskBatch,
+    features: Features,
+    paired: bool,
+    exact: int | None,
+    skip: Sequence[str],
 ) -> dict[str, dict[str, Tensor]]:
     """Scores of every node by each baseline: of going to the pair's other prompt, or to 0."""
-    found = {m: {k: torch.zeros_like(x) for k, x in features.active.items()} for m in METHODS}
+    methods = {name: method for name, method in METHODS.items() if name not in skip}
+    found = {m: {k: torch.zeros_like(x) for k, x in features.active.items()} for m in methods}
     same = features.paired if paired else torch.zeros_like(features.paired)
     for with_other, rows in ((True, same.nonzero()[:, 0]), (False, (~same).nonzero()[:, 0])):
         if not len(rows):
@@ -171,7 +178,7 @@ def scores_of(
         root = LogitDiff(some.correct_token.tolist(), some.incorrect_token.tolist())
         other = [tokens[i ^ 1] for i in range(len(tokens))] if with_other else None
         table = pd.DataFrame()
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             only = None
             if name == "exact" and exact is not None:  # `table` is EAP-IG's
                 size = table["score"].abs().groupby(table["prompt"]).rank(ascending=False)
@@ -223,7 +230,7 @@ def table_of(model, dictionaries, options, task: str) -> list[dict[str, Any]]:
               "zero": (all_of, there, zero)}  # fmt: skip
     scores = {}
     for to_other in {kind != "zero" for kind in options.ablations}:
-        scores[to_other] = scores_of(splice, batch, features, to_other, options.exact)
+        scores[to_other] = scores_of(splice, batch, features, to_other, options.exact, options.skip)
     gated, recovered = {}, {}
     for n in options.sizes:
         for sign in ("absolute", "positive"):
@@ -318,6 +325,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="random halves, for completeness")
     parser.add_argument("--exact", type=int, default=None, help="patch only this many nodes of "
                         "a prompt, those of largest EAP-IG score")  # fmt: skip
+    parser.add_argument("--skip", nargs="*", default=[], choices=METHODS, help="baselines")
     parser.add_argument("--out", default=None)
     parser.add_argument("--table", nargs="+", default=None, help="a measure, and files of --out")
     options = parser.parse_args()

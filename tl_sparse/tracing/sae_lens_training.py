@@ -76,6 +76,8 @@ def train_with_sae_lens(
             raise ValueError(f"{hook} has {first.shape[1]} channels, and the SAE d_in={sae.d_in}")
         named = replace(sae, metadata=SAEMetadata(hook_name=hook))
         learned = get_sae_training_class(named.architecture())[0](named)
+        if trainer.lr_end is None:  # what SAELens' own runner makes of it
+            trainer = replace(trainer, lr_end=trainer.lr / 10)
         SAETrainer(trainer, learned, batches).fit()
         place = stack.enter_context(TemporaryDirectory()) if folder is None else folder
         learned.save_inference_model(str(place))
