@@ -1,4 +1,5 @@
 from dataclasses import replace
+from html import escape
 
 import pytest
 import torch
@@ -217,6 +218,9 @@ def test_every_option_has_equations(option, small_model, random_tokens, prompts)
     assert len(frame) == len(compiled.nodes) + len(compiled.tracked) + 2
     assert (frame["formula"].str.startswith("AbsTopK(").any()) == (option == "together")
     assert frame["formula"].str.contains("mean").any() == (option == "layer_norm")
+    for formula in frame["formula"]:  # in full: pandas would cut after fifty letters
+        assert formula in repr(frame)
+        assert escape(formula, quote=False) in frame.head(len(frame))._repr_html_()
 
 
 def test_inexact_topk_is_refused_unless_tolerated(small_model, random_tokens, prompts):

@@ -14,7 +14,24 @@ from tl_sparse.circuits.folding import Group
 COLUMNS = ["layer", "site", "channel", "formula"]
 
 
-def circuit_equations(compiled: CompiledCircuit) -> pd.DataFrame:
+class Equations(pd.DataFrame):
+    """A table of formulas that is shown in full: pandas cuts texts after fifty letters."""
+
+    @property
+    def _constructor(self) -> type[Equations]:
+        return Equations
+
+    def __repr__(self) -> str:
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+            return self.to_string(index=False, justify="left")
+
+    def _repr_html_(self) -> str | None:
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+            html: str | None = super()._repr_html_()
+            return html
+
+
+def circuit_equations(compiled: CompiledCircuit) -> Equations:
     """Every computed node, the stream and the logits as formulas: layer, site, channel, formula.
 
     ``stream[c]`` is a tracked channel where it is read, ``attend[h](x)`` head h's weighted sum of x
@@ -44,8 +61,7 @@ def circuit_equations(compiled: CompiledCircuit) -> pd.DataFrame:
         if compiled.W_B is not None:
             outer.append("bigram[token]")
         found.append((None, "logit", token, " + ".join(outer)))
-    frame = pd.DataFrame(found, columns=COLUMNS)
-    return frame.astype({"layer": "Int64"})
+    return Equations(found, columns=COLUMNS).astype({"layer": "Int64"})
 
 
 def number(x: Tensor) -> str:

@@ -92,7 +92,7 @@ def _circuit(
     article = element(parent, "article", id=f"circuit-{i}", class_="circuit", data_circuit=i)
     if not (alone and page_circuit.title == "circuit"):
         element(article, "h3", printable(page_circuit.title))
-    element(article, "p", printable(page_circuit.circuit.line), class_="line")
+    element(article, "p", printable(page_circuit.circuit.line), class_="line", title=READING[1])
     element(article, "div", class_="drawing")
     legend = element(article, "p", class_="legend")
     looks = {node["kind"]: (node["colour"], node["square"]) for node in data["nodes"]}
