@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tl_sparse.tracing.dictionary import Dictionary, site_name
 from tl_sparse.tracing.formats.sae_lens import from_sae_lens
+from tl_sparse.views.display import fields_html
 
 _CHUNK = 1024  # features that are decoded at once
 
@@ -97,6 +98,9 @@ class FunctionDictionary:
     def __repr__(self) -> str:
         sizes = f"{self.d_in} → {self.d_sae} → {self.W_dec.shape[1]}"
         return f"FunctionDictionary({self.name}: {sizes})"
+
+    def _repr_html_(self) -> str:
+        return fields_html(self)
 
     @property
     def transcoder(self) -> bool:
