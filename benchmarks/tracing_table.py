@@ -7,11 +7,11 @@
 For each task and number of nodes N, every prompt gets a set of N nodes (a feature of a dictionary
 at a position), chosen by
 
-- gate, gate |.|: hierarchical gating with a budget of N (Ge et al. 2024), by signed or absolute
+- gate, gate abs.: hierarchical gating with a budget of N (Ge et al. 2024), by signed or absolute
   score;
 - attribution: the N of largest gradient times activation with everything frozen, without a gate;
 - by the absolute value of what the difference is thought to change by if the feature goes to what
-  it is replaced by: attribution |.| (everything frozen), EAP (nothing frozen: attribution patching,
+  it is replaced by: attribution abs. (everything frozen), EAP (nothing frozen: attribution patching,
   the sum of EAP's scores of a node's edges), IG, EAP-IG (10 steps each), or exact (a run each);
 - activation: the N of largest activation times length of direction; random: as many nodes of each
   dictionary as the gate's set has, drawn at random.
@@ -152,7 +152,7 @@ def ratio(numerator: Tensor, denominator: Tensor, seed: int = 0) -> tuple[float,
 
 
 METHODS: dict[str, Method] = {
-    "attribution |.|": "attribution", "EAP": "gradient", "IG": "ig", "EAP-IG": "eap_ig",
+    "attribution abs.": "attribution", "EAP": "gradient", "IG": "ig", "EAP-IG": "eap_ig",
     "exact": "exact",
 }  # fmt: skip
 """Baselines by the names of their methods; exact patching comes after EAP-IG."""
@@ -245,7 +245,7 @@ def table_of(model, dictionaries, options, task: str) -> list[dict[str, Any]]:
         empty = features.diffs(universe, values)
         for n in options.sizes:
             generator = torch.Generator().manual_seed(0)
-            chosen = {"gate": gated[n, "positive"], "gate |.|": gated[n, "absolute"],
+            chosen = {"gate": gated[n, "positive"], "gate abs.": gated[n, "absolute"],
                       "attribution": features.top(signed, n, there)}  # fmt: skip
             for method, found in scores[kind != "zero"].items():
                 size = {k: x.abs() for k, x in found.items()}
@@ -291,7 +291,7 @@ def measured(
     }  # fmt: skip
 
 
-WITHOUT_INTERVAL = ("activation", "random", "attribution |.|", "IG")
+WITHOUT_INTERVAL = ("activation", "random", "attribution abs.", "IG")
 
 
 def markdown(rows: list[dict[str, Any]], measure: str) -> str:
