@@ -34,9 +34,9 @@ SEQUENCES = 32
 
 
 def store() -> None:
-    """Prune the dense circuit and store it."""
+    """Prune the dense circuit as the sparse one was, to just the target, and store it."""
     model = tls.SparseTransformer.from_pretrained("python-dense")
-    tls.prune(model, TASK, tls.PruningConfig(target_loss=0.15)).save(STORED["dense"])
+    tls.prune(model, TASK, tls.PruningConfig(headroom=0.0)).save(STORED["dense"])
 
 
 def write(out: Path) -> None:
@@ -46,7 +46,7 @@ def write(out: Path) -> None:
     for name, circuit in shown.items():
         title = f"How the {name} model closes a quote"
         write_page(out / f"{name}.html", title, circuit)
-        write_atomic(out / f"{name}.svg", circuit_svg(circuit.circuit))
+        write_atomic(out / f"{name}.svg", circuit_svg(circuit.circuit, tooltips=False))
     write_page(out / "both.html", "How a quote is closed: two models", *shown.values())
     write_heads(out)
     write_features(out)
@@ -72,7 +72,7 @@ def write_heads(out: Path) -> None:
     tokens = task.batch(32, split="held_out", seed=0).tokens
     circuit = circuit_of_heads(known.model, known.name, known.heads, tokens)
     circuit.write_page(out / "heads.html", known.model, task, title="The heads of induction")
-    write_atomic(out / "heads.svg", circuit_svg(circuit.table()))
+    write_atomic(out / "heads.svg", circuit_svg(circuit.table(), tooltips=False))
 
 
 def write_features(out: Path) -> None:
@@ -82,7 +82,7 @@ def write_features(out: Path) -> None:
     prompts = tls.tasks.get(TASK, model).batch(1, split="held_out", seed=0)
     graph = tracing.trace_each(splice, prompts, tracing.LogitDiff("'", '"'))[0]
     graph.write_page(out / "features.html")
-    write_atomic(out / "features.svg", graph_svg(graph.table()))
+    write_atomic(out / "features.svg", graph_svg(graph.table(), tooltips=False))
 
 
 def write_report(out: Path, shown: PageCircuit) -> None:

@@ -20,7 +20,7 @@ def picture() -> str:
     """The drawing, as SVG."""
     model = tls.SparseTransformer.from_pretrained("python-sparse")
     circuit = tls.Circuit.load(ROOT / "notebooks" / "quote_circuit", model)
-    return circuit_svg(circuit.table())
+    return circuit_svg(circuit.table(), tooltips=False)
 
 
 if __name__ == "__main__":

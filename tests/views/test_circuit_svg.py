@@ -92,5 +92,6 @@ def test_circuits_of_any_hooks_are_drawn(name, request):
 def test_an_images_drawing_has_no_tooltips_and_no_data(quote_circuit):
     svg = circuit_svg(quote_circuit, tooltips=False)
     assert "<title" not in svg
+    assert "background:#fff" in svg  # readable on a dark page too
     assert "data-" not in svg
     assert svg.count("<path") == circuit_svg(quote_circuit).count("<path") > 0

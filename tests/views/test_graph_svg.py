@@ -55,6 +55,7 @@ def test_the_strongest_edges_are_drawn_and_the_picture_says_how_many():
 def test_an_images_drawing_has_no_tooltips_and_no_data():
     svg = graph_svg(GRAPH, tooltips=False)
     assert "<title" not in svg
+    assert "background:#fff" in svg  # readable on a dark page too
     assert "data-" not in svg
     lines = [
         [p.get("d") for p in ET.fromstring(s).iter(f"{SVG}path")] for s in (svg, graph_svg(GRAPH))

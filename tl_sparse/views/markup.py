@@ -29,7 +29,9 @@ def element(
 
 
 def still(root: ET.Element) -> ET.Element:
-    """The same drawing without tooltips and data, which an image in a page cannot show."""
+    """The same drawing as an image has to be: without tooltips and data, which it cannot show, and
+    on paper of its own, since it does not know whether the page around it is dark."""
+    root.set("style", f"{root.get('style', '')};background:#fff;color:#1f2328")
     for node in root.iter():
         for title in node.findall("title"):
             node.remove(title)
