@@ -19,14 +19,17 @@ VARIES = "varies"
 """Tag of a cell whose words depend on the machine, not only its numbers."""
 PLOTLY = "application/vnd.plotly.v1+json"
 LABEL = re.compile(r"\b[0-9a-f]{12,}\b")
-NUMBER = re.compile(r"[-+−]?(?:\d[\d,_]*\.?\d*(?:e[-+]?\d+)?|\.\d+|\b(?:nan|inf)\b)", re.IGNORECASE)
+NUMBER = re.compile(r"[-+−]?(?:\d[\d,_]*\.?\d*(?:e[-+]?\d+)?|\.\d+)", re.IGNORECASE)
+"""What may differ; nan and inf are words: a number that became one is told."""
 DURATION = re.compile(r"\b\d[\d.,]*(?= ?(?:s|ms|min|seconds|minutes)\b)")
 PLACES = {
-    str(ROOT): "tl_sparse",
-    str(Path.home()): "~",
-    tempfile.gettempdir(): "tmp",
-    sys.prefix: "env",
-}
+    place: name
+    for place, name in (
+        (str(ROOT), "tl_sparse"), (str(Path.home()), "~"), (tempfile.gettempdir(), "tmp"),
+        (sys.prefix, "env"),
+    )
+    if len(Path(place).parts) > 1  # a home may be the root
+}  # fmt: skip
 FOREIGN_PATH = re.compile(r"(?<![\w.~/<])/(?:root|home|tmp|work|Users|private|var|opt|usr)/\w+")
 
 
@@ -102,7 +105,10 @@ def foreign_paths(notebook: NotebookNode) -> list[str]:
 
 def stale(stored: NotebookNode, fresh: NotebookNode) -> list[str]:
     """Where a new run tells something else than what is stored, apart from numbers."""
-    if stored.metadata.get("tl_sparse", {}).get("sources") != digest(stored):
+    sources = stored.metadata.get("tl_sparse", {}).get("sources")
+    if sources is None:
+        return ["its outputs were never stored"]
+    if sources != digest(stored):
         return ["its cells were edited after their outputs were stored"]
     found = []
     for number, (before, after) in _cells(stored, fresh):

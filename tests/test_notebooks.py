@@ -109,7 +109,7 @@ def figure(title="loss", **trace):
     [
         (printed("loss 0.31, 12 nodes\n"), printed("loss  -1.2e-05, 1,234 nodes\n")),
         (printed("model 1a2b3c4d5e6f7a8b is here"), printed("model ffffffffffff0000 is here")),
-        (html("<td>0.25</td><td>head</td>"), html("<td class='n'>nan</td> <td>head</td>")),
+        (html("<td>0.25</td><td>head</td>"), html("<td class='n'>-1e-3</td> <td>head</td>")),
         (html("<p>a</p><iframe srcdoc='old'></iframe>"), html("<p>a</p><iframe srcdoc='new'>")),
         (html("<style>a{}</style>x"), html("<style>b{}</style>x")),
         (figure(y=[1, 2]), figure(y=[3, 4])),
@@ -125,6 +125,7 @@ def test_numbers_and_styles_may_differ(before, after):
         (printed("the task holds"), printed("the task fails"), 'stored "holds", now "fails"'),
         (printed("a b"), printed("a b c"), 'stored "", now "c"'),
         (html("<td>a</td><td>1</td>"), html("<td>a</td><td>1</td><td>2</td>"), 'now "#"'),
+        (printed("loss 0.3"), printed("loss nan"), 'stored "#", now "nan"'),
         (figure("loss"), figure("nodes"), 'stored "loss", now "nodes"'),
         (figure(name="sparse"), figure(name="dense"), 'stored "sparse'),
         (figure(), printed("figure"), f"outputs were {PLOTLY}, now text"),
@@ -146,6 +147,12 @@ def test_a_cell_that_was_edited_since_is_stale_even_if_it_tells_the_same():
     before, after = (notebook(printed("a"), source="f()") for _ in range(2))
     before.cells[1].source = "g()"
     assert stale(before, after) == ["its cells were edited after their outputs were stored"]
+
+
+def test_a_notebook_without_outputs_is_stale():
+    new = notebook(printed("a"))
+    del new.metadata["tl_sparse"]
+    assert stale(new, notebook(printed("a"))) == ["its outputs were never stored"]
 
 
 def test_of_a_cell_that_varies_only_kinds_are_compared():
