@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def main() -> int:
         parser.error(f"no notebook: {', '.join(map(str, missing))}")
     if options.what == "write" and chromium_path() is None:
         parser.error(f"the figures' pictures need a Chromium; none of {', '.join(NAMES)} is here")
+    if options.what == "write" and find_spec("playwright") is None:
+        parser.error('the figures\' pictures need playwright, of the extra "dev"')
 
     def timed(path: Path) -> bool:
         started = time.perf_counter()

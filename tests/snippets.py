@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -35,8 +36,12 @@ def programs() -> list[Path]:
 
 
 def snippets(page: Path) -> list[tuple[int, str]]:
-    """Line number and text of every Python snippet of a page, in the order of reading."""
+    """Line number and text of every Python snippet of a page, in the order of reading; of a
+    notebook number and text of its cells."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = enumerate(json.loads(text)["cells"])
+        return [(i + 1, "".join(c["source"])) for i, c in cells if c["cell_type"] == "code"]
     return [(text[: m.start()].count("\n") + 2, m.group(1)) for m in BLOCK.finditer(text)]
 
 
@@ -47,7 +52,7 @@ def padded(line: int, code: str) -> str:
 
 def undefined(page: Path) -> list[str]:
     """Names that a reader of the page meets before they are defined: ``line: name``."""
-    known = set(dir(builtins))
+    known = {*dir(builtins), "display"}  # the last is a notebook's
     found: list[str] = []
     for line, code in snippets(page):
         tree = ast.parse(padded(line, code), str(page))
@@ -70,6 +75,8 @@ def bound(tree: ast.AST) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.arg):
             yield node.arg
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.name
 
 
 def misused(page: Path) -> list[str]:

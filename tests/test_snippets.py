@@ -1,4 +1,4 @@
-"""The snippets of README and docs, in the order in which a reader meets them."""
+"""The snippets of README, docs and notebooks, in the order in which a reader meets them."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -26,12 +26,15 @@ RUN = (
 PROGRAMS = programs()
 
 
-@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
+READ = [*PROGRAMS, *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.name)
 def test_no_name_comes_before_its_definition(page):
     assert undefined(page) == []
 
 
-@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.name)
 def test_every_call_is_one_that_the_package_takes(page):
     assert misused(page) == []
 
