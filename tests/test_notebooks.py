@@ -18,7 +18,7 @@ from tests.notebook_outputs import (
 )
 from tests.notebooks import read, stored_notebooks
 
-MEGABYTES = 5.5
+MEGABYTES = 5.0
 NOTEBOOKS = stored_notebooks()
 
 
