@@ -126,6 +126,10 @@ class FunctionDictionary:
         """1: it has no norm factor of its own."""
         return torch.ones_like(x[..., :1])
 
+    def centred(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The activation as it is."""
+        return x
+
     def encode(
         self, x_in: Float[Tensor, "... d_in"], x_out: Float[Tensor, "... d_out"] | None = None
     ) -> Float[Tensor, "... feature"]:

@@ -151,8 +151,9 @@ def trace_each(
             raise ValueError(
                 "no root: give one, as Logit(token), or prompts with answers (a task's batch)"
             )
-        sides = (given.correct.tolist(), given.incorrect.tolist())
-        root = LogitDiff(*(token_names(splice.model, ids) for ids in sides))
+        correct, incorrect = given.correct.tolist(), given.incorrect.tolist()
+        model = splice.model
+        root = LogitDiff(token_names(model, correct), token_names(model, incorrect))
     graphs: list[TracedGraph] = []
     starts = range(0, len(given), batch_size)
     for first in progress_bar(starts, desc="tracing", disable=not progress, leave=False):
