@@ -273,7 +273,8 @@ Root = Logit | LogitDiff | LogProb | FeatureRoot | AttentionScore | AttentionPat
 
 def token_names(model: Any, ids: Sequence[int]) -> list[int | str]:
     """Tokens by their texts, where the texts stand for them; by their ids elsewhere."""
-    tokenizer, found = getattr(model, "tokenizer", None), dict[int, int | str]()
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    found: dict[int, int | str] = {}
     for token in set(ids):
         text = token_text(tokenizer, token) if tokenizer is not None else None
         again = [] if text is None else tokenizer.encode(text, add_special_tokens=False)
