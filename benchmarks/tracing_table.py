@@ -11,7 +11,7 @@ at a position), chosen by
   score;
 - attribution: the N of largest gradient times activation with everything frozen, without a gate;
 - by the absolute value of what the difference is thought to change by if the feature goes to what
-  it is replaced by: attribution abs. (everything frozen), EAP (nothing frozen: attribution patching,
+  it is replaced by: attribution abs. (everything frozen), EAP (nothing frozen,
   the sum of EAP's scores of a node's edges), IG, EAP-IG (10 steps each), or exact (a run each);
 - activation: the N of largest activation times length of direction; random: as many nodes of each
   dictionary as the gate's set has, drawn at random.
