@@ -350,25 +350,35 @@ class Drawing {
     }
   }
 
-  // Which labels have room on the right of their marks, or above them.
+  // Which labels have room on the right of their marks, or above them: none covers a mark or a label.
   fitting(at, shown) {
-    const rows = new Map();
-    at.forEach(([x, y], i) => {
-      if (!shown[i]) return;
-      const row = Math.round(y / 12);
-      if (!rows.has(row)) rows.set(row, []);
-      rows.get(row).push(i);
-    });
+    const taken = new Map(); // squares of the drawing to what lies in them
+    const side = 48;
+    const squares = ([left, top, right, bottom]) => {
+      const found = [];
+      for (let column = Math.floor(left / side); column <= Math.floor(right / side); column++)
+        for (let row = Math.floor(top / side); row <= Math.floor(bottom / side); row++) found.push(column * 8192 + row);
+      return found;
+    };
+    const take = (box, i) => {
+      for (const square of squares(box)) {
+        if (!taken.has(square)) taken.set(square, []);
+        taken.get(square).push([box, i]);
+      }
+    };
+    const free = (box, i) =>
+      squares(box).every((square) => (taken.get(square) || []).every(([other, j]) => j === i || box[2] < other[0] || other[2] < box[0] || box[3] < other[1] || other[3] < box[1]));
+    at.forEach(([x, y], i) => shown[i] && take([x - 6, y - 6, x + 6, y + 6], i));
+    const order = at.map((_, i) => i).filter((i) => shown[i]).sort((a, b) => at[a][0] - at[b][0]);
     const fits = at.map(() => false);
-    for (const members of rows.values()) {
-      members.sort((a, b) => at[a][0] - at[b][0]);
-      members.forEach((i, place) => {
-        const here = at[i][0];
-        const next = place + 1 < members.length ? at[members[place + 1]][0] - here : Infinity;
-        const before = place > 0 ? here - at[members[place - 1]][0] : Infinity;
-        if (this.marks[i].wide <= next - 7) fits[i] = "beside";
-        else if (this.marks[i].wide - 10 <= Math.min(next, before)) fits[i] = "above";
-      });
+    for (const i of order) {
+      const [x, y] = at[i];
+      const half = (this.marks[i].wide - 12) / 2;
+      const beside = [x + 7, y - 5, x + this.marks[i].wide, y + 5];
+      const above = [x - half, y - 18, x + half, y - 8];
+      if (free(beside, i)) fits[i] = "beside";
+      else if (free(above, i)) fits[i] = "above";
+      if (fits[i]) take(fits[i] === "beside" ? beside : above, i);
     }
     return fits;
   }
