@@ -7,8 +7,9 @@ search (learning rate 0.003, constant price 1e-4 a gate), then a bisection over 
 reference runs once, at the centres, for as many steps as are asked for.
 
 - ``circuits``: seconds to a circuit at the target loss and its size, by ``prune`` with its
-  defaults, by ``prune`` with every pass of the full model, and by the reference. Who reaches the
-  target with no circuit smaller than a tenth of the model has failed.
+  defaults but for headroom, which the reference has none of, by ``prune`` with every pass of the
+  full model, and by the reference. Who reaches the target with no circuit smaller than a tenth of
+  the model has failed.
 - ``step``: one training step of the reference against one of ``prune``, in interleaved rounds.
 - ``sweep``: ``prune_many`` on 32 settings against ``prune`` on each of a few of them, refinement
   included; what 32 would take one by one is extrapolated from these few and called so.
@@ -163,7 +164,7 @@ def circuits(
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
 
     for method, shrink in (("prune", True), ("prune, shrink off", False)):
-        config = PruningConfig(target_loss=target, seed=seed, shrink=shrink)
+        config = PruningConfig(target_loss=target, headroom=0.0, seed=seed, shrink=shrink)
 
         def search(config: PruningConfig = config) -> Any:
             try:
@@ -224,7 +225,7 @@ def sweep(name: str, model: Any, task: Any, means: Any, steps: int, alone: int) 
     """Settings side by side, and a few of them one by one."""
     prices = torch.logspace(-4, -2, SETTINGS // 4).tolist()
     settings = [
-        replace(PruningConfig(steps=steps), l0_penalty=price, seed=seed)
+        replace(PruningConfig(headroom=0.0, steps=steps), l0_penalty=price, seed=seed)
         for price in prices
         for seed in range(4)
     ]

@@ -28,7 +28,7 @@ from tl_sparse.tasks import TaskBatch
 
 Hook = Callable[..., Tensor]
 ROWS = 512  # masks x pairs of one forward pass
-WORTH = 0.75  # of the nodes that a pass has now: shrunk when no more than these are left
+WORTH = 0.85  # of the nodes that a pass has now: shrunk when no more than these are left
 
 
 @dataclass(frozen=True, eq=False)
