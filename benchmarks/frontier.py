@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--nulls", nargs="*", choices=NULLS, default=list(NULLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--target", type=float, default=0.15)
+    parser.add_argument("--headroom", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-pairs", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=64, help="held-out pairs of the suite")
@@ -91,8 +92,8 @@ def main() -> None:
             task = get(task_name, model)
             for seed in args.seeds:
                 config = PruningConfig(
-                    target_loss=args.target, steps=args.steps, batch_pairs=args.batch_pairs,
-                    seed=seed,
+                    target_loss=args.target, headroom=args.headroom, steps=args.steps,
+                    batch_pairs=args.batch_pairs, seed=seed,
                 )  # fmt: skip
                 for kind in [*args.objectives, *args.nulls]:
                     key = dict(zip(KEY, (name, task_name, kind, seed), strict=True))
