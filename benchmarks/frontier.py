@@ -58,6 +58,7 @@ SHOWN = {
     "f": ("sufficiency", "f", "as_pruned"),
     "text": ("sufficiency", "loss", "resample"),
     "other answer": ("sufficiency", "loss", "other_answer"),
+    "other answer, accuracy": ("sufficiency", "accuracy", "other_answer"),
     "matched": ("partial_ablation", "adversarial_loss", "matched"),
     "any attack": ("partial_ablation", "adversarial_loss", "continuous"),
     "frozen": ("norms", "frozen_share", ""),

@@ -12,13 +12,13 @@ from tl_sparse.circuits.gates import HardGates
 from tl_sparse.circuits.pruning_run import PruningFailed, set_up
 from tl_sparse.faithfulness import under_test
 from tl_sparse.faithfulness.faithful import (
-    AblationMasksObjective,
-    FaithfulConfig,
     add_nodes,
     faithful_prune,
     pruned_back,
     repair_against_attack,
 )
+from tl_sparse.faithfulness.faithful_config import FaithfulConfig
+from tl_sparse.faithfulness.faithful_objective import AblationMasksObjective
 
 __all__ = ["noisy"]
 

@@ -68,6 +68,14 @@ def resample_sources(
             are NaN or infinite.
     """
     index = index_of(model, sites, index)
+    found = activations_on(model, tokens, index)
+    return ResampleSources(index, found, digest(tokens), fingerprint(model))
+
+
+def activations_on(
+    model: nn.Module, tokens: Int[Tensor, "sequence pos"], index: NodeIndex
+) -> dict[str, Float[Tensor, "sequence pos ..."]]:
+    """Hook name → its activations on all tokens, in one pass."""
     found: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor, first: int) -> None:
@@ -75,7 +83,7 @@ def resample_sources(
 
     each_activation(model, tokens, index, record, max(1, len(tokens)))
     check_finite(found, "activations on these tokens")
-    return ResampleSources(index, found, digest(tokens), fingerprint(model))
+    return found
 
 
 @torch.no_grad()
@@ -85,6 +93,7 @@ def aligned_sources(
     last: Int[Tensor, " prompt"],
     onto: Int[Tensor, " prompt"],
     index: NodeIndex | None = None,
+    model_fingerprint: str = "",
 ) -> ResampleSources:
     """The activations on prompts, moved so that their last tokens stand where other prompts' do.
 
@@ -97,18 +106,22 @@ def aligned_sources(
         last: Place of the last token of each.
         onto: Place of the last token of the prompt that takes it.
         index: The nodes; default those of the eight sites of every layer.
+        model_fingerprint: The model's, where it is known: it takes long to compute.
 
     Raises:
         ValueError: as :func:`resample_sources`.
     """
-    found = resample_sources(model, tokens[:, : int(last.max()) + 1], index=index)
+    index = index_of(model, None, index)
+    tokens = tokens[:, : int(last.max()) + 1]
+    found = activations_on(model, tokens, index)
     place = torch.arange(int(onto.max()) + 1) + (last - onto).cpu()[:, None]
     place = torch.minimum(place.clamp(min=0), last.cpu()[:, None])
     moved = {
         name: x[torch.arange(len(x), device=x.device)[:, None], place.to(x.device)]
-        for name, x in found.activations.items()
+        for name, x in found.items()
     }
-    return replace(found, activations=moved)
+    known = model_fingerprint or fingerprint(model)
+    return ResampleSources(index, moved, digest(tokens), known)
 
 
 @torch.no_grad()

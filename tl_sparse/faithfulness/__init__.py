@@ -6,7 +6,8 @@ metrics (see ``docs/faithfulness.md``).
 
 from tl_sparse.faithfulness.config import EvaluationConfig
 from tl_sparse.faithfulness.evaluate import evaluate
-from tl_sparse.faithfulness.faithful import FaithfulConfig, faithful_prune
+from tl_sparse.faithfulness.faithful import faithful_prune
+from tl_sparse.faithfulness.faithful_config import FaithfulConfig
 from tl_sparse.faithfulness.inverse_pruning import Necessity, necessity
 from tl_sparse.faithfulness.measure import CheckResult, Measure, NotMeasured
 from tl_sparse.faithfulness.nulls import (

@@ -20,6 +20,7 @@ from tl_sparse.faithfulness.under_test import CircuitUnderTest
 from tl_sparse.tasks.padding import real_positions
 
 PARTS = ("q", "k", "v", "z")
+PAIRS = 16  # whose attention patterns are differentiated at once
 _HOOK = re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z)")
 _PATTERN = "blocks.{}.attn.hook_pattern"
 
@@ -105,19 +106,27 @@ def pattern_effects(
 
         return _PATTERN.format(layer), add
 
-    found = {}
-    with eval_mode(test.model):
-        hooks = [*test.circuit_hooks(), *map(opener, full)]
-        m = task_logit_diffs(test.model, test.batch, hooks)
-        if not m.requires_grad:
-            return {}
-        grads = torch.autograd.grad(m.sum(), list(moved.values()), allow_unused=True)
-    for layer, grad in zip(moved, grads, strict=True):
-        if grad is None:
-            continue
-        there = full[layer]
-        apart = torch.stack([there[:, h] - evened(there[:, h]) for h in range(there.shape[1])], 1)
-        found[layer] = (grad.double().cpu() * apart).sum(-1).abs()
+    apart = {
+        layer: torch.stack([x[:, h] - evened(x[:, h]) for h in range(x.shape[1])], 1)
+        for layer, x in full.items()
+    }
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(test.batch) // 2, PAIRS):
+        batch = test.batch.pairs(start, start + PAIRS)
+        moved.clear()
+        with eval_mode(test.model):
+            hooks = [*test.circuit_hooks(batch), *map(opener, full)]
+            m = task_logit_diffs(test.model, batch, hooks)
+            if not m.requires_grad:
+                return {}
+            grads = torch.autograd.grad(m.sum(), list(moved.values()), allow_unused=True)
+        for layer, grad in zip(moved, grads, strict=True):
+            if grad is None:
+                continue
+            rows, width = slice(2 * start, 2 * start + len(batch)), grad.shape[2]
+            effects = found.setdefault(layer, torch.zeros(apart[layer].shape[:3]).double())
+            there = apart[layer][rows, :, :width, :width]
+            effects[rows, :, :width] = (grad.double().cpu() * there).sum(-1).abs()
     return found
 
 

@@ -26,8 +26,9 @@ def on_other_prompts(
     batch = trimmed(batch)
     device = next(run.model.parameters()).device
     return aligned_sources(
-        run.model, batch.tokens[rows].to(device), batch.last[rows], batch.last, run.index
-    )
+        run.model, batch.tokens[rows].to(device), batch.last[rows], batch.last, run.index,
+        run.means.model_fingerprint,
+    )  # fmt: skip
 
 
 class AblationMasksObjective:

@@ -136,8 +136,9 @@ def of_prompts(test: CircuitUnderTest, partner: bool) -> Values:
         source = batch if partner else known
         with eval_mode(model):
             return aligned_sources(
-                model, source.tokens[rows], source.last[rows], batch.last, test.index
-            )
+                model, source.tokens[rows], source.last[rows], batch.last, test.index,
+                test.circuit.means.model_fingerprint,
+            )  # fmt: skip
 
     return sources
 
