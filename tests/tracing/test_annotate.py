@@ -78,6 +78,11 @@ def test_the_rule_keeps_the_largest_and_names_peaks():
     assert "&#" in found._repr_html_() or "at" in found._repr_html_()
 
 
+def test_a_graph_without_edges_is_annotated_too():
+    found = annotate(replace(hand_graph(), edges=pd.DataFrame()), CARDS, RuleAnnotator(), n_nodes=1)
+    assert found.keep == (QUOTE,)
+
+
 def test_the_pruned_graph_has_what_is_kept_and_the_leaves():
     found = annotate(hand_graph(), CARDS, RuleAnnotator(), n_nodes=1)
     assert set(found.pruned.nodes["id"]) == {ROOT, QUOTE, "1.mlp/2/error", "token/1", "bias/2"}

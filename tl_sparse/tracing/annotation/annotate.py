@@ -18,7 +18,7 @@ from tl_sparse.tracing.annotation.answers import (
     WholeAnswer,
 )
 from tl_sparse.tracing.annotation.cards import Cards, as_values
-from tl_sparse.tracing.graph import TracedGraph
+from tl_sparse.tracing.graph import EDGE_COLUMNS, TracedGraph
 
 CHUNK = 60  # nodes of one request
 
@@ -63,6 +63,7 @@ def annotate(
     if chunk < 1 or (n_nodes is not None and n_nodes < 1):
         raise ValueError(f"chunk={chunk} and n_nodes={n_nodes} must be at least 1")
     features = graph.features
+    edges = graph.edges if len(graph.edges) else pd.DataFrame(columns=list(EDGE_COLUMNS))
     order = features["attribution"].abs().rank(ascending=False, method="first").astype(int)
     rows = [node_values(row, int(rank), cards)
             for row, rank in zip(features.to_dict("records"), order, strict=True)]  # fmt: skip
@@ -73,10 +74,10 @@ def annotate(
     labels: dict[str, Label] = {}
     for piece in pieces(rows, chunk):
         ids = {row["id"] for row in piece}
-        inside = graph.edges["source"].isin(ids) | graph.edges["target"].isin(ids)
+        inside = edges["source"].isin(ids) | edges["target"].isin(ids)
         share = None if n_nodes is None else max(1, round(n_nodes * len(piece) / len(rows)))
         answer = annotator.nodes(
-            base | {"keep_about": share, "nodes": piece, "edges": edge_values(graph.edges[inside])}
+            base | {"keep_about": share, "nodes": piece, "edges": edge_values(edges[inside])}
         )
         keep += answer.keep
         drop |= answer.drop
@@ -85,8 +86,8 @@ def annotate(
     keep.sort(key=order_of.__getitem__)
     sizes = dict(zip(features["id"], features["attribution"], strict=True))
     kept = [{"id": i, "label": labels[i].text, "attribution": float(sizes[i])} for i in keep]
-    inside = graph.edges["source"].isin(keep) & graph.edges["target"].isin({*keep, graph.root})
-    whole = annotator.whole(base | {"nodes": kept, "edges": edge_values(graph.edges[inside])})
+    inside = edges["source"].isin(keep) & edges["target"].isin({*keep, graph.root})
+    whole = annotator.whole(base | {"nodes": kept, "edges": edge_values(edges[inside])})
     return Annotation(graph, tuple(keep), drop, labels, whole.supernodes, whole.summary,
                       whole.steps, annotator.name)  # fmt: skip
 
