@@ -49,26 +49,26 @@ def test_a_number_that_is_no_better_than_its_null_does_not_pass():
 
 def test_losses_pass_below_their_threshold():
     for loss, expected in ((0.1, "passed"), (0.6, "failed")):
-        m = Measure("adversarial_loss", "continuous", loss)
+        m = Measure("adversarial_loss", "matched", loss)
         assert outcome(answers(result("partial_ablation", m)), "worst subset") == expected
 
 
-VARIANTS = ("zero", "mean", "task_mean", "positional_mean", "resample")
+VARIANTS = ("zero", "mean", "task_mean", "positional_mean", "other_answer", "other_prompt")
 
 
 def test_of_several_variants_the_worst_counts():
     losses = [Measure("loss", name, 0.1) for name in VARIANTS[:-1]]
-    found = answers(result("sufficiency", *losses, Measure("loss", "resample", 0.9)))
+    found = answers(result("sufficiency", *losses, Measure("loss", "other_prompt", 0.9)))
     worst = {c.criterion.key: c for c in found}["any ablation"]
     assert worst.outcome == "failed"
-    assert "resample" in worst.reason
-    assert "the worst of 5" in worst.reason
+    assert "other_prompt" in worst.reason
+    assert "the worst of 6" in worst.reason
 
 
 def test_a_variant_that_was_not_measured_leaves_the_answer_open():
     losses = [Measure("loss", name, 0.1) for name in VARIANTS[:-1]]
     found = {c.criterion.key: c for c in answers(result("sufficiency", *losses))}["any ablation"]
-    assert (found.outcome, found.reason) == ("uncertain", "not measured: resample")
+    assert (found.outcome, found.reason) == ("uncertain", "not measured: other_prompt")
     bad = result("sufficiency", *losses[:-1], Measure("loss", "positional_mean", 0.9))
     assert outcome(answers(bad), "any ablation") == "failed"
 
