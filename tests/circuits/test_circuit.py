@@ -23,6 +23,7 @@ from tl_sparse.circuits import (
 from tl_sparse.circuits.edge_weights import edges_removed
 from tl_sparse.sites import BLOCK_SITES, SITE_NAMES, NodeIndex
 from tl_sparse.sparsity.weight_masks import WeightMasks
+from tl_sparse.views.circuit_svg import circuit_svg
 
 EDGE_COLUMNS = [
     "layer", "source_site", "source", "target_site", "target", "matrix", "weight",
@@ -515,7 +516,7 @@ def test_a_circuit_over_any_hooks_is_saved_loaded_and_run(
 def test_a_circuit_over_any_hooks_is_drawn_a_mark_a_component(request, kind, n_shown):
     circuit = request.getfixturevalue(kind)
     assert circuit.n_components == n_shown
-    assert circuit._repr_mimebundle_()["image/svg+xml"].count("tls-node") >= n_shown
+    assert circuit_svg(circuit.table()).count("tls-node") >= n_shown
     figure = circuit.to_plotly()
     marks = [len(t.customdata) for t in figure.data if t.customdata is not None]
     assert sum(marks) == n_shown

@@ -226,7 +226,7 @@ def test_the_command_writes_the_report_and_says_where(small, planted_in, tmp_pat
     command = ["demo", "--out", str(out), "--cache", str(cache), "--pairs", "4"]
     cli.main(command)
     teach(cache, planted_in)
-    cli.main(command)
+    cli.main([*command, "--overwrite"])
     assert capsys.readouterr().out.endswith(f"Report: {(out / 'report.html').resolve()}\n")
     values = json.loads((out / "report.json").read_text())
     assert [row["model"] for row in values["rows"]][:2] == ["sparse", "dense"]

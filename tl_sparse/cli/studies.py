@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tl_sparse.cli.inputs import Overwrite, check_out, say
 from tl_sparse.studies.demo import DemoConfig, run_demo
@@ -15,6 +16,12 @@ from tl_sparse.studies.trained import Kind
 
 REPORT = "report.html"  # the last file that a demo or a study writes
 CARD = "README.md"  # of a model whose pair is finished
+Config = TypeVar("Config")
+
+
+def only(config: type[Config], command: Any) -> Config:
+    """The experiment's own config, which it stores, without what only the command knows."""
+    return config(**{field.name: getattr(command, field.name) for field in fields(config)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Demo(DemoConfig):  # noqa: D101, its docstring is there
     def run(self) -> None:
         """The demo, and where its page is."""
         check_out(self.out, (REPORT,), self.overwrite)
-        page = write_report(run_demo(self, say))
+        page = write_report(run_demo(only(DemoConfig, self), say))
         say(f"Report: {page.resolve()}")
 
 
@@ -41,7 +48,7 @@ class Pair(PairConfig):  # noqa: D101, its docstring is there
         kinds: tuple[Kind, ...] = ("sparse", "dense")
         names = [self.model_name(kind, seed) for seed in self.seeds for kind in kinds]
         check_out(self.out, [f"{name}/{CARD}" for name in names], self.overwrite)
-        pairs = train_pair(self, say)
+        pairs = train_pair(only(PairConfig, self), say)
         folders = [Path(self.out) / m.name for each in pairs for m in each.members]
         say(f"Models: {', '.join(map(str, folders))}")
 
@@ -56,7 +63,7 @@ class Study(StudyConfig):  # noqa: D101, its docstring is there
     def run(self) -> None:
         """The study, and where its page is."""
         check_out(self.out, (REPORT,), self.overwrite)
-        page = write_study(run_study(self, say))
+        page = write_study(run_study(only(StudyConfig, self), say))
         say(f"Report: {page.resolve()}")
 
 
