@@ -264,7 +264,8 @@ def test_filters_hide_sites_and_layers(open_page, full):
     page = open_page(full)
     page.locator(".menu summary", has_text="filter").click()
     page.locator(".menu label", has_text="L10").click()
-    assert page.locator(".node:visible").count() == 6
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect(page.locator(".node:visible")).to_have_count(6)  # drawn anew in the next frame
     assert "6 nodes hidden" in page.text_content(".hidden-note")
 
 
