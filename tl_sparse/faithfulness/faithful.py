@@ -95,7 +95,7 @@ def faithful_prune(
             problem,
             ablation_masks=objective.fixed_ablation_masks()[:, problem.component],
             others=objective.fixed_sources(),
-            ablation_limit=faithful.limit or config.target_loss,
+            ablation_limit=objective.limit,
         )
         kept, tau, curve = select_nodes(held, checkpoints)
         n_active = int((tau >= 0).sum())

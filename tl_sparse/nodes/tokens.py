@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from numbers import Integral
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
 from tl_sparse.node import Node, NodeName
@@ -141,14 +143,20 @@ def token_text(tokenizer: Any, token: int) -> str | None:
 def bytes_text(piece: str, text: str) -> str:
     r"""What a token of half a letter is: its bytes, such as ``\xe2\x80``, where the vocabulary
     writes bytes as GPT-2's does; ``text`` otherwise."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
-    others = sorted({*range(256)} - {*own})
-    known = {chr(byte): byte for byte in own} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
+    known = byte_of_sign()
     if not set(piece) <= set(known):
         return text
     return "".join(f"\\x{known[sign]:02x}" for sign in piece)
+
+
+@cache
+def byte_of_sign() -> dict[str, int]:
+    """What each sign of GPT-2's byte alphabet stands for: itself if it is a byte, else the bytes
+    that are left, in order."""
+    signs = sorted(ByteLevel.alphabet())
+    known = {sign: ord(sign) for sign in signs if ord(sign) < 256}
+    left = sorted({*range(256)} - {*known.values()})
+    return known | dict(zip(signs[len(known) :], left, strict=True))
 
 
 def token_id(model: Any, token: int | str) -> int:
