@@ -13,8 +13,14 @@ at a position), chosen by
 - by the absolute value of what the difference is thought to change by if the feature goes to what
   it is replaced by: attribution abs. (everything frozen), EAP (nothing frozen,
   the sum of EAP's scores of a node's edges), IG, EAP-IG (10 steps each), or exact (a run each);
-- activation: the N of largest activation times length of direction; random: as many nodes of each
-  dictionary as the gate's set has, drawn at random.
+- activation: the N of largest activation times length of direction;
+- random: as many active nodes of each dictionary as the gate's set has, drawn at random; random,
+  either: as many as EAP-IG's set has, of what EAP-IG chooses from (for "pair" what is active in
+  either prompt).
+
+Two more show why a set fails: gate, both: the gate's N/2 nodes of the prompt and, where that has
+the same length, the N/2 of the pair's other prompt, traced to its own answer; EAP-IG, own: the N
+of largest EAP-IG score among features that are active in the prompt itself.
 
 Then, in the model itself, with errors kept: what is outside the set (sufficiency f) or inside it
 (necessity 1 - f of the rest) is set to its value on the pair's other prompt, where that has the
@@ -26,7 +32,8 @@ K of the set C is removed too; |m(C - K) - m(M - K)| of the means over m1 - m0, 
 draws. R is the linear world's: the share of the root that the gate does not cut off. Prompts are
 held out ones that had no part in training the dictionaries.
 
-    python benchmarks/tracing_table.py --table sufficiency FILE [FILE ...]   # as in docs/tracing.md
+    # as in docs/tracing.md
+    python benchmarks/tracing_table.py --table sufficiency FILE [FILE ...] [--columns gate EAP-IG]
 """
 
 from __future__ import annotations
@@ -72,9 +79,9 @@ class Features:
             _, cache = model.run_with_cache(batch.tokens, names_filter=lambda n: n in names)
         self.active = {d.name: d.encode(cache[d.hook_in]) * self.real[..., None]
                        for d in dictionaries}  # fmt: skip
-        partner = torch.arange(len(batch)) ^ 1
-        self.paired = batch.last == batch.last[partner]
-        self.other = {name: x[partner] * self.paired[:, None, None]
+        self.partner = torch.arange(len(batch)) ^ 1
+        self.paired = batch.last == batch.last[self.partner]
+        self.other = {name: x[self.partner] * self.paired[:, None, None]
                       for name, x in self.active.items()}  # fmt: skip
 
     @torch.no_grad()
@@ -128,12 +135,16 @@ class Features:
         """A random half of each set."""
         return {k: x & (torch.rand(x.shape, generator=generator) < 0.5) for k, x in sets.items()}
 
-    def random_like(self, sets: Sets, generator: torch.Generator) -> Sets:
-        """As many active nodes of each dictionary in each prompt, at random."""
+    def with_other(self, sets: Sets) -> Sets:
+        """Each prompt's set and that of its other prompt, where that has the same length."""
+        return {name: x | x[self.partner] & self.paired[:, None, None] for name, x in sets.items()}
+
+    def random_like(self, sets: Sets, among: Sets, generator: torch.Generator) -> Sets:
+        """As many nodes of each dictionary in each prompt, at random among some."""
         found = {}
         for name, chosen in sets.items():
             noise = torch.rand(chosen.shape, generator=generator)
-            noise = noise.where(self.active[name] > 0, -1.0).flatten(1)
+            noise = noise.where(among[name], -1.0).flatten(1)
             order = noise.argsort(1, descending=True)
             wanted = chosen.flatten(1).sum(1, keepdim=True)
             keep = torch.arange(order.shape[1])[None] < wanted
@@ -231,11 +242,13 @@ def table_of(model, dictionaries, options, task: str) -> list[dict[str, Any]]:
     scores = {}
     for to_other in {kind != "zero" for kind in options.ablations}:
         scores[to_other] = scores_of(splice, batch, features, to_other, options.exact, options.skip)
-    gated, recovered = {}, {}
+    gated, both, recovered = {}, {}, {}
     for n in options.sizes:
         for sign in ("absolute", "positive"):
             graphs = trace_each(splice, batch, gate=Gate(n, "budget", sign), edges="none")
             gated[n, sign] = features.sets([g.features for g in graphs])
+        half = trace_each(splice, batch, gate=Gate(n // 2, "budget"), edges="none")
+        both[n] = features.with_other(features.sets([g.features for g in half]))
         roots = torch.tensor([g.value for g in graphs])
         cut = torch.tensor([g.mass.get("cut", 0.0) for g in graphs])
         recovered[n] = ratio(roots - cut, roots)[0]
@@ -245,13 +258,19 @@ def table_of(model, dictionaries, options, task: str) -> list[dict[str, Any]]:
         empty = features.diffs(universe, values)
         for n in options.sizes:
             generator = torch.Generator().manual_seed(0)
-            chosen = {"gate": gated[n, "positive"], "gate abs.": gated[n, "absolute"],
-                      "attribution": features.top(signed, n, there)}  # fmt: skip
+            chosen = {
+                "gate": gated[n, "positive"], "gate abs.": gated[n, "absolute"],
+                "gate, both": both[n], "attribution": features.top(signed, n, there),
+            }  # fmt: skip
             for method, found in scores[kind != "zero"].items():
                 size = {k: x.abs() for k, x in found.items()}
                 chosen[method] = features.top(size, n, among)
+                if method == "EAP-IG":
+                    chosen["EAP-IG, own"] = features.top(size, n, there)
             chosen["activation"] = features.top(written, n, there)
-            chosen["random"] = features.random_like(gated[n, "positive"], generator)
+            chosen["random"] = features.random_like(gated[n, "positive"], there, generator)
+            if "EAP-IG" in chosen:
+                chosen["random, either"] = features.random_like(chosen["EAP-IG"], among, generator)
             for method, inside in chosen.items():
                 row = measured(features, universe, inside, values, full, empty, options.draws)
                 rows.append({
@@ -291,13 +310,13 @@ def measured(
     }  # fmt: skip
 
 
-WITHOUT_INTERVAL = ("activation", "random", "attribution abs.", "IG")
+WITHOUT_INTERVAL = ("activation", "random", "random, either", "attribution abs.", "IG")
 
 
-def markdown(rows: list[dict[str, Any]], measure: str) -> str:
-    """One measure of all rows as a table of Markdown, methods as columns."""
+def markdown(rows: list[dict[str, Any]], measure: str, columns: Sequence[str] = ()) -> str:
+    """One measure of all rows as a table of Markdown, methods (all, or some) as columns."""
     frame = pd.DataFrame(rows)
-    methods = list(dict.fromkeys(frame["method"]))
+    methods = [m for m in dict.fromkeys(frame["method"]) if m in columns or not columns]
     lines = ["| " + " | ".join(["task", "outside is", "N", "R", *methods]) + " |"]
     lines.append("|---" * (4 + len(methods)) + "|")
     for (task, kind, n), part in frame.groupby(["task", "ablation", "N"], sort=False):
@@ -328,15 +347,17 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=METHODS, help="baselines")
     parser.add_argument("--out", default=None)
     parser.add_argument("--table", nargs="+", default=None, help="a measure, and files of --out")
+    parser.add_argument("--columns", nargs="+", default=[], help="with --table: these methods")
     options = parser.parse_args()
     if options.table is not None:
         measure, *files = options.table
-        print(markdown([row for f in files for row in json.loads(Path(f).read_text())], measure))
+        rows = [row for f in files for row in json.loads(Path(f).read_text())]
+        print(markdown(rows, measure, options.columns))
         return
     torch.set_num_threads(1)
     model = SparseTransformer.from_pretrained(options.model)
     dictionaries = load_dictionaries(options.dictionaries or options.model, model)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for task in tqdm(options.tasks):
         rows += table_of(model, dictionaries, options, task)
         if options.out is not None:
