@@ -85,13 +85,13 @@ def gathered_pass(splice: Splice, tokens: torch.Tensor) -> None:
                         allow_unused=True)  # fmt: skip
 
 
-def seconds(function: Callable[[], Any], repeats: int) -> float:
-    best = float("inf")
+def seconds(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    best, found = float("inf"), None
     for _ in range(repeats):
         began = time.process_time()
-        function()
+        found = function()
         best = min(best, time.process_time() - began)
-    return best
+    return best, found
 
 
 def main() -> None:
@@ -129,9 +129,13 @@ def main() -> None:
         ):
             tasks[name] = partial(trace, splice, tokens, Logit(7), gate, edges=edges, heads=heads)
     for name, task in tasks.items():
-        taken = seconds(task, options.repeats)
+        taken, graph = seconds(task, options.repeats)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{name:32s} {taken:8.2f} s   memory so far at most {memory:.2f} GiB", flush=True)
+        print(f"{name:32s} {taken:8.2f} s   memory so far at most {memory:.2f} GiB", end="")
+        if graph is not None:
+            sizes = (len(x) for x in (graph.features, graph.edges, graph.heads))
+            print("   {} features, {} edges, {} by head".format(*sizes), end="")
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,37 @@ def test_in_the_linear_world_what_is_cut_is_what_was_traced(own_model, spliced, 
     assert index.n_nodes == 5 * 24
 
 
+def test_in_the_spliced_world_errors_stay_and_everything_else_is_computed(
+    own_model, spliced, prompt
+) -> None:
+    """Against the same done here: reconstructions and the errors of the unchanged run."""
+    from tl_sparse.tracing import SplicedModel
+
+    splice = spliced(own_model)
+    _, cache = own_model.run_with_cache(prompt)
+    live: dict[str, torch.Tensor] = {}
+
+    def read(name: str) -> Any:
+        return name, lambda x, hook=None: live.__setitem__(name, x)
+
+    def write(d: Any) -> Any:
+        error = cache[d.hook_out] - d.decode(d.encode(cache[d.hook_in]))
+
+        def hook_(x: torch.Tensor, hook: Any = None) -> torch.Tensor:
+            features = d.encode(live[d.hook_in] if d.transcoder else x)
+            return d.decode(features * (0 if d.name == "0.attn" else 1)) + error
+
+        return d.hook_out, hook_
+
+    hooks = [read(d.hook_in) for d in splice.dictionaries if d.transcoder]
+    expected = logit(own_model, prompt, [*hooks, *map(write, splice.dictionaries)])
+    change = [("blocks.0.attn.hook_features", lambda x, hook=None: torch.zeros_like(x))]
+    found = {world: logit(SplicedModel(splice, world), prompt, change)
+             for world in ("original", "spliced", "linear")}  # fmt: skip
+    assert found["spliced"] == pytest.approx(expected, abs=1e-9)
+    assert len({round(value, 3) for value in found.values()}) == 3
+
+
 def test_a_graph_becomes_a_circuit_that_the_suite_judges(own_model, spliced, graph) -> None:
     from tl_sparse.ablation.interventions import check_fired
     from tl_sparse.tracing import SplicedModel, feature_circuit

@@ -88,9 +88,12 @@ def test_known_answer_with_a_high_threshold_keeps_three_nodes() -> None:
     from tl_sparse.tracing import Gate
 
     graph, scores = known_scores(Gate(tau=5))
-    assert scores == {"0.mlp/0/1": 6, "1.mlp/0/0": 8}  # what went through 1.mlp/0/1 is not credited
-    assert set(graph.nodes["kind"]) == {"root", "feature"} or len(graph.features) == 2
-    # the token's own path: 1 + 1*2*(0 + ...) is counted with what was cut
+    # what went through 1.mlp/0/1 is not credited; of the 9 that are left of the token, the target
+    # and two features are the three nodes of the authors' test, which has no leaves
+    assert scores == {"0.mlp/0/1": 6, "1.mlp/0/0": 8}
+    nodes = graph.nodes.set_index("id")["attribution"].to_dict()
+    assert nodes == scores | {graph.root: 16, "token/0": 9}
+    assert graph.mass["cut"] == 4 + 3
     assert sum(graph.mass.values()) == pytest.approx(16, abs=1e-12)
 
 
@@ -140,6 +143,36 @@ def test_mlps_without_dictionary(any_model, prompt, mlp) -> None:
     without = [d for d in dictionaries() if "mlp" not in d.name]
     graph = trace(Splice(any_model, without, mlp=mlp), prompt, Logit(4), edges="none")
     assert sum(graph.mass.values()) == pytest.approx(graph.value, abs=1e-10)
+
+
+def test_an_mlps_gradient_is_its_slope(own_model, prompt) -> None:
+    """Against finite differences in the model with patterns and norms held."""
+    from tl_sparse.tracing import Gate, Logit, Splice, trace
+
+    d = dictionaries()[1]
+    splice = Splice(own_model, [d], mlp="gradient")
+    assert not splice.strict
+    found = trace(splice, prompt, Logit(4), Gate.off(), edges="none").features
+    _, cache = own_model.run_with_cache(prompt)
+    held = [(n, lambda x, hook=None, n=n: cache[n]) for n in own_model.hook_dict
+            if n.endswith(("hook_scale", "hook_pattern"))]  # fmt: skip
+    row = found.loc[found["attribution"].abs().idxmax()]
+
+    def logit(change: float) -> float:
+        def scale(x: torch.Tensor, hook: Any = None) -> torch.Tensor:
+            x = x.clone()
+            x[0, row["pos"]] += change * row["activation"] * d.W_dec[row["index"]]
+            return x
+
+        with torch.no_grad():
+            return float(
+                own_model.run_with_hooks(prompt, fwd_hooks=[*held, (d.hook_out, scale)])[0, -1, 4]
+            )
+
+    slope = (logit(1e-4) - logit(-1e-4)) / 2e-4
+    assert row["attribution"] == pytest.approx(slope, rel=1e-6)
+    # what it adds in all is another number: the MLPs between are curved
+    assert abs(logit(0) - logit(-1) - slope) > 1e-3 * abs(slope)
 
 
 def test_published_mode_is_not_linear(any_model, spliced, prompt) -> None:
