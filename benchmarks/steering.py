@@ -22,7 +22,7 @@ from tl_sparse.bridges import fit_bridges, steering_curves
 from tl_sparse.data import CorpusConfig, validation_text
 
 TASKS = ("single_double_quote", "while_return_true", "for_while")
-STRENGTHS = (0.1, 0.5, 1.0, 2.0, 4.0)
+STRENGTHS = (0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A bridged pair trained by the Trainer: what changes, what does not, and runs that go on."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ TINY = TrainingConfig(
 )  # fmt: skip
 
 ERRORS, HYBRIDS = ("encoder", "decoder"), ("dense_to_sparse", "sparse_to_dense")
+ONES = BridgeLosses(**{f.name: 1.0 for f in fields(BridgeLosses)})
 
 
 def weights(module):
@@ -38,7 +39,7 @@ def new_pair(make_pair, corpus):
 def test_training_changes_bridges_and_sparse_model_but_not_the_dense_one(new_pair, corpus):
     pair = new_pair()
     before = [weights(part) for part in (pair.dense, pair.sparse, pair.bridges)]
-    result = train_bridges(pair, corpus, TINY, progress=False)
+    result = train_bridges(pair, corpus, TINY, BridgeTrainingConfig(ONES), progress=False)
     after = [weights(part) for part in (pair.dense, pair.sparse, pair.bridges)]
     assert [same(a, b) for a, b in zip(before, after, strict=True)] == [True, False, False]
     check_l0(weight_matrices(pair.sparse), SPARSITY)
@@ -60,7 +61,7 @@ def test_training_changes_bridges_and_sparse_model_but_not_the_dense_one(new_pai
 def test_losses_fall(new_pair, corpus):
     pair = new_pair()
     training = replace(TINY, steps=12, batch_size=16, lr=0.01, sparsity=None)
-    config = BridgeTrainingConfig(lr_share=10.0)
+    config = BridgeTrainingConfig(ONES, lr_share=10.0)
     frame = train_bridges(pair, corpus, training, config, progress=False).metrics
     for name in (*(f"{error}/0.mid" for error in ERRORS), *(f"{kl}/0.mid" for kl in HYBRIDS)):
         assert frame[name][-3:].mean() < 0.9 * frame[name][:3].mean(), name
@@ -127,8 +128,8 @@ def test_a_run_goes_on_to_the_bit_and_ends_in_what_can_be_loaded(
 def test_another_run_s_folder_is_refused(new_pair, corpus, tmp_path):
     short = replace(TINY, steps=2)
     train_bridges(new_pair(), corpus, short, folder=tmp_path, progress=False)
-    other = BridgeTrainingConfig(losses=BridgeLosses(decoder=2.0))
-    with pytest.raises(ValueError, match=r"losses\.decoder: 1\.0 there, 2\.0 here"):
+    other = BridgeTrainingConfig(losses=BridgeLosses(decoder=2.5))
+    with pytest.raises(ValueError, match=r"losses\.decoder: 0\.3 there, 2\.5 here"):
         train_bridges(new_pair(), corpus, short, other, tmp_path, progress=False)
     with pytest.raises(ValueError, match="dense: "):
         train_bridges(new_pair(dense="relu"), corpus, short, folder=tmp_path, progress=False)

@@ -63,6 +63,7 @@ def test_fit(run, models, capsys):
     assert f"bridges in {out / 'bridges'}" in said
     page = (out / "bridge.html").read_text(encoding="utf-8")
     assert "Reconstruction(3 sites" in page
+    assert "Hybrids of the two models" in page
     assert "0.mid" in page
 
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.projection import SparsityConfig, constant_sparsity
 from tl_sparse.storage.fingerprint import fingerprint
 from tl_sparse.studies import bridged, model_card, pair
+from tl_sparse.studies.bridged_card import falling
 from tl_sparse.studies.frontier import token_loss
 from tl_sparse.studies.model_card import command_line
 from tl_sparse.studies.pair import train_pair
@@ -368,6 +370,18 @@ def test_the_bridged_card_has_every_site_and_task(small, corpus, trained):
         assert f" | {loss:.3f} | {trained[0][0].sparse.tasks[name].loss:.3f} | " in text
     assert command_line(small) in text
     assert small.cache not in text
+
+
+def test_the_bridged_card_says_how_the_losses_fell():
+    steps = range(20, 820, 20)
+    metrics = pd.DataFrame({"step": steps, "language_model": [4.0] * 20 + [2.0] * 20})
+    for site, value in (("0.pre", 1.0), ("final", 3.0)):
+        metrics[f"dense_to_sparse/{site}"] = value
+    *_, head, _, first, second, last = falling(metrics).split("\n")
+    assert head == "| step | own loss | d→s |"
+    assert first == "| 200 | 4.000 | 2.000 |"  # the tenth row, and the mean of two sites
+    assert second == "| 400 | 4.000 | 2.000 |"
+    assert last == "| 800 | 2.000 | 2.000 |"
 
 
 # --------------------------------------------------------------------------------------------------

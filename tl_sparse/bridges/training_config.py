@@ -28,7 +28,7 @@ class BridgeTrainingConfig:
     sites_per_step: int | None = None
     """Sites, drawn anew at every step, whose hybrid passes run in it; default all. Their losses
     count so much more that the expectation is that of all sites."""
-    lr_share: float = 0.3
+    lr_share: float = 1.0
     """The bridges' learning rate, as a multiple of ``TrainingConfig.lr`` with its warm-up and decay
     (without the 1/sqrt(L0) factor)."""
     weight_decay: float = 0.0

@@ -15,6 +15,7 @@ from tl_sparse.bridges import (
     BridgesConfig,
     BridgeTrainingConfig,
     fit_bridges,
+    path_table,
     reconstruction,
     train_bridges,
 )
@@ -101,13 +102,18 @@ class Bridge:
         length = context(dense, sparse)
         tokens = corpus.validation_sequences(min(64, self.sequences), length)
         found = reconstruction(pair, tokens, progress=False)
+        paths = path_table(pair, tokens, back="none", progress=False)
         page = Path(self.out) / PAGE
-        sections = (Section("Sites", (Chart(found.to_plotly()), Table(found.to_dataframe()))),)
+        sections = (
+            Section("Hybrids", (Chart(paths.to_plotly()), Table(paths.to_dataframe()))),
+            Section("Sites", (Chart(found.to_plotly()), Table(found.to_dataframe()))),
+        )
         title = f"Bridges of {self.dense}"
         html = page_html(Page(title, repr(found), sections=sections))
         if self.method == "fit":
             pair.bridges.save_pretrained(Path(self.out) / FOLDER)
         write_atomic(page, html)
+        say(repr(paths))
         say(repr(found))
         say(f"bridges in {Path(self.out) / FOLDER}; page: {page}")
 

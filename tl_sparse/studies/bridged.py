@@ -24,6 +24,7 @@ from tl_sparse.bridges import (
     reconstruction,
     train_bridges,
 )
+from tl_sparse.bridges.objective import BridgeObjective
 from tl_sparse.checkpoints.packed import SCHEMA_VERSION
 from tl_sparse.data import TokenizedCorpus, windows
 from tl_sparse.model.transformer import SparseTransformer
@@ -39,6 +40,7 @@ from tl_sparse.studies.trained import (
     training_time,
 )
 from tl_sparse.tasks import table
+from tl_sparse.training.resume import read_metrics
 from tl_sparse.training.train_step import training_starts
 
 FITTED = 2048  # training sequences that the first bridges are fitted to
@@ -91,6 +93,8 @@ class Bridged:
     """The bridged pair."""
     separate: Compared
     """For comparison: the dense model and the sparse one as it was, with fitted (ridge) bridges."""
+    metrics: pd.DataFrame
+    """The run's metrics, a row per logged step."""
 
 
 def train_bridged(
@@ -172,9 +176,12 @@ def measured(
         table(model, config.pairs).results, hours, where,
     )  # fmt: skip
     ridge = fitted(corpus, dense, pair.sparse.model, context, progress=False, linear=True)
+    both = BridgedPair(dense, model, bridges)
+    terms = BridgeObjective(both, config.bridging).columns
     found = Bridged(
-        member, bridges, Compared.of(BridgedPair(dense, model, bridges), text),
+        member, bridges, Compared.of(both, text),
         Compared.of(BridgedPair(dense, pair.sparse.model, ridge), text),
+        pd.DataFrame(read_metrics(folder, record.steps, terms)),
     )  # fmt: skip
     solved = member.solved(config.target_loss)
     say(f"{member.name}: validation loss {reached:.3f} nats (the sparse model's "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import pandas as pd
+
 from tl_sparse.data import TokenizedCorpus
 from tl_sparse.studies.bridged import Bridged, Compared
 from tl_sparse.studies.model_card import (
@@ -16,6 +20,8 @@ from tl_sparse.studies.model_card import (
 )
 from tl_sparse.studies.pair_config import Pair, PairConfig
 
+SMOOTH = 10  # logged steps that a row of the table of losses is the mean of
+
 
 def bridged_card(config: PairConfig, corpus: TokenizedCorpus, pair: Pair, found: Bridged) -> str:
     """README.md of a bridged model and its bridges: what they are and what they do, in Markdown."""
@@ -27,6 +33,7 @@ def bridged_card(config: PairConfig, corpus: TokenizedCorpus, pair: Pair, found:
         task_table(config, pair, found),
         "## The bridges",
         hybrids(found),
+        falling(found.metrics),
         "## Weights",
         weights(config, found.member),
         "## Data",
@@ -120,6 +127,38 @@ def hybrids(found: Bridged) -> str:
     )
 
 
+def falling(metrics: pd.DataFrame) -> str:
+    """How the losses fell, at steps that double, each a mean over ten logged ones."""
+    kinds = ("dense_to_sparse", "sparse_to_dense", "encoder", "decoder")
+    own = [name for name in ("language_model", "distillation") if name in metrics]
+    each = {kind: [c for c in metrics if str(c).startswith(f"{kind}/")] for kind in kinds}
+    named = {kind: columns for kind, columns in each.items() if columns}
+    smooth = metrics.rolling(SMOOTH, min_periods=1).mean(numeric_only=True)
+    last, rows = len(metrics) - 1, []
+    for i in sorted({last, *(2**k * SMOOTH - 1 for k in range(last.bit_length()))} - {-1}):
+        if i <= last:
+            values = [smooth[name][i] for name in own]
+            values += [smooth[columns].iloc[i].mean() for columns in named.values()]
+            rows.append(f"| {metrics['step'][i]:,} | " + " | ".join(f"{v:.3f}" for v in values)
+                        + " |")  # fmt: skip
+    words = {
+        "language_model": "own loss", "distillation": "KL of the sparse model",
+        "dense_to_sparse": "d→s", "sparse_to_dense": "s→d", "encoder": "FVU of encoders",
+        "decoder": "decoders",
+    }  # fmt: skip
+    head = [words[name] for name in (*own, *named)]
+    return "\n".join(
+        [
+            f"How they fell, on training text (idioms and all), means over sites and over {SMOOTH} "
+            "logged steps up to the one named:",
+            "",
+            f"| step | {' | '.join(head)} |",
+            "|---" * (len(head) + 1) + "|",
+            *rows,
+        ]
+    )
+
+
 def kl_of_models(compared: Compared) -> float:
     """KL of the sparse model from the dense one."""
     frame = compared.paths.to_dataframe()
@@ -129,8 +168,10 @@ def kl_of_models(compared: Compared) -> float:
 def training(config: PairConfig, found: Bridged) -> str:
     """The run."""
     weighed = ", ".join(f"{k} {v:g}" for k, v in vars(config.bridging.losses).items() if v)
+    hours = found.member.hours
+    time = "An unknown time" if math.isnan(hours) else f"{hours:.2f} hours"
     return (
-        f"{found.member.hours:.2f} hours on {found.member.machine}. "
+        f"{time} on {found.member.machine}. "
         f"{recipe(config.bridged_training)} Losses: {weighed}; hybrids on "
         f"{config.bridging.tail_share:.0%} of the sequences of a step; the bridges begin as ridge "
         f"maps, their learning rate is {config.bridging.lr_share:g} times the peak. With "

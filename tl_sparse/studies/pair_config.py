@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from tl_sparse.bridges import BridgeLosses, BridgeTrainingConfig
+from tl_sparse.bridges import BridgeTrainingConfig
 from tl_sparse.checkpoints.checkpoint import TrainingRecord
 from tl_sparse.config import ActivationDensity, SparseTransformerConfig
 from tl_sparse.data import CorpusConfig
@@ -74,12 +74,12 @@ def bridged_training() -> TrainingConfig:
     """The trained sparse model's further run, with its bridges: all weights that it may have, now
     and to the end."""
     sparsity = constant_sparsity(1 / 16, floor=4, embedding_floor=4)
-    return TrainingConfig.recipe("cpu", steps=4000, sparsity=sparsity)
+    return TrainingConfig.recipe("cpu", steps=5000, lr=0.003, eval_every=500, sparsity=sparsity)
 
 
 def bridging() -> BridgeTrainingConfig:
-    """What the bridged model is trained for: mostly, as before, for the text."""
-    return BridgeTrainingConfig(losses=BridgeLosses(language_model=5.0), tail_share=0.4)
+    """What the bridged model is trained for: every loss, all five sites in every step."""
+    return BridgeTrainingConfig(tail_share=0.4)
 
 
 @dataclass(frozen=True)
