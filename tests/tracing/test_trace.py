@@ -394,6 +394,20 @@ def test_a_model_that_is_not_held_constant_is_refused(own_model, spliced, prompt
         trace(spliced(own_model), prompt, Logit(4))
 
 
+def test_abstopk_inside_attention_is_refused_in_strict_mode_alone(prompt) -> None:
+    from tl_sparse.tracing import Freeze, Logit, Splice, trace
+
+    model = sparse_transformer(activation_density={"attn_v": 0.5})
+    with pytest.raises(ValueError, match="AbsTopK at attn_v: a bias has no part of its own"):
+        trace(Splice(model, dictionaries()), prompt, Logit(4))
+    graph = trace(Splice(model, dictionaries(), freeze=Freeze.compat()), prompt, Logit(4))
+    assert graph.value == pytest.approx(float(model(prompt)[0, -1, 4].detach()))
+    # a graph says how it was made
+    assert graph.settings["freeze"] == vars(Freeze.compat())
+    assert not graph.settings["raw_scores"]
+    assert graph.settings["tau"] == 0.1
+
+
 def test_dictionaries_that_do_not_fit_are_refused(own_model, prompt) -> None:
     from tl_sparse.tracing import Gate, Logit, Splice, trace
 

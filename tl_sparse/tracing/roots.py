@@ -69,7 +69,7 @@ class Logit:
 
 @dataclass(frozen=True)
 class LogitDiff:
-    """Logit of the correct token minus that of the incorrect one; means where there are several."""
+    """Logit of the correct token minus that of the incorrect one."""
 
     correct: TokenLike | Sequence[TokenLike]
     """Id or text, or one for each prompt."""

@@ -254,5 +254,6 @@ def settings_of(splice: Splice, gate: Gate, edges: str) -> dict[str, Any]:
     """How something is traced, in plain values."""
     return asdict(gate) | {
         "edges": edges, "mlp": splice.mlp, "freeze": asdict(splice.freeze),
-        "score_nodes": splice.score_nodes, "sites": list(splice.sites),
+        "score_nodes": splice.score_nodes, "raw_scores": splice.raw_scores,
+        "sites": list(splice.sites),
     }  # fmt: skip
