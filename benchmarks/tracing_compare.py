@@ -1,13 +1,15 @@
-"""One task, four circuits: pruned nodes of the sparse model, those nodes over bridges in the dense
-model, pruned nodes of the dense model, and traced features of the dense model.
+"""One task, five circuits: pruned nodes of the sparse model, those nodes over bridges in the dense
+model, pruned nodes of the dense model, and traced and pruned features of the dense model.
 
-    OMP_NUM_THREADS=1 python benchmarks/tracing_compare.py [--task TASK] [--cache DIR]
+    OMP_NUM_THREADS=1 python benchmarks/tracing_compare.py [--task TASK] [--cache DIR] [--judge]
 
 Every circuit is a set of nodes or features that is the same at all positions; what is outside it
 is set to its mean over validation text. f = (m - m0) / (m1 - m0) with m the logit difference on
 held-out prompts, m1 the model's and m0 that with the circuit's whole universe removed; a
 bootstrap of prompts gives the interval. Traced features are the N of largest mean absolute
 attribution over training prompts (hierarchical gating with a budget, summed over positions).
+Pruned features are those whose gates `prune` leaves open, with features as its nodes. With --judge
+the faithfulness suite (without its searches) judges the smallest traced circuit and the pruned one.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tl_sparse.ablation.logit_diff import task_logit_diffs
 from tl_sparse.bridges import BridgedPair, dense_circuit, fit_bridges
 from tl_sparse.circuits import PruningConfig, prune
 from tl_sparse.data import CorpusConfig, build_corpus
+from tl_sparse.faithfulness import EvaluationConfig, evaluate
 from tl_sparse.tasks import get
 from tl_sparse.tracing import (
     Gate,
@@ -61,9 +64,13 @@ def main() -> None:
     parser.add_argument("--task", default="single_double_quote")
     parser.add_argument("--target", type=float, default=0.15)
     parser.add_argument("--cache", default=None)
+    parser.add_argument("--dense", default="python-dense", help="a bundled model, or a folder")
+    parser.add_argument("--sparse", default="python-sparse")
+    parser.add_argument("--dictionaries", default=None, help="by default the dense model's own")
+    parser.add_argument("--judge", action="store_true", help="run the faithfulness suite too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dense, sparse = (SparseTransformer.from_pretrained(f"python-{k}") for k in ("dense", "sparse"))
+    dense, sparse = map(SparseTransformer.from_pretrained, (options.dense, options.sparse))
     corpus = build_corpus(CorpusConfig(idiom_share=0.5), options.cache, progress=False)
     tokens = corpus.validation_sequences(128, dense.config.n_ctx)
     task = get(options.task, dense.tokenizer, dense.config.n_ctx)
@@ -78,18 +85,27 @@ def main() -> None:
     own = prune(dense, task, config, means=activation_means(dense, tokens), progress=False)
     rows.append(measured("dense model, pruned nodes", dense, own, batch))
 
-    splice = Splice(dense, load_dictionaries("python-dense", dense))
+    dictionaries = load_dictionaries(options.dictionaries or options.dense, dense)
+    splice = Splice(dense, dictionaries)
     train = task.batch(26, split="train", seed=0)
     graphs = trace_each(splice, train, gate=Gate(80, "budget", "absolute"), edges="none")
     table = pd.concat([g.features.assign(size=g.features["attribution"].abs()) for g in graphs])
     ranked = table.groupby(["site", "index"])["size"].sum().sort_values(ascending=False)
     world = SplicedModel(splice, "original")
+    judged = {}
     for n in SIZES:
         chosen = [(str(s), int(i)) for s, i in ranked.index[:n]]
         if len(chosen) == n:
             circuit = feature_circuit(world, chosen, task.name, tokens)
+            judged.setdefault("traced", circuit)
             rows.append(measured(f"dense model, {n} traced features", world, circuit, batch))
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
+    means = activation_means(world, tokens, index=world.index())
+    judged["pruned"] = prune(world, task, config, means=means, progress=False)
+    rows.append(measured("dense model, pruned features", world, judged["pruned"], batch))
+    print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
+    for name, circuit in judged.items() if options.judge else ():
+        print(name, evaluate(world, circuit, task, EvaluationConfig(searches=False), tokens=tokens),
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ from tl_sparse.tracing import (
 from tl_sparse.tracing.dictionary_config import TrainedActivation
 
 CONTEXT = 32
-STEPS = {"induction": 1200, "agreement": 1200}
+STEPS = {"induction": 4000, "agreement": 1200}
+DICTIONARY_STEPS = {"induction": 1000, "agreement": 400}
 FEATURES = {"embed": (96, 4), "attn": (256, 12), "mlp": (384, 12)}
 """Features at each kind of place, and how many of them are active per token on average."""
 
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(LANGUAGES))
     parser.add_argument("run")
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--dictionary-steps", type=int, default=400)
+    parser.add_argument("--dictionary-steps", type=int, default=None)
     parser.add_argument("--documents", type=int, default=40_000)
     parser.add_argument("--l1", type=float, nargs="*", default=[],
                         help="further ReLU dictionaries with these lambdas")  # fmt: skip
@@ -225,9 +226,10 @@ def main() -> None:
         diffs = task_logit_diffs(model, task.batch(200, split=split, seed=0))
         print(f"accuracy, {split}: {float((diffs > 0).float().mean()):.3f}", flush=True)
     tokens = text.validation_sequences(256, CONTEXT)
+    steps = options.dictionary_steps or DICTIONARY_STEPS[options.name]
     for l1 in [None, *options.l1]:
         name = "dictionaries" if l1 is None else f"dictionaries_{l1:g}"
-        made = trained_dictionaries(model, text, run, options.dictionary_steps, l1, name)
+        made = trained_dictionaries(model, text, run, steps, l1, name)
         print(name, measured(model, made, tokens).round(4).to_string(index=False), sep="\n",
               flush=True)  # fmt: skip
 
