@@ -13,7 +13,6 @@ from tl_sparse.circuits.mask_training import TrainingPool
 from tl_sparse.circuits.pruning_run import set_up
 from tl_sparse.circuits.shrunk import Shrunk
 from tl_sparse.sites import NodeIndex
-from tl_sparse.tasks import TaskBatch
 
 SEARCH = PruningConfig(
     headroom=0.0, steps=36, batch_pairs=8, selection_pairs=32, report_pairs=24, lr=0.05
@@ -26,19 +25,6 @@ OPTIONS = {
     ),
     "sinks": ("sinks", {}),
 }  # fmt: skip
-
-
-@pytest.fixture
-def pairs(random_tokens):
-    """Pairs of several lengths that begin alike, with the answers 3 and 4."""
-    generator = torch.Generator().manual_seed(6)
-    tokens = random_tokens[:12, :9].clone().repeat_interleave(2, 0)
-    last = torch.randint(4, 9, (24,), generator=generator)
-    for row in range(1, 24, 2):
-        tokens[row, 3:] = random_tokens[row, 3:9]
-    answer = torch.tensor([3, 4]).repeat(12)
-    texts = tuple(str(i) for i in range(24))
-    return TaskBatch(tokens, last, answer, 7 - answer, texts, texts)
 
 
 def shrunk_and_gates(model, pairs, share):
@@ -77,6 +63,44 @@ def test_gates_in_the_shrunk_model_do_what_they_do_in_the_full_one(name, share, 
     torch.testing.assert_close(
         small.losses(packed, hard), masked_losses(model, pairs, index, hard, values),
         rtol=0, atol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["AbsTopK", "everything together"])
+def test_masks_side_by_side_are_those_one_by_one(name, small_model, pairs):
+    model = small_model(OPTIONS[name][0], zeros=0.6)
+    small, _, index, values = shrunk_and_gates(model, pairs, 0.5)
+    generator = torch.Generator().manual_seed(2)
+    keep = small.within.repeat(40, 1)
+    nodes = torch.nonzero(small.within).flatten()
+    some = nodes[torch.randperm(len(nodes), generator=generator)[:30]]
+    keep[torch.arange(30), some] = False  # one node less each, then fewer and fewer, then twice
+    for row in range(30, 38):
+        keep[row, some[: 3 * (row - 29)]] = False
+    found = small.losses(PackedBatch.of(pairs), keep)
+    expected = masked_losses(model, pairs, index, keep, values)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["attn_out", "attn_v attn_out", "attn_q attn_k attn_out mlp_out"])
+def test_sublayers_of_which_little_is_left(kept, small_model, pairs):
+    model = small_model("together", zeros=0.6)
+    index = NodeIndex.of(model)
+    generator = torch.Generator().manual_seed(1)
+    values = 0.3 * torch.randn(index.n_nodes, generator=generator)
+    within = torch.zeros(index.n_nodes, dtype=torch.bool)
+    for site in kept.split():
+        for layer in range(model.config.n_layers):
+            within[index.slices[index.hook(layer, site)]] = True
+    small = Shrunk.of(model, index, within, values, [pairs])
+    gates = within[None].float().requires_grad_()
+    found = small.logit_diffs(PackedBatch.of(pairs), gates)
+    expected = gated_logit_diffs(model, pairs, index, gates, values)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        small.losses(PackedBatch.of(pairs), within[None]),
+        masked_losses(model, pairs, index, within[None], values), rtol=0, atol=1e-5,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_sparse.ablation.interventions import (
@@ -23,6 +23,8 @@ from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
 ROWS = 1024  # masks x prompts of one forward pass: more save no time on a CPU, and cost memory
+PARTS, MANY = 4, 64  # this many rows and more are run in so many parts, by length,
+WORTH = 0.85  # where without padding no more than this share of their slots is left
 
 
 def gated_logit_diffs(
@@ -67,12 +69,18 @@ def gated_logit_diffs(
             if bool(cut[index.slices[name]].any())
         ]
         if packed is not None and isinstance(model, SparseTransformer):
-            again = torch.arange(len(packed.lengths)).repeat(len(part))
-            logit_diffs = packed_logit_diffs(model, packed.rows(again), mixes)
+            several = by_length(packed.lengths)
+            logit_diffs = torch.cat(
+                [
+                    packed_logit_diffs(model, packed.rows(some.repeat(len(part))), mixes)
+                    .view(len(part), -1, 2)
+                    for some in several
+                ], 1,
+            )[:, torch.cat(several).argsort().to(device)]  # fmt: skip
         else:
             logit_diffs = task_logit_diffs(model, tiled(batch, len(part)), [*hooks, *mixes])
         check_fired(mixes)
-        found.append(logit_diffs.view(len(part), len(batch)))
+        found.append(logit_diffs.reshape(len(part), len(batch)))
     return torch.cat(found) if found else torch.zeros(0, len(batch), device=device)
 
 
@@ -94,6 +102,14 @@ def masked_losses(
         model, batch, index, keep, values, hooks=hooks, max_rows=max_rows
     )
     return F.softplus(-logit_diffs).mean(1)
+
+
+def by_length(lengths: Int[Tensor, " row"]) -> list[Int[Tensor, " some"]]:
+    """Which rows run together: those of like lengths, where that saves much padding."""
+    order = lengths.argsort(stable=True)
+    parts = order.chunk(PARTS if len(order) >= MANY else 1)
+    run = sum(len(part) * int(lengths[part].max()) for part in parts)
+    return list(parts) if run < WORTH * len(order) * int(lengths.max()) else [order]
 
 
 def tiled(batch: TaskBatch, copies: int) -> TaskBatch:

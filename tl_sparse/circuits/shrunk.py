@@ -8,26 +8,26 @@ then costs what the circuit costs and not what the model does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_sparse.ablation import FwdHook
 from tl_sparse.ablation.logit_diff import PackedBatch
 from tl_sparse.circuits.compiled import CompiledCircuit, why_not_compiled
 from tl_sparse.circuits.folding import KeptNodes
+from tl_sparse.circuits.gated_run import GatedRun, Heads, stage_of
+from tl_sparse.circuits.mask_groups import MaskGroups
+from tl_sparse.circuits.slots import Slots
 from tl_sparse.compat import has_hooks
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sites import NodeIndex
 from tl_sparse.tasks import TaskBatch
 
-Hook = Callable[..., Tensor]
-ROWS = 512  # masks x pairs of one forward pass
+SLOTS = 16384  # masks x slots of one forward pass
 WORTH = 0.85  # of the nodes that a pass has now: shrunk when no more than these are left
 
 
@@ -39,10 +39,14 @@ class Shrunk:
     """The model of these nodes."""
     within: Bool[Tensor, " node"]
     """Which nodes of the full model it has."""
-    sites: tuple[tuple[str, Tensor], ...]
-    """(hook, numbers [channel] of its nodes in the full model, in the order of its last axis)."""
-    values: Float[Tensor, " node"]
-    """What a node is set to where its gate is closed."""
+    heads: tuple[Heads | None, ...]
+    """How its attention is laid out, layer by layer."""
+    numbers: Int[Tensor, " kept"]
+    """Numbers of its nodes in the full model, hook by hook."""
+    sites: tuple[tuple[str, int, int], ...]
+    """Hook, stage and number of nodes of each site."""
+    values: Float[Tensor, " kept"]
+    """What each node is set to where its gate is closed, in the same order."""
     column: Int[Tensor, " token_id"]
     """Which of the compiled logits each answer's is."""
 
@@ -71,14 +75,16 @@ class Shrunk:
             compiled = CompiledCircuit(model, nodes, ids.unique().cpu(), True, tables=False)
         compiled.requires_grad_(False)
         device = values.device
-        sites = tuple(
-            (group.hook, index.slices[group.hook].start + torch.tensor(group.channels).to(device))
-            for group in compiled.groups
-            if group.hook in index.slices and group.channels
-        )
+        gated = [g for g in compiled.groups if g.hook in index.slices and g.channels]
+        numbers = torch.tensor(
+            [index.slices[g.hook].start + channel for g in gated for channel in g.channels],
+            dtype=torch.int64, device=device,
+        )  # fmt: skip
+        sites = tuple((g.hook, stage_of(g.layer, g.site), len(g.channels)) for g in gated)
+        heads = tuple(None if b.attn is None else Heads.of(b.attn) for b in compiled.blocks)
         column = torch.zeros(model.config.n_logits, dtype=torch.int64, device=device)
         column[compiled.token_ids] = torch.arange(len(compiled.token_ids), device=device)
-        return cls(compiled, within.to(device), sites, values, column)
+        return cls(compiled, within.to(device), heads, numbers, sites, values[numbers], column)
 
     def holds(self, keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"]) -> bool:
         """Whether all that the masks keep, of any of them, is here."""
@@ -92,47 +98,45 @@ class Shrunk:
         The rows of ``batch`` are mask-major. Differentiable in the gates; those of nodes that are
         not here have no effect.
         """
-        widths = [nodes.shape[0] for _, nodes in self.sites]
-        numbers = torch.cat([nodes for _, nodes in self.sites])
-        # taken once for all sites: each would have a gradient as wide as the full model
-        parts = (
-            whole.split(widths, -1)
-            for whole in (gates.index_select(1, numbers), self.values[numbers])
-        )
-        hooks: list[FwdHook] = [
-            (hook, mixing(gate, value))
-            for (hook, _), gate, value in zip(self.sites, *parts, strict=True)
-        ]
-        packed = batch.packed
-        with self.compiled.hooks(fwd_hooks=hooks):
-            logits = self.compiled.run(packed.tokens, packed.positions, packed.last, packed.mask)
-        correct, incorrect = (
-            logits.gather(2, self.column[ids][..., None])
-            for ids in (batch.correct_token, batch.incorrect_token)
-        )
-        return (correct - incorrect).float().flatten()
+        slots = Slots.of(batch)
+        mine = gates.index_select(1, self.numbers)
+        if len(gates) > 1:  # the gates of every slot's mask
+            of_slot = torch.arange(len(gates)).repeat_interleave(
+                batch.lengths.view(len(gates), -1).sum(1)
+            )
+            mine = F.one_hot(of_slot, len(gates)).to(mine) @ mine
+        masks = MaskGroups(self._by_hook(mine[None]), (), (), ())
+        return self._answers(batch, self._run(slots, masks).logits())[0]
 
     @torch.no_grad()
     def losses(self, batch: PackedBatch, keep: Bool[Tensor, "mask node"]) -> Float[Tensor, " mask"]:
         """Mean two-way task loss (nats) of a batch under each mask; see ``masked_losses``."""
-        pairs = len(batch.lengths)
+        slots = Slots.of(batch)
+        mine = keep.to(self.within.device).index_select(1, self.numbers).to(self.values)
+        # masks that agree at the first sites stand together
+        mine, where = mine.unique(dim=0, return_inverse=True)
+        stages = {hook: stage for hook, stage, _ in self.sites}
         found = [torch.zeros(0, device=self.within.device)]
-        for part in keep.to(self.within.device).float().split(max(1, ROWS // pairs)):
-            again = torch.arange(pairs).repeat(len(part))
-            diffs = self.logit_diffs(batch.rows(again), part)
-            found.append(F.softplus(-diffs).view(len(part), -1).mean(1))
-        return torch.cat(found)
+        for part in mine.split(max(1, SLOTS // slots.tokens.shape[1])):
+            masks = MaskGroups.of(self._by_hook(part), stages)
+            diffs = self._answers(batch, self._run(slots, masks).logits())
+            found.append(masks.of_masks(F.softplus(-diffs).mean(1)).expand(len(part)))
+        return torch.cat(found)[where]
 
+    # ----------------------------------------------------------------------------------------------
 
-def mixing(gate: Float[Tensor, "mask kept"], value: Float[Tensor, " kept"]) -> Hook:
-    """What an :class:`~tl_sparse.ablation.Intervention` with a mask and a value does, at a compiled
-    hook, whose channels are its last axis: a third of the operations."""
+    def _by_hook(self, x: Float[Tensor, "*any kept"]) -> dict[str, Tensor]:
+        parts = x.split([n for _, _, n in self.sites], -1)
+        return {hook: part for (hook, _, _), part in zip(self.sites, parts, strict=True)}
 
-    def mix(x: Tensor, hook: Any = None) -> Tensor:
-        weight = gate.to(x.dtype)
-        if gate.shape[0] == 1:
-            return torch.lerp(value, x, weight)
-        side = x.unflatten(0, (gate.shape[0], -1))
-        return torch.lerp(value, side, weight[:, None, None]).flatten(0, 1)
+    def _run(self, slots: Slots, masks: MaskGroups) -> GatedRun:
+        return GatedRun(self.compiled, self.heads, self._by_hook(self.values), slots, masks)
 
-    return mix
+    def _answers(
+        self, batch: PackedBatch, logits: Float[Tensor, "group end token_id"]
+    ) -> Float[Tensor, "group prompt"]:
+        correct, incorrect = (
+            logits.gather(2, self.column[ids].flatten()[None, :, None].expand(len(logits), -1, 1))
+            for ids in (batch.correct_token, batch.incorrect_token)
+        )
+        return (correct - incorrect)[..., 0].float()

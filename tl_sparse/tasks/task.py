@@ -293,11 +293,14 @@ class Task:
         chosen: list[_Encoded] = []
         seen: set[_Encoded] = set()
         repeats: list[_Encoded] = []
+        known: dict[tuple[str, str] | Pair, _Encoded | None] = {}  # few distinct ones, drawn often
         for _ in range(_TRIES):
             drawn = list(islice(source, n_pairs - len(chosen)))
             if not drawn:
                 break
-            for pair in self._encoded(drawn):
+            new = [pair for pair in dict.fromkeys(drawn) if pair not in known]
+            known.update(zip(new, self._encoded(new) if new else (), strict=True))
+            for pair in map(known.__getitem__, drawn):
                 if pair is None:
                     continue
                 (repeats if pair in seen else chosen).append(pair)
