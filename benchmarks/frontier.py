@@ -2,7 +2,8 @@
 
 For every task that a model does, a circuit by each objective: plain pruning; pruning that also has
 to stand one thing (random subsets of the rest, an adversary with a budget, the rest as on other
-prompts, frozen norms); and all of them. Each is judged by the suite (without its searches), and
+prompts, frozen norms); and all of them; "no headroom" is plain pruning to the target itself, as the
+paper does it. Each is judged by the suite (without its searches), and
 circuits of nonsense (answers swapped, two arbitrary tokens, weights drawn anew) stand beside them,
 by plain pruning. Rows that a former run has finished are not run again. Prints tables and writes
 frontier.json and frontier.html.
@@ -41,6 +42,7 @@ from tl_sparse.views.chart import Panel, chart
 NONE = FaithfulConfig(stochastic=0.0, adversarial=0.0, other_prompts=0.0, limit=0.3)
 """0.3 nats on selection pairs, so that held-out ones stay below the suite's 0.35."""
 OBJECTIVES = {
+    "no headroom": NONE,
     "plain": NONE,
     "random subsets": replace(NONE, stochastic=1.0),
     "other prompts": replace(NONE, other_prompts=1.0),
@@ -53,14 +55,17 @@ NULLS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
     "arbitrary tokens": lambda model, task: (model, arbitrary_map(task, 0)),
     "weights drawn anew": lambda model, task: (reinitialised(model, 0), task),
 }
+JUDGED = EvaluationConfig(
+    searches=False, verdict_only=True, few_pairs=8, controls=8, subsets=16, restoration_draws=4,
+    attack_steps=20, attack_restarts=1, attack_pairs=8,
+)  # fmt: skip
 SHOWN = {
     "loss": ("sufficiency", "loss", "as_pruned"),
     "f": ("sufficiency", "f", "as_pruned"),
-    "text": ("sufficiency", "loss", "resample"),
+    "zero": ("sufficiency", "loss", "zero"),
     "other answer": ("sufficiency", "loss", "other_answer"),
     "other answer, accuracy": ("sufficiency", "accuracy", "other_answer"),
     "matched": ("partial_ablation", "adversarial_loss", "matched"),
-    "any attack": ("partial_ablation", "adversarial_loss", "continuous"),
     "frozen": ("norms", "frozen_share", ""),
 }
 KEY = ["model", "task", "objective", "seed"]
@@ -76,9 +81,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--target", type=float, default=0.15)
     parser.add_argument("--headroom", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-pairs", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=64, help="held-out pairs of the suite")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-pairs", type=int, default=8)
+    parser.add_argument("--selection-pairs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=32, help="held-out pairs of the suite")
     parser.add_argument("--out", default="frontier")
     args = parser.parse_args()
     out = Path(args.out)
@@ -94,7 +100,7 @@ def main() -> None:
             for seed in args.seeds:
                 config = PruningConfig(
                     target_loss=args.target, headroom=args.headroom, steps=args.steps,
-                    batch_pairs=args.batch_pairs, seed=seed,
+                    batch_pairs=args.batch_pairs, selection_pairs=args.selection_pairs, seed=seed,
                 )  # fmt: skip
                 for kind in [*args.objectives, *args.nulls]:
                     key = dict(zip(KEY, (name, task_name, kind, seed), strict=True))
@@ -103,7 +109,8 @@ def main() -> None:
                     if kind in NULLS:
                         row = null_row(model, task, replace(config, must_solve=False), text, kind)
                     else:
-                        row = row_of(model, task, config, means, text, OBJECTIVES[kind], args)
+                        asked = replace(config, headroom=0.0) if kind == "no headroom" else config
+                        row = row_of(model, task, asked, means, text, OBJECTIVES[kind], args)
                     rows.append(key | row)
                     write_atomic(file, json.dumps(rows, indent=1))
                     print(key, {k: v for k, v in row.items() if k != "outcomes"}, flush=True)
@@ -133,14 +140,17 @@ def row_of(
     except (PruningFailed, ValueError) as error:
         return {"why_not": str(error)[:200], "seconds": time.process_time() - began}
     seconds = time.process_time() - began
-    asked = EvaluationConfig(searches=False, pairs=args.pairs)
+    low, high = circuit.loss_interval
+    asked = replace(JUDGED, pairs=args.pairs)
     report = evaluate(model, circuit, task, asked, tokens=text, progress=False)
+    judging = time.process_time() - began - seconds
     table = report.to_dataframe().set_index(["check", "name", "variant"])["value"]
     outcomes = {c.criterion.key: c.outcome for c in report.criteria if c.outcome != "not measured"}
     return {
-        "nodes": circuit.n_nodes, "edges": circuit.n_edges,
+        "nodes": circuit.n_nodes, "edges": circuit.n_edges, "full": circuit.model_loss,
+        "held out": circuit.loss, "low": low, "high": high, "sure": circuit.confidence,
         "passed": sum(outcome == "passed" for outcome in outcomes.values()),
-        "judged": len(outcomes), "outcomes": outcomes, "seconds": seconds,
+        "judged": len(outcomes), "outcomes": outcomes, "seconds": seconds, "judging": judging,
         **{column: float(table.get(key, float("nan"))) for column, key in SHOWN.items()},
     }  # fmt: skip
 

@@ -96,6 +96,33 @@ def test_every_check_runs_and_the_report_comes_back_exactly(chain, random_tokens
     assert all(f">{name.replace('_', ' ')}<" in page for name in check_names())
 
 
+def test_the_verdict_alone_costs_less_and_says_the_same(chain, random_tokens):
+    model, task, circuit = chain
+    config = replace(SMALL, searches=False, checks=None)
+    whole, short = (
+        evaluate(
+            model, circuit, task, replace(config, verdict_only=only), tokens=random_tokens,
+            progress=False,
+        )
+        for only in (False, True)
+    )  # fmt: skip
+    judged = {check.name for check in all_checks() if check.criteria and not check.searches}
+    assert {r.check for r in short.results} == judged < {r.check for r in whole.results}
+    answers = {c.criterion.key: c.outcome for c in whole.criteria}
+    assert {c.criterion.key: c.outcome for c in short.criteria} == answers
+    assert "passed" in answers.values()
+    numbers, fewer = (
+        r.to_dataframe().set_index(["check", "name", "variant"]) for r in (whole, short)
+    )
+    assert len(fewer) < len(numbers) / 2
+    columns = ["value", "low", "high"]
+    same = numbers.loc[fewer.index, columns]
+    pd.testing.assert_frame_equal(fewer[columns], same, rtol=1e-5, atol=1e-6)
+    compared = [("sufficiency", "loss", "as_pruned"), ("necessity", "necessity", "outside")]
+    nulls = ["null", "null_low", "null_high"]
+    pd.testing.assert_frame_equal(fewer.loc[compared, nulls], numbers.loc[compared, nulls])
+
+
 DRAWN = (
     "sufficiency", "necessity", "completeness", "minimality", "partial_ablation", "nulls",
     "generalisation",

@@ -9,8 +9,8 @@ from tl_sparse.circuits import PruningConfig
 from tl_sparse.faithfulness import EvaluationConfig, under_test
 from tl_sparse.faithfulness.attention import head_patterns
 from tl_sparse.faithfulness.checks.partial_ablation import attacked
-from tl_sparse.faithfulness.checks.sufficiency import ablations
 from tl_sparse.faithfulness.registry import HALF_OF_CHANCE
+from tl_sparse.faithfulness.ways_to_ablate import ablations
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,8 @@ def evaluate(
 def wanted(check: Check, config: EvaluationConfig) -> bool:
     """Whether a config asks for a check."""
     named = config.checks is None or check.name in config.checks
-    return named and (config.searches or not check.searches)
+    judged = bool(check.criteria) or not config.verdict_only
+    return named and judged and (config.searches or not check.searches)
 
 
 def measured(check: Check, test: CircuitUnderTest) -> CheckResult:

@@ -54,8 +54,8 @@ class NodeAblation:
 
     share: float = 0.2
     """Share of the sequences of each backward pass, rounded, at least one; 0: plain training."""
-    largest: float = 0.5
-    """The largest rate at which nodes are removed."""
+    largest: float = 1.0
+    """The largest rate at which nodes are removed; at 1 as in the suite's random subsets."""
 
     is_loss_of_model = True
     companions = NextToken.companions

@@ -10,14 +10,14 @@ from tl_sparse.ablation.kinds import AblationKind
 from tl_sparse.circuits import circuit_of_heads
 from tl_sparse.faithfulness.checks.completeness import greedy_subset
 from tl_sparse.faithfulness.checks.norms import norms
-from tl_sparse.faithfulness.checks.sufficiency import (
+from tl_sparse.faithfulness.checks.sufficiency import sufficiency
+from tl_sparse.faithfulness.controls import on
+from tl_sparse.faithfulness.optimal_ablation import optimal_values
+from tl_sparse.faithfulness.ways_to_ablate import (
     ablations,
     logit_diffs_under,
     resampled_sequences,
-    sufficiency,
 )
-from tl_sparse.faithfulness.controls import on
-from tl_sparse.faithfulness.optimal_ablation import optimal_values
 
 ABLATIONS = (
     "as_pruned", "zero", "task_mean", "mean", "positional_mean", "resample", "other_answer",
@@ -183,7 +183,7 @@ def test_prompts_run_in_parts_where_resample_sources_are_large(small, monkeypatc
     masks = torch.stack([small.kept, ~small.kept])
     together = logit_diffs_under(small, masks, values)
     of_three_pairs = 3 * 2 * small.batch.tokens.shape[1] * small.index.n_nodes
-    module = sys.modules["tl_sparse.faithfulness.checks.sufficiency"]
+    module = sys.modules["tl_sparse.faithfulness.ways_to_ablate"]
     monkeypatch.setattr(module, "MOST_FLOATS", of_three_pairs)
     parts = logit_diffs_under(small, masks, values)
     torch.testing.assert_close(parts, together, atol=1e-5, rtol=1e-5)

@@ -24,7 +24,8 @@ def completeness(test: CircuitUnderTest) -> CheckResult:
     Variant ``random``: its mean over ``subsets`` random K ⊆ C on the first ``few_pairs`` test
     pairs; null: random sets, as many components at every hook, each with one random K of its own.
     Variant ``greedy``: of one K that was built component by component to make it large on train
-    prompts, on all test pairs; null: the random K.
+    prompts, on all test pairs; null: the random K. Left out with ``verdict_only``, where one random
+    set stands beside the circuit.
     """
     if not bool(test.kept_components.any()):
         raise NotMeasured("the circuit has no components")
@@ -35,13 +36,11 @@ def completeness(test: CircuitUnderTest) -> CheckResult:
     gaps = knockout_gaps(kept, removed)
     logit_diffs = component_logit_diffs(small, gaps)
     columns = [small.empty_logit_diffs, small.model_logit_diffs, *logit_diffs]
-    sets = random_components(test, "anywhere", config.controls)
+    n_sets = 1 if config.verdict_only else config.controls  # no criterion compares with them
+    sets = random_components(test, "anywhere", n_sets)
     against = knockout_gaps(sets, random_subsets(sets, generator))
     random = torch.cat([torch.stack(columns[:2]), component_logit_diffs(small, against)]).double()
     each = gap(torch.stack(columns).double().mean(1)[None])[0]
-
-    worst = greedy_subset(test, generator)
-    chosen = component_logit_diffs(test, knockout_gaps(kept, worst[None]))
 
     def measure(
         variant: str, columns: list[Tensor], null: Tensor, null_name: str, examples: Tensor,
@@ -52,19 +51,21 @@ def completeness(test: CircuitUnderTest) -> CheckResult:
             prompts=prompts, examples=examples, null=null, null_name=null_name,
         )  # fmt: skip
 
+    of_random = measure(
+        "random", columns, gap(random.mean(1)[None])[0],
+        "random node sets of the same sizes, and random knockouts in them", each,
+    )  # fmt: skip
+    if config.verdict_only:
+        return CheckResult((of_random,))
+    worst = greedy_subset(test, generator)
+    chosen = component_logit_diffs(test, knockout_gaps(kept, worst[None]))
     base = [test.empty_logit_diffs, test.model_logit_diffs]
     apart = (chosen[0] - chosen[1]).double() / (base[1] - base[0]).double().mean()
-    measures = (
-        measure(
-            "random", columns, gap(random.mean(1)[None])[0],
-            "random node sets of the same sizes, and random knockouts in them", each,
-        ),
-        measure(
-            "greedy", [*base, *chosen], each, "random knockouts in the circuit", apart,
-            test.batch.prompts,
-        ),
+    of_greedy = measure(
+        "greedy", [*base, *chosen], each, "random knockouts in the circuit", apart,
+        test.batch.prompts,
     )  # fmt: skip
-    return CheckResult(measures)
+    return CheckResult((of_random, of_greedy))
 
 
 def gap(means: Float[Tensor, "draw column"]) -> Float[Tensor, "draw knockout"]:

@@ -43,13 +43,15 @@ def cumulative_restoration(test: CircuitUnderTest) -> CheckResult:
     - ``bump``: by how much it exceeds L at both ends: ``worst_loss - max(L(C), L(M))``, at least 0.
 
     Null: the same for ``restoration_draws`` random sets of as many components at every hook, in one
-    order each. Table ``curve``: kind (circuit, random), draw, fraction, n_components, loss, f.
+    order each; with ``verdict_only`` for one set. Table ``curve``: kind (circuit, random), draw,
+    fraction, n_components, loss, f.
     """
     small, config = few(test), test.config
     generator = torch.Generator().manual_seed(config.seed)
     draws = config.restoration_draws
     circuit = paths(test.kept_components.expand(draws, -1), generator)
-    random = paths(random_components(test, "anywhere", draws), generator)
+    n_sets = 1 if config.verdict_only else draws  # no criterion compares with them
+    random = paths(random_components(test, "anywhere", n_sets), generator)
     logit_diffs = _path_logit_diffs(small, circuit)
     null_logit_diffs = _path_logit_diffs(small, random)
     losses, null_losses = (F.softplus(-m.double()) for m in (logit_diffs, null_logit_diffs))

@@ -41,11 +41,14 @@ def norms(test: CircuitUnderTest) -> CheckResult:
     - ``norm_drift``, a variant a norm hook: scale under the circuit / scale in the full model, mean
       over prompts and their tokens. Below one, the norm amplifies what is left.
 
+    With ``verdict_only`` there is no ``norm_drift``, and one random set.
+
     Null: random sets with as many components at every hook, on the first ``few_pairs`` test pairs.
     Where a model's norms have no scales to read or to set, a note says so.
     """
     model, config, small = test.model, test.config, few(test)
-    sets = test.nodes(random_components(test, "anywhere", config.controls))
+    n_sets = 1 if config.verdict_only else config.controls  # no criterion compares with them
+    sets = test.nodes(random_components(test, "anywhere", n_sets))
     notes: list[str] = []
     found = []
 
@@ -83,6 +86,8 @@ def norms(test: CircuitUnderTest) -> CheckResult:
         )  # fmt: skip
         if test.norms:
             notes.append("frozen_loss, frozen_f: the circuit was found with frozen norms")
+    if config.verdict_only:
+        return CheckResult(tuple(found), notes=tuple(notes))
     drift = norm_drift(test, test.kept[None])
     random_drift = norm_drift(small, sets)
     for name, ratio in drift.items():

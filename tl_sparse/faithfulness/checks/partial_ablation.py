@@ -48,6 +48,8 @@ def partial_ablation(test: CircuitUnderTest) -> CheckResult:
           ``rounded`` (every component is left or removed). Without it, thousands of small pushes to
           one answer add up, which cancel in the model and are no part of how it does the task.
 
+    With ``verdict_only``: ``stochastic_loss`` and ``adversarial_loss [matched]`` alone, no nulls.
+
     The null of each is the same for random sets of components, as many at every hook (under the
     first four random ablation masks, or the worst that one ascent finds against each set): what the
     ablation masks do to a set that explains nothing. Table ``ablation_masks``: a row per ablation
@@ -55,6 +57,8 @@ def partial_ablation(test: CircuitUnderTest) -> CheckResult:
     probability ``p`` of being left, the share ``left`` of the removed components, logit_diff, loss
     and f on test prompts, and of attacks the loss on the prompts that they were found on.
     """
+    if test.config.verdict_only:
+        return judged_numbers(test)
     config, component = test.config, test.component
     generator = torch.Generator().manual_seed(config.seed)
     circuit = test.kept_components[None]
@@ -132,6 +136,26 @@ def partial_ablation(test: CircuitUnderTest) -> CheckResult:
             ),
         ]  # fmt: skip
     return CheckResult(tuple(measures), {"ablation_masks": table})
+
+
+def judged_numbers(test: CircuitUnderTest) -> CheckResult:
+    """The two numbers that the verdict reads."""
+    config, circuit = test.config, test.kept_components[None]
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn, _ = random_ablation_masks(test.n_components, config.subsets, generator)
+    worst = attacked(test, circuit, config.attack_restarts, limited=True).ablation_masks
+    masks = torch.cat([drawn, worst])
+    gates = gates_of(circuit.repeat(len(masks), 1), masks, test.component)
+    losses = F.softplus(-test.logit_diffs(gates))
+    return CheckResult(
+        tuple(
+            measured_mean(config, name, variant, [loss], prompts=test.batch.prompts)
+            for name, variant, loss in (
+                ("stochastic_loss", "", losses[: len(drawn)].mean(0)),
+                ("adversarial_loss", "matched", losses[-1]),
+            )
+        )
+    )
 
 
 def attacked(

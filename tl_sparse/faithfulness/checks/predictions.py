@@ -41,7 +41,8 @@ def predictions(test: CircuitUnderTest) -> CheckResult:
       logit_diff from the shortest diluted context to each longer one (the variant ``dilution``).
     - ``sign_agreement``: share of prompts, or of lengths, whose d has the same sign in both.
 
-    Null: random sets with as many components at every hook, in place of the circuit. Tables
+    Null: random sets with as many components at every hook, in place of the circuit; one with
+    ``verdict_only``. Tables
     ``distractor`` (a row per prompt) and ``dilution`` (a row per length). Only for built-in tasks
     with these variants.
     """
@@ -53,7 +54,8 @@ def predictions(test: CircuitUnderTest) -> CheckResult:
         for name in ("distractor", "dilution")
         if name not in known
     ]
-    components = random_components(test, "anywhere", min(CONTROLS, test.config.controls))
+    n_sets = 1 if test.config.verdict_only else min(CONTROLS, test.config.controls)
+    components = random_components(test, "anywhere", n_sets)
     masks = torch.cat([test.kept[None], test.nodes(components)])
     for name, run in (("distractor", distracted), ("dilution", diluted)):
         if name not in known:

@@ -6,40 +6,32 @@ Sources: Gao et al. 2025, §A.5 and appendix E (mean ablation, resampling); Wang
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_sparse.ablation import (
-    KINDS,
-    Replacement,
-    ResampleSources,
-    activation_means,
-    aligned_sources,
-)
-from tl_sparse.ablation.eval_mode import eval_mode
-from tl_sparse.ablation.kinds import AblationKind
+from tl_sparse.ablation import KINDS, ResampleSources
 from tl_sparse.circuits.calibration import Calibration, calibrate, calibrated
-from tl_sparse.faithfulness.controls import few, first_nodes, on, on_train, random_components
+from tl_sparse.faithfulness.controls import few, first_nodes, on_train, random_components
 from tl_sparse.faithfulness.measure import CheckResult, Measure, Statistic, measured_mean
 from tl_sparse.faithfulness.metrics import kl_recovered, loss_recovered, normalised, two_way_kl
 from tl_sparse.faithfulness.optimal_ablation import optimal_values
 from tl_sparse.faithfulness.ranking import ranking_measures
 from tl_sparse.faithfulness.registry import HALF_OF_CHANCE, Check, Criterion
 from tl_sparse.faithfulness.under_test import CircuitUnderTest
-from tl_sparse.tasks import TaskBatch
+from tl_sparse.faithfulness.ways_to_ablate import (
+    OF_PROMPTS,
+    Values,
+    ablations,
+    logit_diffs_under,
+)
 
-MEAN_PAIRS = 256  # train pairs that task means are taken over
-MOST_FLOATS = 2**27  # of resampled activations in memory at once
-OF_PROMPTS = ("other_answer", "other_prompt")
-"""Ways to ablate by the task's own prompts."""
 NULL = "random node sets of the same sizes at every hook"
-Values = Callable[[TaskBatch], Replacement]
+MEASURED_ONLY = "resample"  # in text other mechanisms may give the same answers
 
 
 def sufficiency(test: CircuitUnderTest) -> CheckResult:
@@ -69,10 +61,15 @@ def sufficiency(test: CircuitUnderTest) -> CheckResult:
     ``cmd`` of MIB; see :func:`~tl_sparse.faithfulness.ranking.ranking_measures`, whose table is
     ``ranking``.
 
+    With ``verdict_only`` there are the losses that criteria read, with the null of ``as_pruned``
+    alone, and of ``as_pruned`` accuracy and f.
+
     ∅ is ablated as C is. The null of each is that of random sets with as many components at every
     hook, on the first ``few_pairs`` test pairs. What needs the pretraining text is left out without
     it.
     """
+    if test.config.verdict_only:
+        return _judged_numbers(test)
     small = few(test)
     sets = random_components(test, "anywhere", test.config.controls)
     found: list[Measure] = []
@@ -100,80 +97,35 @@ def sufficiency(test: CircuitUnderTest) -> CheckResult:
     return CheckResult(tuple(found), tables, tuple(notes))
 
 
-def ablations(test: CircuitUnderTest, notes: list[str]) -> dict[str, Values]:
-    """Every way to ablate but the learned one, as what removed nodes are set to for a batch.
+def _judged_numbers(test: CircuitUnderTest) -> CheckResult:
+    """The numbers that the verdict reads, and f."""
+    config, prompts = test.config, test.batch.prompts
+    found: list[Measure] = []
+    notes: list[str] = []
 
-    What cannot be had is left out, and a line about it added to ``notes``.
-    """
-    as_pruned, text = test.values, test.tokens
-    found: dict[str, Values] = {"as_pruned": lambda batch: as_pruned}
-    longest = int(max(test.batch.last.max(), test.train_batch.last.max())) + 1
-    left_out: dict[str, list[str]] = {}
-    for name, kind in KINDS.items():
-        if text is None and kind.needs_text:
-            left_out.setdefault("no text of the pretraining distribution", []).append(name)
-        elif text is not None and kind.sources is not None and text.shape[1] < longest:
-            why = (
-                f"sequences of {text.shape[1]} tokens are shorter than the longest prompt, of "
-                f"{longest}"
-            )
-            left_out.setdefault(why, []).append(name)
-        else:
-            with eval_mode(test.model):
-                found[name] = values_of(test, kind, longest)
-    notes += [f"{', '.join(names)}: {why}" for why, names in left_out.items()]
-    return found | {name: of_prompts(test, name == "other_answer") for name in OF_PROMPTS}
+    def measure(name: str, variant: str, columns: list[Tensor], **rest: Any) -> None:
+        found.append(measured_mean(config, name, variant, columns, prompts=prompts, **rest))
 
-
-def of_prompts(test: CircuitUnderTest, partner: bool) -> Values:
-    """Removed nodes as on the pair's other prompt, or on train prompts that are drawn by text."""
-    known, model = test.train_batch, test.model
-
-    def sources(batch: TaskBatch) -> ResampleSources:
-        rows = torch.arange(len(batch)) ^ 1
-        if not partner:
-            rows = resampled_sequences(batch.prompts, len(known), test.config.seed)
-        source = batch if partner else known
-        with eval_mode(model):
-            return aligned_sources(
-                model, source.tokens[rows], source.last[rows], batch.last, test.index,
-                test.circuit.means.model_fingerprint,
-            )  # fmt: skip
-
-    return sources
-
-
-def values_of(test: CircuitUnderTest, kind: AblationKind, longest: int) -> Values:
-    """What a kind of ablation sets removed nodes to, for a batch."""
-    model, index, text = test.model, test.index, test.tokens
-    if kind.means is not None:
-        over_text = test.circuit.means
-        if text is not None and kind.needs_text:
-            over_text = activation_means(model, text, index=index)
-        known = test.train_batch.pairs(0, MEAN_PAIRS)
-        values = kind.means(model, over_text, known).values.cpu()
-        return lambda batch: values
-    assert kind.sources is not None
-    assert text is not None
-    sources, tokens = kind.sources, text
-    if kind.pooled:
-        one = sources(model, tokens[:, :longest], index=index)
-        return lambda batch: one.take(torch.zeros(len(batch), dtype=torch.int64))
-
-    def drawn(batch: TaskBatch) -> ResampleSources:
-        rows = tokens[resampled_sequences(batch.prompts, len(tokens), test.config.seed)]
-        with eval_mode(model):
-            return sources(model, rows[:, : int(batch.last.max()) + 1], index=index)
-
-    return drawn
-
-
-def resampled_sequences(
-    prompts: tuple[str, ...], sequences: int, seed: int
-) -> Int[Tensor, " prompt"]:
-    """A random sequence for each prompt: by its text, so that its place in a batch is no matter."""
-    drawn = [random.Random(f"{seed} {prompt}").randrange(sequences) for prompt in prompts]
-    return torch.tensor(drawn)
+    for name, values in ablations(test, notes).items():
+        if name == MEASURED_ONLY:
+            continue
+        circuit = logit_diffs_under(test, test.kept[None], values)[0]
+        null: dict[str, Any] = {}
+        if name == "as_pruned":
+            sets = test.nodes(random_components(test, "anywhere", config.controls))
+            random = F.softplus(-logit_diffs_under(few(test), sets, values).double()).mean(1)
+            null = {"null": random, "null_name": NULL}
+        measure("loss", name, [F.softplus(-circuit)], **null)
+        measure("accuracy", name, [(circuit > 0).double()])
+    ends = test.empty_logit_diffs, test.model_logit_diffs
+    circuit = test.circuit_logit_diffs
+    measure(
+        "f", "as_pruned", [circuit, *ends], statistic=f_statistic,
+        examples=prompt_shares(circuit, ends[0], ends[1], ends[0]),
+    )  # fmt: skip
+    measure("empty_logit_diff", "as_pruned", [ends[0]])
+    measure("model_logit_diff", "", [ends[1]])
+    return CheckResult(tuple(found), notes=tuple(notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,20 +166,6 @@ def _fixed(
         _calibrated(random, logit_diffs_under(tuned, sets, values)),
         empty[: len(small.batch)], model[: len(small.batch)],
     )  # fmt: skip
-
-
-def logit_diffs_under(
-    test: CircuitUnderTest, keep: Bool[Tensor, "mask node"], values: Values
-) -> Float[Tensor, "mask prompt"]:
-    """Logit differences of a test's prompts, so many at a time that what they are resampled from
-    fits in memory."""
-    batch = test.batch
-    floats = 2 * (int(batch.last.max()) + 1) * test.index.n_nodes
-    pairs, all_pairs = max(1, MOST_FLOATS // floats), len(batch) // 2
-    if pairs >= all_pairs:
-        return test.logit_diffs(keep, values(batch))
-    parts = [on(test, batch.pairs(at, at + pairs)) for at in range(0, all_pairs, pairs)]
-    return torch.cat([part.logit_diffs(keep, values(part.batch)) for part in parts], 1)
 
 
 def _learned(
