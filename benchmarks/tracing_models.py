@@ -49,7 +49,7 @@ from tl_sparse.tracing.dictionary_config import TrainedActivation
 
 CONTEXT = 32
 STEPS = {"induction": 4000, "agreement": 1200}
-DICTIONARY_STEPS = {"induction": 1000, "agreement": 400}
+DICTIONARY_STEPS = {"induction": 600, "agreement": 400}
 FEATURES = {"embed": (96, 4), "attn": (256, 12), "mlp": (384, 12)}
 """Features at each kind of place, and how many of them are active per token on average."""
 
