@@ -22,6 +22,8 @@ LABEL = re.compile(r"\b[0-9a-f]{12,}\b")
 NUMBER = re.compile(r"[-+−]?(?:\d[\d,_]*\.?\d*(?:e[-+]?\d+)?|\.\d+)", re.IGNORECASE)
 """What may differ; nan and inf are words: a number that became one is told."""
 DURATION = re.compile(r"\b\d[\d.,]*(?= ?(?:s|ms|min|seconds|minutes)\b)")
+FRAME = re.compile(r'(\bsrcdoc="[^"]*")')
+"""A page in a frame: a browser runs its scripts only as written, and "0,s" there is no duration."""
 PLACES = {
     place: name
     for place, name in (
@@ -83,7 +85,9 @@ def _joined(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
 def _placed(text: str) -> str:
     for place in sorted(PLACES, key=len, reverse=True):
         text = text.replace(place, PLACES[place])
-    return DURATION.sub("…", text)
+    parts = FRAME.split(text)
+    parts[::2] = [DURATION.sub("…", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def foreign_paths(notebook: NotebookNode) -> list[str]:

@@ -1,6 +1,10 @@
 """Notebooks are stored with outputs that hold; how that is told. `make notebooks` runs them."""
 
+import hashlib
+import re
 import tempfile
+from base64 import b64encode
+from html import unescape
 
 import nbformat
 import pytest
@@ -184,6 +188,27 @@ def test_progress_durations_and_paths_are_not_kept(tmp_path):
     assert output.text == f"took … s in tmp{inside}/x\n"
     assert made.cells[1].execution_count == 1
     assert "execution" not in made.cells[1].metadata
+
+
+def test_scripts_of_pages_in_frames_are_kept_as_they_are():
+    page = '<p>in 3 s</p><iframe srcdoc="<script>for(var u=0,s=1;;)</script>"></iframe> 4 min'
+    made = notebook(html(page))
+    clean(made)
+    kept = made.cells[1].outputs[0].data["text/html"]
+    assert kept == page.replace("in 3 s", "in … s").replace("4 min", "… min")
+
+
+def test_the_scripts_of_stored_pages_are_those_that_their_policies_allow(stored):
+    """A browser does not run any other."""
+    scripts = 0
+    for output in outputs(stored):
+        for frame in re.findall(r'srcdoc="([^"]*)"', output.get("data", {}).get("text/html", "")):
+            page = unescape(frame)
+            for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL):
+                name = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+                assert f"'sha256-{name}'" in page
+                scripts += 1
+    assert scripts > 0
 
 
 def test_a_path_of_the_machine_is_found():
