@@ -10,6 +10,8 @@ reference runs once, at the centres, for as many steps as are asked for.
   defaults but for headroom, which the reference has none of, by ``prune`` with every pass of the
   full model, and by the reference. Who reaches the target with no circuit smaller than a tenth of
   the model has failed.
+- ``ratio``: ``prune`` against the reference in turns; of the reference's steps only a few are
+  timed, the others taken to be as long (each is one pass of the full model, whatever is open).
 - ``step``: one training step of the reference against one of ``prune``, in interleaved rounds.
 - ``sweep``: ``prune_many`` on 32 settings against ``prune`` on each of a few of them, refinement
   included; what 32 would take one by one is extrapolated from these few and called so.
@@ -197,6 +199,28 @@ def circuits(
     return rows
 
 
+def ratio(
+    name: str, model: Any, task: Any, means: Any, target: float, seed: int, timed_steps: int
+) -> dict[str, Any]:
+    """Processor seconds of ``prune``, and of the reference with as many steps."""
+    config = PruningConfig(target_loss=target, headroom=0.0, seed=seed)
+    reference = Reference(model, task, means, config.steps, seed)
+    with eval_mode(model):
+        first = timed(lambda: [reference.step() for _ in range(timed_steps)])[1]
+    found, pruning = timed(lambda: prune(model, task, config, means=means, progress=False))
+    with eval_mode(model):
+        second = timed(lambda: [reference.step() for _ in range(timed_steps)])[1]
+        bisection = timed(lambda: reference.bisect(target))[1]
+    each = (first + second) / (2 * timed_steps)
+    return {
+        "model": name, "task": task.name, "steps": config.steps, "nodes": found.n_nodes,
+        "edges": found.n_edges, "prune s": pruning, "reference step s": each,
+        "reference bisection s": bisection,
+        "reference s (extrapolated)": config.steps * each + bisection,
+        "ratio": (config.steps * each + bisection) / pruning,
+    }  # fmt: skip
+
+
 def one_step(name: str, model: Any, task: Any, means: Any, rounds: int) -> dict[str, Any]:
     """Milliseconds of one training step, and the median ratio within a round with its quartiles."""
     few = 4
@@ -266,6 +290,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["step", "circuits", "sweep"])
     parser.add_argument("--target-loss", type=float, default=0.15)
     parser.add_argument("--reference-steps", type=int, nargs="*", default=[300, 500, 1000, 2000])
+    parser.add_argument("--timed-steps", type=int, default=10, help="of the reference, for ratio")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sweep-steps", type=int, default=300)
     parser.add_argument("--sweep-alone", type=int, default=4)
@@ -283,6 +308,10 @@ def main() -> None:
                 task.batch(1, split=split, seed=0)
             if "step" in found:
                 found["step"].append(one_step(name, model, task, means, args.rounds))
+            if "ratio" in found:
+                found["ratio"].append(
+                    ratio(name, model, task, means, args.target_loss, args.seed, args.timed_steps)
+                )
             if "circuits" in found:
                 found["circuits"] += circuits(
                     name, model, task, means, args.target_loss, args.reference_steps, args.seed

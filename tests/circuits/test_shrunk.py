@@ -104,6 +104,20 @@ def test_sublayers_of_which_little_is_left(kept, small_model, pairs):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_precision_are_shrunk_too(dtype, small_model, pairs):
+    model = small_model("together", zeros=0.6).to(dtype)
+    small, gates, index, values = shrunk_and_gates(model, pairs, 0.5)
+    gates = gates[:1].detach().requires_grad_()
+    found = small.logit_diffs(PackedBatch.of(pairs), gates)
+    (slopes,) = torch.autograd.grad(found.sum(), gates)
+    assert found.dtype == slopes.dtype == torch.float32
+    assert slopes.abs().max() > 0
+    if dtype == torch.float64:
+        expected = gated_logit_diffs(model, pairs, index, gates, values.double())[0]
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)
+
+
 def test_what_it_holds(small_model, pairs):
     small, gates, _, _ = shrunk_and_gates(small_model("plain"), pairs, 0.5)
     assert small.holds(gates > 0)

@@ -86,6 +86,8 @@ class PruningRun:
     """Nodes that are always removed."""
     full_loss: float
     """The full model's loss on the selection pairs."""
+    model_loss: float
+    """The same on the held-out pairs."""
     started: float
     """When the search began, by time.perf_counter."""
     groups: Int[Tensor, " node"] | None = None
@@ -282,9 +284,12 @@ def set_up(
             generator = torch.Generator().manual_seed(config.seed)
             values = sources.take(torch.randint(len(sources), (longest,), generator=generator))
         every = torch.ones(1, index.n_nodes, dtype=torch.bool)
-        full = masked_logit_diffs(model, selection, index, every, means.values)[0]
+        full, held_out = (
+            masked_logit_diffs(model, pairs, index, every, means.values)[0]
+            for pairs in (selection, report)
+        )
         check_finite({task.name: full}, f"logit differences of this {type(model).__name__}")
-        full_loss = float(F.softplus(-full).mean())
+        full_loss, model_loss = (float(F.softplus(-x).mean()) for x in (full, held_out))
         frozen_norms = [
             frozen_norms_of(model, batch) if config.freeze_norm else ()
             for batch in (selection, report)
@@ -292,7 +297,7 @@ def set_up(
     run = PruningRun(
         model=model, task=task, config=config, means=means, values=values, selection=selection,
         train=train, report=report, selection_hooks=frozen_norms[0], report_hooks=frozen_norms[1],
-        exclude=exclude, full_loss=full_loss, started=started, groups=groups,
+        exclude=exclude, full_loss=full_loss, model_loss=model_loss, started=started, groups=groups,
     )  # fmt: skip
     check_solved(run)
     return run
@@ -428,11 +433,9 @@ def build_circuit(
     with eval_mode(model), torch.no_grad():
         chosen = run.chosen_diffs(kept) if chosen is None else chosen
         calibration = calibrate(chosen)
-        every = torch.ones_like(kept)
-        logit_diffs, model_logit_diffs = (
-            masked_logit_diffs(model, run.report, index, keep[None], run.values, hooks=hooks)[0]
-            for keep, hooks in ((kept, run.report_hooks), (every, ()))
-        )
+        logit_diffs = masked_logit_diffs(
+            model, run.report, index, kept[None], run.values, hooks=run.report_hooks
+        )[0]
     means = run.means
     return Circuit(
         task=run.task.name,
@@ -446,7 +449,7 @@ def build_circuit(
         correct=(logit_diffs > 0).cpu(),
         calibration=calibration,
         selection_loss=float(F.softplus(-chosen).mean()),
-        model_loss=float(F.softplus(-model_logit_diffs).mean()),
+        model_loss=run.model_loss,
         target_loss=task_config.target_loss,
         n_active=n_active,
         seed=task_config.seed,

@@ -84,7 +84,8 @@ class Shrunk:
         heads = tuple(None if b.attn is None else Heads.of(b.attn) for b in compiled.blocks)
         column = torch.zeros(model.config.n_logits, dtype=torch.int64, device=device)
         column[compiled.token_ids] = torch.arange(len(compiled.token_ids), device=device)
-        return cls(compiled, within.to(device), heads, numbers, sites, values[numbers], column)
+        own = values[numbers].to(compiled.embed.dtype)
+        return cls(compiled, within.to(device), heads, numbers, sites, own, column)
 
     def holds(self, keep: Bool[Tensor, "mask node"] | Float[Tensor, "mask node"]) -> bool:
         """Whether all that the masks keep, of any of them, is here."""
@@ -99,7 +100,7 @@ class Shrunk:
         not here have no effect.
         """
         slots = Slots.of(batch)
-        mine = gates.index_select(1, self.numbers)
+        mine = gates.index_select(1, self.numbers).to(self.values)
         if len(gates) > 1:  # the gates of every slot's mask
             of_slot = torch.arange(len(gates)).repeat_interleave(
                 batch.lengths.view(len(gates), -1).sum(1)
