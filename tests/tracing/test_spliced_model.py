@@ -180,6 +180,16 @@ def test_a_graph_becomes_a_circuit_that_the_suite_judges(own_model, spliced, gra
     assert not torch.allclose(ablated, own_model(tokens), atol=1e-3)
 
 
+def test_what_features_have_no_weights_for_is_not_measured(own_model, spliced) -> None:
+    """Not an error: the suite goes on without random sets of the same degree."""
+    from tl_sparse.faithfulness.controls import NotMeasured, degrees
+    from tl_sparse.tracing import SplicedModel
+
+    model = SplicedModel(spliced(own_model))
+    with pytest.raises(NotMeasured, match="no weights are known to meet the channels of embed"):
+        degrees(model, model.index())
+
+
 def test_a_circuit_belongs_to_its_dictionaries(own_model, spliced, prompt) -> None:
     from tl_sparse.tracing import SplicedModel, feature_circuit
 

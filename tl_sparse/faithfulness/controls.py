@@ -174,10 +174,10 @@ def degrees(model: nn.Module, index: NodeIndex) -> Float[Tensor, " node"]:
     Raises:
         NotMeasured: nodes at a hook that is no site's, so that no matrix is known to meet them.
     """
-    blocks: Any = model.blocks
     rows = {name: site_at(name) for name in index.slices}
     if unknown := [name for name, row in rows.items() if row is None]:
         raise NotMeasured(f"no weights are known to meet the channels of {', '.join(unknown)}")
+    blocks: Any = model.blocks  # which a model of features does not have
     found = {}
     for name, row in rows.items():
         assert row is not None
