@@ -36,7 +36,8 @@ class MaskGroups:
         n_masks = len(next(iter(masks.values()))) if masks else 1
         device = next(iter(masks.values())).device if masks else None
         now = torch.zeros(n_masks, dtype=torch.int64, device=device)
-        of_mask, first, gates = [], [], {}
+        of_mask, first = [], []
+        gates: dict[str, Tensor] = {}
         for stage in stages:
             hooks = [hook for hook in masks if stage_of[hook] == stage]
             key = torch.cat([now[:, None].double(), *(masks[hook].double() for hook in hooks)], 1)
