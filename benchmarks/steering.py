@@ -6,8 +6,8 @@ prompts, where it prints P(other answer), among all tokens and of the two, again
 controls beside it, and the same for all kept nodes at once. So no node is chosen on the prompts
 that it is reported on.
 
-    python benchmarks/steering.py                                 # bundled models, fitted bridges
-    python benchmarks/steering.py --dense D --sparse S --bridges B --tasks while_return_true
+    python benchmarks/steering.py                                 # the bundled bridged pair
+    python benchmarks/steering.py --sparse python-sparse --fit    # ridge bridges, trained apart
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import tl_sparse as tls
 from tl_sparse.bridges import fit_bridges, steering_curves
 from tl_sparse.data import CorpusConfig, validation_text
 
-TASKS = ("single_double_quote", "while_return_true", "for_while")
+TASKS = ("single_double_quote", "while_return_true", "for_while", "if_equals", "with_as")
 STRENGTHS = (0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dense", default="python-dense")
-    parser.add_argument("--sparse", default="python-sparse")
-    parser.add_argument("--bridges", help="folder of trained bridges; default: fitted here")
+    parser.add_argument("--sparse", default="python-bridged")
+    parser.add_argument("--bridges", default="python-bridges", help="trained bridges")
+    parser.add_argument("--fit", action="store_true", help="fit bridges instead, in closed form")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200, help="of pruning")
@@ -39,10 +40,10 @@ def main() -> None:
     sparse = tls.SparseTransformer.from_pretrained(asked.sparse)
     dense = tls.SparseTransformer.from_pretrained(asked.dense)
     text = validation_text(CorpusConfig(), sparse.tokenizer, sequences=320, context=64)
-    if asked.bridges:
-        bridges = tls.Bridges.from_pretrained(asked.bridges)
-    else:
+    if asked.fit:
         bridges = fit_bridges(dense, sparse, text, progress=False).bridges
+    else:
+        bridges = tls.Bridges.from_pretrained(asked.bridges)
     pair = tls.BridgedPair(dense, sparse, bridges)
     means = tls.activation_means(sparse, text)
     frames = []

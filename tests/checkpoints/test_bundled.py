@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tl_sparse
+from tl_sparse.bridges import BridgedPair, Bridges, path_table
 from tl_sparse.checkpoints.packed import training_record
+from tl_sparse.data import CorpusConfig, validation_text
 from tl_sparse.model.transformer import SparseTransformer
 from tl_sparse.sparsity.matrices import weight_matrices
 from tl_sparse.sparsity.projection import l0
@@ -15,8 +17,9 @@ from tl_sparse.studies import pair_config
 from tl_sparse.tasks import evaluate_task, get, names
 
 NAMES = ("python-sparse", "python-dense")
+BRIDGED, BRIDGES = "python-bridged", "python-bridges"
 FOLDER = Path(tl_sparse.__file__).parent / "bundled"
-MEGABYTES = 6
+MEGABYTES = 9
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,9 @@ def table(card):
     return found
 
 
-def test_both_are_small_enough_to_ship():
+def test_all_are_small_enough_to_ship():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert {path.parent.name for path in files} == {*NAMES, "text"}
+    assert {path.parent.name for path in files} == {*NAMES, BRIDGED, BRIDGES, "text"}
     assert sum(path.stat().st_size for path in files) <= MEGABYTES * 1e6
 
 
@@ -61,9 +64,10 @@ def test_they_have_the_architecture_of_the_default_recipe(models):
         assert not model.training
 
 
-def test_the_sparse_one_is_as_sparse_as_its_record_says(models):
-    record = training_record("python-sparse")
-    matrices = weight_matrices(models["python-sparse"])
+@pytest.mark.parametrize("name", ["python-sparse", BRIDGED])
+def test_the_sparse_ones_are_as_sparse_as_their_records_say(name):
+    record = training_record(name)
+    matrices = weight_matrices(SparseTransformer.from_pretrained(name))
     assert l0(matrices) == dict(record.l0)
     entries = sum(matrix.numel for matrix in matrices)
     assert sum(record.l0.values()) < entries / 15
@@ -109,3 +113,24 @@ def test_weights_are_stored_in_half_precision_and_loaded_in_single(models):
         half = SparseTransformer.from_pretrained(name, dtype=torch.float16)
         for one, other in zip(model.parameters(), half.parameters(), strict=True):
             assert torch.equal(one, other.float())
+
+
+def test_the_bridged_one_is_joined_to_the_dense_one(models):
+    dense, sparse = models["python-dense"], SparseTransformer.from_pretrained(BRIDGED)
+    assert sparse.config == models["python-sparse"].config
+    assert sparse.tokenizer.get_vocab() == dense.tokenizer.get_vocab()
+    bridges = Bridges.from_pretrained(BRIDGES)
+    with pytest.raises(ValueError, match="another sparse model"):
+        BridgedPair(dense, models["python-sparse"], bridges)
+    text = validation_text(CorpusConfig(), dense.tokenizer, 16, context=64)
+    pair = BridgedPair(dense, sparse, bridges)
+    kl = path_table(pair, text, back="none", progress=False).by_site("kl")
+    for hybrid, mean in (("d→s", "mean→s"), ("s→d", "mean→d")):
+        assert (kl[hybrid] < 0.4 * kl[mean]).all()
+
+
+def test_the_bridged_one_s_card_says_what_it_ended_with_and_the_command():
+    card = (FOLDER / BRIDGED / "README.md").read_text(encoding="utf-8")
+    assert f"| `{BRIDGED}` | {training_record(BRIDGED).validation_loss:.4f} | " in card
+    assert set(table(card)) == set(names())
+    assert "```sh\ntl-sparse pair --out models --bridged\n```" in card

@@ -31,7 +31,7 @@ def test_means_without_a_text_are_of_the_bundled_one_and_say_so(sparse):
 
 
 def test_pruning_by_names_meets_the_same_refusals():
-    with pytest.raises(FileNotFoundError, match="bundled models: python-dense, python-sparse"):
+    with pytest.raises(FileNotFoundError, match="bundled models: python-bridged, python-dense"):
         prune("python-spars", "single_double_quote")
     with pytest.raises(ValueError, match="unknown task 'quotes': choose from"):
         prune("python-sparse", "quotes")

@@ -14,7 +14,7 @@ def test_a_bundled_model_a_folder_and_a_released_model_are_found(container, monk
     assert isinstance(model_of("python-sparse"), SparseTransformer)
     by_name = model_of("csp_yolo2")
     assert torch.equal(by_name.W_E, model_of(str(root / "models" / "csp_yolo2")).W_E)
-    with pytest.raises(FileNotFoundError, match="bundled models: python-dense"):
+    with pytest.raises(FileNotFoundError, match="bundled models: python-bridged"):
         model_of("frobnicate")
 
 
