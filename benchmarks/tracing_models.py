@@ -226,6 +226,11 @@ def main() -> None:
         diffs = task_logit_diffs(model, task.batch(200, split=split, seed=0))
         print(f"accuracy, {split}: {float((diffs > 0).float().mean()):.3f}", flush=True)
     tokens = text.validation_sequences(256, CONTEXT)
+    pattern = "blocks.0.attn.hook_pattern"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=[pattern])
+    previous = cache[pattern].diagonal(-1, 2, 3).mean((0, 2))
+    print("layer 0's attention to the previous token, by head:", previous.numpy().round(2))
     steps = options.dictionary_steps or DICTIONARY_STEPS[options.name]
     for l1 in [None, *options.l1]:
         name = "dictionaries" if l1 is None else f"dictionaries_{l1:g}"
