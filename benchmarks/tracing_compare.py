@@ -104,8 +104,8 @@ def main() -> None:
     rows.append(measured("dense model, pruned features", world, judged["pruned"], batch))
     print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
     for name, circuit in judged.items() if options.judge else ():
-        print(name, evaluate(world, circuit, task, EvaluationConfig(searches=False), tokens=tokens),
-              flush=True)  # fmt: skip
+        asked = EvaluationConfig(searches=False, pairs=32)
+        print(name, evaluate(world, circuit, task, asked, tokens=tokens), flush=True)
 
 
 if __name__ == "__main__":
