@@ -33,7 +33,8 @@ def test_points_bars_and_series_are_drawn():
     assert by_panel["s", "x2"].marker.color == trace.marker.color
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.yaxis2.type == "linear"
-    assert "a note" in [note.text for note in figure.layout.annotations]
+    [note] = [note for note in figure.layout.annotations if note.text == "a note"]
+    assert (note.y, note.yanchor) == (1, "bottom")  # above the plot: legends below grow
 
 
 def test_a_level_is_drawn_with_its_words():

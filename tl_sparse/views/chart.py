@@ -82,7 +82,7 @@ def chart(
 
     Points without a number, and on a logarithmic axis those that are not positive, are left out.
     All texts are shown as they are. ``looks`` are those of single series, ``look`` that of all
-    others; ``note`` stands below.
+    others; ``note`` stands under the title.
     """
     from plotly.subplots import make_subplots
 
@@ -120,12 +120,19 @@ def chart(
             figure.add_hline(value, annotation_text=plotly_text(words), **look_of_lines, **at)
     rows = max((p.points["y"].nunique() for p in panels if _is_named(p.points["y"])), default=0)
     lines = wrap(note, _NOTE_WIDTH)
-    below = 17 * len(lines)
+    high = 17 * len(lines)
     figure.update_layout(
-        title={"text": f"<b>{plotly_text(title)}</b>", "x": 0.02},
+        title={
+            "text": f"<b>{plotly_text(title)}</b>",
+            "x": 0.02,
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 24},
+        },
         template="plotly_white",
-        height=max(480, 200 + _ROW_PIXELS * rows) + below,
-        margin={"l": 70, "r": 20, "t": 80, "b": 110 + below},
+        height=max(480, 200 + _ROW_PIXELS * rows) + high,
+        margin={"l": 70, "r": 20, "t": 80 + high, "b": 110},
         legend={"orientation": "h", "yref": "container", "y": 0.02, "yanchor": "bottom"},
         hovermode="closest",
         boxmode="group",
@@ -133,7 +140,7 @@ def chart(
     if lines:
         figure.add_annotation(
             text="<br>".join(map(plotly_text, lines)), showarrow=False, align="left", x=0, y=0,
-            xref="paper", yref="paper", xanchor="left", yanchor="top", yshift=-55,
+            xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=28,
             font={"size": 11, "color": LANE},
         )  # fmt: skip
     return figure
