@@ -139,7 +139,7 @@ def chart(
     )
     if lines:
         figure.add_annotation(
-            text="<br>".join(map(plotly_text, lines)), showarrow=False, align="left", x=0, y=0,
+            text="<br>".join(map(plotly_text, lines)), showarrow=False, align="left", x=0, y=1,
             xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=28,
             font={"size": 11, "color": LANE},
         )  # fmt: skip
