@@ -6,7 +6,8 @@ prompts, frozen norms); and all of them; "no headroom" is plain pruning to the t
 paper does it. Each is judged by the suite (without its searches), and
 circuits of nonsense (answers swapped, two arbitrary tokens, weights drawn anew) stand beside them,
 by plain pruning. Rows that a former run has finished are not run again. Prints tables and writes
-frontier.json and frontier.html.
+frontier.json and frontier.html; with --picture the figure as SVG too (needs playwright and a
+Chromium on the path).
 
     OMP_NUM_THREADS=1 python benchmarks/frontier.py --out frontier
 """
@@ -68,6 +69,7 @@ SHOWN = {
     "matched": ("partial_ablation", "adversarial_loss", "matched"),
     "frozen": ("norms", "frozen_share", ""),
 }
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 KEY = ["model", "task", "objective", "seed"]
 
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--selection-pairs", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=32, help="held-out pairs of the suite")
     parser.add_argument("--out", default="frontier")
+    parser.add_argument("--picture", help="file for the figure, as SVG")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,10 @@ def main() -> None:
     ))  # fmt: skip
     print(passed_table(rows).to_string(index=False))
     if "passed" in frame:
-        figure(frame).write_html(out / "frontier.html", include_plotlyjs=True)
+        drawn = figure(frame)
+        drawn.write_html(out / "frontier.html", include_plotlyjs=True)
+        if args.picture:
+            write_atomic(Path(args.picture), svg_of(drawn))
 
 
 def solved(model: Any, target: float) -> list[str]:
@@ -212,6 +218,26 @@ def figure(frame: pd.DataFrame) -> Any:
                   y_range=(0.0, 1.05))
         )  # fmt: skip
     return chart("What it costs to pass the checks", panels)
+
+
+def svg_of(drawn: Any) -> str:
+    """A figure as SVG, drawn by plotly in a Chromium."""
+    import shutil
+    from urllib.parse import unquote
+
+    from playwright.sync_api import sync_playwright
+    from plotly.offline import get_plotlyjs
+
+    path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    options = {"format": "svg", "width": 900, "height": 480}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.add_script_tag(content=get_plotlyjs())
+        draw = "([figure, options]) => Plotly.toImage(figure, options)"
+        url = str(page.evaluate(draw, [json.loads(drawn.to_json()), options]))
+        browser.close()
+    return unquote(url.partition(",")[2])
 
 
 if __name__ == "__main__":
