@@ -1,5 +1,6 @@
-"""One task, five circuits: pruned nodes of the sparse model, those nodes over bridges in the dense
-model, pruned nodes of the dense model, and traced and pruned features of the dense model.
+"""One task, seven circuits: pruned nodes of the sparse model and of the bridged one, those nodes
+over bridges (fitted, trained) in the dense model, pruned nodes of the dense model, and traced and
+pruned features of the dense model.
 
     OMP_NUM_THREADS=1 python benchmarks/tracing_compare.py [--task TASK] [--cache DIR] [--judge]
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from tl_sparse import SparseTransformer
 from tl_sparse.ablation import activation_means
 from tl_sparse.ablation.logit_diff import task_logit_diffs
-from tl_sparse.bridges import BridgedPair, dense_circuit, fit_bridges
+from tl_sparse.bridges import BridgedPair, Bridges, dense_circuit, fit_bridges
 from tl_sparse.circuits import PruningConfig, prune
 from tl_sparse.data import CorpusConfig, build_corpus
 from tl_sparse.faithfulness import EvaluationConfig, evaluate
@@ -65,23 +66,31 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.15)
     parser.add_argument("--cache", default=None)
     parser.add_argument("--dense", default="python-dense", help="a bundled model, or a folder")
-    parser.add_argument("--sparse", default="python-sparse")
+    parser.add_argument("--sparse", default="python-sparse", help="trained apart from it")
+    parser.add_argument("--bridged", default="python-bridged", help="trained along with bridges")
+    parser.add_argument("--bridges", default="python-bridges")
     parser.add_argument("--dictionaries", default=None, help="by default the dense model's own")
     parser.add_argument("--judge", action="store_true", help="run the faithfulness suite too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dense, sparse = map(SparseTransformer.from_pretrained, (options.dense, options.sparse))
+    dense, sparse, bridged = map(
+        SparseTransformer.from_pretrained, (options.dense, options.sparse, options.bridged)
+    )
     corpus = build_corpus(CorpusConfig(idiom_share=0.5), options.cache, progress=False)
     tokens = corpus.validation_sequences(128, dense.config.n_ctx)
     task = get(options.task, dense.tokenizer, dense.config.n_ctx)
     batch = task.batch(64, split="held_out", seed=1)
     config = PruningConfig(target_loss=options.target)
-    found = prune(sparse, task, config, means=activation_means(sparse, tokens), progress=False)
-    rows = [measured("sparse model, pruned nodes", sparse, found, batch)]
-    pair = BridgedPair(dense, sparse, fit_bridges(dense, sparse, tokens, progress=False).bridges)
-    carried = dense_circuit(pair, found, tokens)
-    rows.append(measured("the same over bridges, in the dense model", carried.model,
-                         carried.circuit, batch))  # fmt: skip
+    rows = []
+    for name, model, bridges in (
+        ("sparse", sparse, fit_bridges(dense, sparse, tokens, progress=False).bridges),
+        ("bridged", bridged, Bridges.from_pretrained(options.bridges)),
+    ):
+        found = prune(model, task, config, means=activation_means(model, tokens), progress=False)
+        rows.append(measured(f"{name} model, pruned nodes", model, found, batch))
+        carried = dense_circuit(BridgedPair(dense, model, bridges), found, tokens)
+        rows.append(measured("the same over bridges, in the dense model", carried.model,
+                             carried.circuit, batch))  # fmt: skip
     own = prune(dense, task, config, means=activation_means(dense, tokens), progress=False)
     rows.append(measured("dense model, pruned nodes", dense, own, batch))
 
