@@ -1,10 +1,11 @@
 """The bridged model and the bridges that ship: trained, measured and packed.
 
-    python benchmarks/bundled_bridges.py RUN_FOLDER [--out FOLDER]
+    python benchmarks/bundled_bridges.py RUN_FOLDER [--out FOLDER] [--control CONTROL_FOLDER]
 
 python-sparse is trained on, with bridges to python-dense, as ``tl-sparse pair --bridged`` does it
 with a pair of its own. Run again, an interrupted training goes on exactly. OUT gets the folders
-python-bridged (with its card) and python-bridges.
+python-bridged (with its card) and python-bridges. With --control the sparse model is trained on by
+as many steps of the same text without bridges instead, and its loss printed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tl_sparse.studies.pair import store
 from tl_sparse.studies.pair_config import Pair, PairConfig, PairMember
 from tl_sparse.studies.trained import Kind
 from tl_sparse.tasks import table
+from tl_sparse.training.trainer import Trainer
 
 
 def main() -> None:
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", default="bundled_bridges")
+    parser.add_argument("--control", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     config = PairConfig(out=asked.out, bridged=True)
@@ -40,6 +43,9 @@ def main() -> None:
     )
     corpus = build_corpus(config.corpus, tokenizer=dense.tokenizer)
     text = corpus.validation_sequences(config.bridged_training.eval_sequences, dense.config.n_ctx)
+    if asked.control is not None:
+        print(Trainer(start, corpus, config.bridged_training, asked.control).train())
+        return
     train_in(asked.run, config, corpus, dense, start, progress=True)
 
     def member(kind: Kind) -> PairMember:
