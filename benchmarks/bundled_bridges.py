@@ -44,7 +44,8 @@ def main() -> None:
     corpus = build_corpus(config.corpus, tokenizer=dense.tokenizer)
     text = corpus.validation_sequences(config.bridged_training.eval_sequences, dense.config.n_ctx)
     if asked.control is not None:
-        print(Trainer(start, corpus, config.bridged_training, asked.control).train())
+        found = Trainer(start, corpus, config.bridged_training, asked.control).train()
+        print(f"validation loss without bridges: {found.validation_loss:.4f}")
         return
     train_in(asked.run, config, corpus, dense, start, progress=True)
 
@@ -56,9 +57,9 @@ def main() -> None:
         return PairMember(name, kind, model, training_record(name), loss, tasks, math.nan, "")
 
     pair = Pair(config.seeds[0], member("sparse"), member("dense"))
-    found = measured(config, corpus, pair, asked.run, print)
-    card = bridged_card(config, corpus, pair, found)
-    store(config, found.member.model, found.member.name, found.member.record, card)
+    made = measured(config, corpus, pair, asked.run, print)
+    card = bridged_card(config, corpus, pair, made)
+    store(config, made.member.model, made.member.name, made.member.record, card)
 
 
 if __name__ == "__main__":
