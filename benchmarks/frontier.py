@@ -69,7 +69,6 @@ SHOWN = {
     "matched": ("partial_ablation", "adversarial_loss", "matched"),
     "frozen": ("norms", "frozen_share", ""),
 }
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 KEY = ["model", "task", "objective", "seed"]
 
 
@@ -222,16 +221,15 @@ def figure(frame: pd.DataFrame) -> Any:
 
 def svg_of(drawn: Any) -> str:
     """A figure as SVG, drawn by plotly in a Chromium."""
-    import shutil
     from urllib.parse import unquote
 
+    from chromium import launched
     from playwright.sync_api import sync_playwright
     from plotly.offline import get_plotlyjs
 
-    path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     options = {"format": "svg", "width": 900, "height": 480}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launched(playwright)
         page = browser.new_page()
         page.add_script_tag(content=get_plotlyjs())
         draw = "([figure, options]) => Plotly.toImage(figure, options)"

@@ -5,15 +5,14 @@
 Needs playwright (in the extra "dev") and a Chromium on the path.
 """
 
-import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from chromium import launched
 from playwright.sync_api import sync_playwright
 
 from tl_sparse.views import CircuitTable, Page, PageCircuit, page_html
@@ -23,7 +22,6 @@ JOINED = (("attn_in", "attn_v", "W_V"), ("attn_v", "attn_out", "W_O"),
           ("mlp_in", "mlp_neuron", "W_in"), ("mlp_neuron", "mlp_out", "W_out"))  # fmt: skip
 SITES = ("attn_in", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out")
 LAYERS, D_HEAD = 1, 16
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def random_circuit(n_nodes: int, n_edges: int) -> CircuitTable:
@@ -52,11 +50,8 @@ def random_circuit(n_nodes: int, n_edges: int) -> CircuitTable:
 
 def main() -> None:
     """Print a row a size."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        sys.exit(f"no browser: none of {', '.join(NAMES)} is here")
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launched(playwright)
         print("| nodes | edges | written, s | page, kB | opened and drawn, ms | the page's "
               "own work, ms | redrawn, ms |")  # fmt: skip
         print("|---|---|---|---|---|---|---|")

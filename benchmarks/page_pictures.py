@@ -9,12 +9,11 @@ them. Needs playwright (in the extra "dev") and a Chromium on the path.
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from chromium import launched
 from playwright.sync_api import sync_playwright
 
 import tl_sparse as tls
@@ -23,7 +22,6 @@ from tl_sparse.storage.atomic_write import write_atomic
 from tl_sparse.views import Page, page_html
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 VIEWS = {"wide": (1400, 900, "light"), "small": (800, 600, "light"), "dark": (1400, 900, "dark")}
 TASK = "single_double_quote"
 
@@ -116,11 +114,8 @@ def main() -> None:
 
         circuit = PageCircuit(random_circuit(300, 20_000), "circuit")
         write_atomic(crowd, page_html(Page("A crowd", circuits=(circuit,))))
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        sys.exit(f"no browser: none of {', '.join(NAMES)} is here")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launched(playwright)
         pictures(folder, browser)
         browser.close()
 

@@ -84,3 +84,8 @@ class EvaluationConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def null_sets(self, n: int) -> int:
+        """How many of ``n`` random sets stand beside a circuit where no criterion compares with
+        them: all, or one with ``verdict_only``."""
+        return 1 if self.verdict_only else n

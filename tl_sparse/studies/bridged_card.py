@@ -134,13 +134,13 @@ def falling(metrics: pd.DataFrame) -> str:
     each = {kind: [c for c in metrics if str(c).startswith(f"{kind}/")] for kind in kinds}
     named = {kind: columns for kind, columns in each.items() if columns}
     smooth = metrics.rolling(SMOOTH, min_periods=1).mean(numeric_only=True)
-    last, rows = len(metrics) - 1, []
-    for i in sorted({last, *(2**k * SMOOTH - 1 for k in range(last.bit_length()))} - {-1}):
-        if i <= last:
-            values = [smooth[name][i] for name in own]
-            values += [smooth[columns].iloc[i].mean() for columns in named.values()]
-            rows.append(f"| {metrics['step'][i]:,} | " + " | ".join(f"{v:.3f}" for v in values)
-                        + " |")  # fmt: skip
+    n, rows = len(metrics), []
+    doubling = {2**k * SMOOTH - 1 for k in range(n.bit_length())}
+    for i in sorted((doubling | {n - 1}) & {*range(n)}):
+        values = [smooth[name][i] for name in own]
+        values += [smooth[columns].iloc[i].mean() for columns in named.values()]
+        cells = [f"{metrics['step'][i]:,}", *(f"{value:.3f}" for value in values)]
+        rows.append(f"| {' | '.join(cells)} |")
     words = {
         "language_model": "own loss", "distillation": "KL of the sparse model",
         "dense_to_sparse": "d→s", "sparse_to_dense": "s→d", "encoder": "FVU of encoders",

@@ -36,8 +36,7 @@ def completeness(test: CircuitUnderTest) -> CheckResult:
     gaps = knockout_gaps(kept, removed)
     logit_diffs = component_logit_diffs(small, gaps)
     columns = [small.empty_logit_diffs, small.model_logit_diffs, *logit_diffs]
-    n_sets = 1 if config.verdict_only else config.controls  # no criterion compares with them
-    sets = random_components(test, "anywhere", n_sets)
+    sets = random_components(test, "anywhere", config.null_sets(config.controls))
     against = knockout_gaps(sets, random_subsets(sets, generator))
     random = torch.cat([torch.stack(columns[:2]), component_logit_diffs(small, against)]).double()
     each = gap(torch.stack(columns).double().mean(1)[None])[0]

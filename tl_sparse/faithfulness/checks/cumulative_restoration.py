@@ -50,8 +50,7 @@ def cumulative_restoration(test: CircuitUnderTest) -> CheckResult:
     generator = torch.Generator().manual_seed(config.seed)
     draws = config.restoration_draws
     circuit = paths(test.kept_components.expand(draws, -1), generator)
-    n_sets = 1 if config.verdict_only else draws  # no criterion compares with them
-    random = paths(random_components(test, "anywhere", n_sets), generator)
+    random = paths(random_components(test, "anywhere", config.null_sets(draws)), generator)
     logit_diffs = _path_logit_diffs(small, circuit)
     null_logit_diffs = _path_logit_diffs(small, random)
     losses, null_losses = (F.softplus(-m.double()) for m in (logit_diffs, null_logit_diffs))

@@ -47,7 +47,7 @@ def norms(test: CircuitUnderTest) -> CheckResult:
     Where a model's norms have no scales to read or to set, a note says so.
     """
     model, config, small = test.model, test.config, few(test)
-    n_sets = 1 if config.verdict_only else config.controls  # no criterion compares with them
+    n_sets = config.null_sets(config.controls)
     sets = test.nodes(random_components(test, "anywhere", n_sets))
     notes: list[str] = []
     found = []

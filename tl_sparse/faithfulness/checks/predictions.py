@@ -54,7 +54,7 @@ def predictions(test: CircuitUnderTest) -> CheckResult:
         for name in ("distractor", "dilution")
         if name not in known
     ]
-    n_sets = 1 if test.config.verdict_only else min(CONTROLS, test.config.controls)
+    n_sets = test.config.null_sets(min(CONTROLS, test.config.controls))
     components = random_components(test, "anywhere", n_sets)
     masks = torch.cat([test.kept[None], test.nodes(components)])
     for name, run in (("distractor", distracted), ("dilution", diluted)):
