@@ -39,7 +39,7 @@ from torch import Tensor
 
 import tl_sparse as tls
 from tl_sparse.bridges import BridgedPair, Bridges, BridgesConfig, BridgeTrainingConfig
-from tl_sparse.bridges.losses import Predictions, normalised_error
+from tl_sparse.bridges.losses import BridgeLosses, Predictions, normalised_error
 from tl_sparse.bridges.objective import BridgeObjective
 from tl_sparse.training.objective import Moment
 
@@ -59,6 +59,10 @@ def new_pair(n_layers: int) -> BridgedPair:
     )
     dense.requires_grad_(False)
     return BridgedPair(dense, sparse, Bridges(BridgesConfig.of(dense, sparse)))
+
+
+ONES = BridgeLosses(*[1.0] * 6)
+"""The plain loop adds all losses up as they are."""
 
 
 def loop(pair: BridgedPair, tokens: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def contenders(pair: BridgedPair, tokens: Tensor) -> dict[str, Step]:
     """Each kind of step, by name."""
 
     def objective(**changes: Any) -> Step:
-        made = BridgeObjective(pair, BridgeTrainingConfig(**changes))
+        made = BridgeObjective(pair, BridgeTrainingConfig(ONES, **changes))
         return lambda i: made.backward(
             pair.sparse, tokens, Moment(i, 100, (0, i, 0, 0), 1, nullcontext)
         )
